@@ -1,0 +1,289 @@
+"""Layers whose backward pass goes through a feedback weight.
+
+Forward and state-dict keys are the stock layers'; a rule that keeps state adds one buffer or
+parameter whose name begins with ``feedback``.
+"""
+
+import logging
+from typing import Any, Optional
+
+import detectron2.layers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .feedback import Fans, FeedbackRule, get_rule
+from .functional import asymmetric_conv2d, asymmetric_conv_transpose2d, asymmetric_linear
+
+__all__ = [
+    "AsymmetricConv2d",
+    "AsymmetricConvTranspose2d",
+    "AsymmetricLayer",
+    "AsymmetricLinear",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class AsymmetricLayer(nn.Module):
+    """What the asymmetric layers share: the rule, its state, and how both are kept and loaded."""
+
+    stock_class: type[nn.Module]
+    """The class to go back to; conversion sets it to the module's own."""
+
+    weight: nn.Parameter
+    rule: FeedbackRule
+
+    # True while backward passes are to run on backpropagation for a moment.
+    feedback_suspended = False
+
+    def __init__(
+        self,
+        *args: Any,
+        rule: str | type[FeedbackRule] = "sign_symmetry",
+        scale: str = "mean_abs",
+        gain: float = 1.0,
+        seed: int = 0,
+        layer_name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_rule(get_rule(rule)(scale, gain, seed, layer_name))
+
+    def set_rule(self, rule: FeedbackRule) -> None:
+        """Makes ``rule`` this layer's rule and its state, made from the weight, the layer's."""
+        self.drop_state()
+        self.rule = rule
+        state = rule.initial_state(self.weight.detach(), self.fans())
+        if state is None:
+            return
+        if rule.learned:
+            parameter = nn.Parameter(state, requires_grad=self.weight.requires_grad)
+            self.register_parameter(rule.state_name, parameter)
+        else:
+            self.register_buffer(rule.state_name, state)
+        if rule.redrawn:
+            # The weight's version that the state was drawn for, and how many draws there were.
+            # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
+            self.feedback_drawn = torch.tensor([self.weight._version, 0], device="cpu")
+
+    def drop_state(self) -> None:
+        """Removes the rule's state, if there is any."""
+        if getattr(self, "rule", None) is not None and self.rule.state_name is not None:
+            delattr(self, self.rule.state_name)
+        self.__dict__.pop("feedback_drawn", None)
+
+    @property
+    def feedback_state(self) -> Optional[Tensor]:
+        """The rule's state, of the weight's shape, or None."""
+        return None if self.rule.state_name is None else getattr(self, self.rule.state_name)
+
+    def current_feedback(self) -> Tensor:
+        """B as a backward pass would use it now, of the weight's shape; detached."""
+        state = self.feedback_state
+        return self._feedback(self.weight.detach(), None if state is None else state.detach())
+
+    def fans(self) -> Fans:
+        """The layer's fan-in and fan-out, for the scales that depend on the shape alone."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_feedback(self) -> None:
+        """Derives the state again from the weight as it is; what is drawn stays the same draw."""
+        if self.feedback_state is not None:
+            fresh = self.rule.initial_state(self.weight.detach(), self.fans())
+            self.feedback_state.copy_(fresh)
+        if self.rule.redrawn:
+            self.feedback_drawn[1] = 0
+            self._mark_drawn()
+
+    def _feedback(self, weight: Tensor, state: Optional[Tensor]) -> Tensor:
+        # Called in backward: the rule that counts is the one in force then.
+        return weight if self.feedback_suspended else self.rule.feedback(weight, state, self.fans())
+
+    def _backward_through(self) -> dict[str, Any]:
+        """The keyword arguments that make an asymmetric operation use this layer's rule."""
+        if self.rule.redrawn and torch.is_grad_enabled():
+            rule = self.rule
+            _redraw_if_updated(
+                self.weight.detach(),
+                self.feedback_state,
+                self.feedback_drawn,
+                [int(n) for n in self.fans()],
+                rule.name,
+                rule.scale,
+                rule.gain,
+                rule.seed,
+                rule.layer_name,
+            )
+        return {"feedback": self._feedback, "state": self.feedback_state}
+
+    def _mark_drawn(self) -> None:
+        self.feedback_drawn[0] = self.weight._version
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "feedback_drawn" in self.__dict__:
+            # A copy's weight counts its versions anew; the copied state belongs to it.
+            self._mark_drawn()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.rule.redrawn:
+            destination[prefix + "feedback_draws"] = self.feedback_drawn[1].clone()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.rule.state_name is None:
+            return
+        if self.rule.redrawn:
+            draws = prefix + "feedback_draws"
+            if draws in unexpected_keys:
+                unexpected_keys.remove(draws)
+            if draws in state_dict:
+                self.feedback_drawn[1] = int(state_dict[draws])
+            self._mark_drawn()
+        key = prefix + self.rule.state_name
+        if key in state_dict or prefix + "weight" not in state_dict:
+            return
+        if key in missing_keys:
+            missing_keys.remove(key)
+        self.reset_feedback()
+        logger.info(
+            "%s: the checkpoint brings the weight without its %s; derived again from the loaded "
+            "weight (%s).",
+            prefix.rstrip("."),
+            self.rule.state_name,
+            self.rule.name,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rule={self.rule.name}"
+
+
+@torch.library.custom_op("ss_detectron::redraw_if_updated", mutates_args=("state", "drawn"))
+def _redraw_if_updated(
+    weight: Tensor,
+    state: Tensor,
+    drawn: Tensor,
+    fans: list[int],
+    rule: str,
+    scale: str,
+    gain: float,
+    seed: int,
+    layer_name: str,
+) -> None:
+    """
+    Draws the state of a rule anew if the weight has been updated since the last draw. An operator
+    of its own, because a compiler would take the weight's version for a constant.
+    """
+    if drawn[0] == weight._version:
+        return
+    drawn[1] += 1
+    rule = get_rule(rule)(scale, gain, seed, layer_name)
+    state.copy_(rule.redraw(weight, Fans(*fans[:2], bool(fans[2])), int(drawn[1])))
+    drawn[0] = weight._version
+
+
+class AsymmetricConv2d(AsymmetricLayer, detectron2.layers.Conv2d):
+    """
+    :class:`torch.nn.Conv2d` and :class:`detectron2.layers.Conv2d` with asymmetric feedback.
+
+    Args:
+        *args, **kwargs: those of ``detectron2.layers.Conv2d``: ``torch.nn.Conv2d``'s, ``norm`` and
+            ``activation``. ``padding_mode`` holds, as in ``torch.nn.Conv2d``.
+        rule: a rule's name or class.
+        scale, gain, seed, layer_name: see :class:`~ss_detectron.layers.feedback.FeedbackRule`.
+    """
+
+    stock_class = detectron2.layers.Conv2d
+
+    def fans(self) -> Fans:
+        area = self.kernel_size[0] * self.kernel_size[1]
+        return Fans(self.in_channels // self.groups * area, self.out_channels * area, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), norm and activation applied."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        x = asymmetric_conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            **self._backward_through(),
+        )
+        # A converted torch.nn.Conv2d has neither.
+        norm, activation = getattr(self, "norm", None), getattr(self, "activation", None)
+        if norm is not None:
+            x = norm(x)
+        if activation is not None:
+            x = activation(x)
+        return x
+
+
+class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
+    """
+    :class:`torch.nn.ConvTranspose2d` with asymmetric feedback.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.ConvTranspose2d``.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricConv2d`.
+    """
+
+    stock_class = nn.ConvTranspose2d
+
+    def fans(self) -> Fans:
+        area = self.kernel_size[0] * self.kernel_size[1]
+        return Fans(self.in_channels // self.groups * area, self.out_channels * area, False)
+
+    def forward(self, input: Tensor, output_size: Optional[list[int]] = None) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            2,
+            self.dilation,
+        )
+        return asymmetric_conv_transpose2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            **self._backward_through(),
+        )
+
+
+class AsymmetricLinear(AsymmetricLayer, nn.Linear):
+    """
+    :class:`torch.nn.Linear` with asymmetric feedback.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.Linear``.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricConv2d`.
+    """
+
+    stock_class = nn.Linear
+
+    def fans(self) -> Fans:
+        return Fans(self.in_features, self.out_features, True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(*, C_in) -> (*, C_out)."""
+        return asymmetric_linear(input, self.weight, self.bias, **self._backward_through())

@@ -1,0 +1,260 @@
+"""Conversion of a whole model, in place: the only walk over a model.
+
+A converted module stays the same object and changes its class, so parameters, hooks, device, names
+and every other reference to it (Detectron2's FPN keeps its convolutions in plain lists as well)
+stay as they are.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Optional
+
+import detectron2.layers
+import torchvision
+from tabulate import tabulate
+from torch import nn
+
+from .asymmetric import (
+    AsymmetricConv2d,
+    AsymmetricConvTranspose2d,
+    AsymmetricLayer,
+    AsymmetricLinear,
+)
+from .feedback import Backpropagation, FeedbackRule, get_rule
+
+__all__ = [
+    "FeedbackReport",
+    "FeedbackRow",
+    "backpropagation",
+    "check_exclude",
+    "convert_feedback",
+    "feedback_report",
+]
+
+# By exact type: a subclass may compute something else, and only its author knows.
+_ASYMMETRIC: dict[type[nn.Module], type[AsymmetricLayer]] = {
+    nn.Conv2d: AsymmetricConv2d,
+    detectron2.layers.Conv2d: AsymmetricConv2d,
+    nn.ConvTranspose2d: AsymmetricConvTranspose2d,
+    nn.Linear: AsymmetricLinear,
+}
+
+# Layers that multiply their input by a weight, so that a reader expects them in a report.
+_WEIGHTED = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    detectron2.layers.DeformConv,
+    detectron2.layers.ModulatedDeformConv,
+    torchvision.ops.DeformConv2d,
+)
+
+
+class FeedbackRow(NamedTuple):
+    """One layer of a :class:`FeedbackReport`."""
+
+    name: str
+    rule: str
+    reason: str
+    """Why the layer stays on backpropagation; empty for a converted layer."""
+
+
+class FeedbackReport(list[FeedbackRow]):
+    """One row per layer with a weight, in the model's order; ``str()`` is a table."""
+
+    def __str__(self) -> str:
+        return tabulate(self, headers=("layer", "rule", "why on backpropagation"), tablefmt="pipe")
+
+
+def convert_feedback(
+    model: nn.Module,
+    rule: str | type[FeedbackRule] = "sign_symmetry",
+    *,
+    scale: str = "mean_abs",
+    gain: float = 1.0,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+) -> nn.Module:
+    """
+    Makes every convolution, transposed convolution and linear layer of ``model`` send its error
+    back by ``rule``, in place.
+
+    A layer that has a rule already changes to this one. ``rule="backpropagation"`` restores the
+    stock classes and drops all feedback state. Layers that cannot be converted stay on
+    backpropagation and are in :func:`feedback_report`, with the reason.
+
+    Args:
+        model: any module; convert it before wrapping it (DistributedDataParallel, torch.compile).
+        rule: the name, short name or class of a rule, see :mod:`ss_detectron.layers.feedback`.
+        scale: how large the feedback weight is, one of ``FEEDBACK_SCALES``.
+        gain: multiplies the scale.
+        exclude: shell-style patterns of module names (``"head.cls_score"``, ``"*.fpn_*"``). A
+            pattern that matches a module excludes every layer in it. Excluded layers stay as they
+            are.
+        seed: with each layer's name within ``model``, determines all random feedback, the same on
+            every rank whatever the ranks' own seeds.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: unknown rule or scale, a gain that is not positive, a wrapped model, or a
+            pattern that matches no layer. The model is then unchanged.
+    """
+    exclude = _patterns(exclude)
+    check_exclude(model, exclude)
+    return convert_part(model, rule, scale=scale, gain=gain, exclude=exclude, seed=seed)
+
+
+def convert_part(
+    part: nn.Module,
+    rule: str | type[FeedbackRule],
+    *,
+    scale: str = "mean_abs",
+    gain: float = 1.0,
+    exclude: Iterable[str] = (),
+    seed: int = 0,
+    prefix: str = "",
+) -> nn.Module:
+    """
+    :func:`convert_feedback` for the builder of a part that will stand as ``prefix`` in the whole
+    model: ``exclude`` speaks of names in the whole model, and a pattern may match nothing here.
+    """
+    rule = get_rule(rule)
+    rule(scale, gain)  # refuses a wrong scale or gain before anything has changed
+    for wrapper in (nn.parallel.DistributedDataParallel, nn.DataParallel):
+        if isinstance(part, wrapper):
+            raise ValueError(
+                f"the model is wrapped in {wrapper.__name__}; convert it before wrapping it"
+            )
+    exclude = _patterns(exclude)
+    for name, layer in _layers(part):
+        pattern = _excluded_by(f"{prefix}.{name}" if prefix else name, exclude)
+        if pattern is not None:
+            if not isinstance(layer, AsymmetricLayer):
+                layer.feedback_reason = f"excluded by {pattern!r}"
+        elif rule is Backpropagation:
+            _restore(layer)
+        elif _obstacle(layer) is None:
+            _convert(layer, rule(scale, gain, seed, name))
+    return part
+
+
+def feedback_report(model: nn.Module) -> FeedbackReport:
+    """
+    Which layer of ``model`` learns by which rule, now: one row per layer with a weight, in the
+    order of ``named_modules``. The rule of a layer that stays on backpropagation comes with the
+    reason.
+    """
+    report = FeedbackReport()
+    for name, layer in _layers(model):
+        if isinstance(layer, AsymmetricLayer):
+            rule = Backpropagation if layer.feedback_suspended else layer.rule
+            reason = "suspended for a moment" if layer.feedback_suspended else ""
+            report.append(FeedbackRow(name, rule.name, reason))
+        else:
+            reason = getattr(layer, "feedback_reason", None) or _obstacle(layer) or "not converted"
+            report.append(FeedbackRow(name, Backpropagation.name, reason))
+    return report
+
+
+@contextmanager
+def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
+    """
+    Within the context, backward passes of ``model`` run on backpropagation, also those of forward
+    passes made before it; rules and state stay. Learned feedback receives no gradient meanwhile.
+    """
+    layers = [
+        layer
+        for _, layer in _layers(model)
+        if isinstance(layer, AsymmetricLayer) and not layer.feedback_suspended
+    ]
+    for layer in layers:
+        layer.feedback_suspended = True
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            del layer.feedback_suspended
+
+
+def check_exclude(model: nn.Module, exclude: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a pattern of ``exclude`` matches no layer of ``model``.
+    """
+    names = [name for name, _ in _layers(model)]
+    for pattern in _patterns(exclude):
+        if not any(_excluded_by(name, (pattern,)) for name in names):
+            raise ValueError(
+                f"the exclude pattern {pattern!r} matches no layer of {type(model).__name__}; "
+                f"its layers are named like {', '.join(map(repr, names[:3] + names[-2:]))} "
+                "(print(feedback_report(model)) lists them)"
+            )
+
+
+def _patterns(exclude: Iterable[str]) -> tuple[str, ...]:
+    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+
+def _excluded_by(name: str, patterns: Iterable[str]) -> Optional[str]:
+    """The first pattern that matches the name or that of a module around it."""
+    parts = name.split(".")
+    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    for pattern in patterns:
+        if any(fnmatch.fnmatchcase(module, pattern) for module in around):
+            return pattern
+    return None
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that belongs in a report."""
+    for name, module in model.named_modules():
+        if isinstance(module, _WEIGHTED) or _owns_matrix(module):
+            yield name, module
+
+
+def _owns_matrix(module: nn.Module) -> bool:
+    """Whether the module itself holds a parameter of two or more dimensions: perhaps a weight."""
+    parameters = module.parameters(recurse=False)
+    return any(nn.parameter.is_lazy(p) or p.dim() >= 2 for p in parameters)
+
+
+def _obstacle(layer: nn.Module) -> Optional[str]:
+    """Why a layer cannot be converted, or None."""
+    if isinstance(layer, AsymmetricLayer):
+        return None
+    kind = type(layer)
+    if kind not in _ASYMMETRIC:
+        known = next((stock for stock in _ASYMMETRIC if isinstance(layer, stock)), None)
+        if known is not None:
+            return f"{kind.__name__}, a subclass of {known.__name__} that may compute otherwise"
+        return f"no asymmetric form of {kind.__name__}"
+    if "weight" not in layer._parameters:
+        return "its weight is computed, not a parameter (weight_norm, spectral_norm)"
+    if kind is detectron2.layers.Conv2d and layer.padding_mode != "zeros":
+        return f"Detectron2's Conv2d pads with zeros in spite of {layer.padding_mode!r}"
+    return None
+
+
+def _convert(layer: nn.Module, rule: FeedbackRule) -> None:
+    if not isinstance(layer, AsymmetricLayer):
+        layer.__dict__.pop("feedback_reason", None)
+        stock_class = type(layer)
+        layer.__class__ = _ASYMMETRIC[stock_class]
+        layer.stock_class = stock_class
+    layer.set_rule(rule)
+
+
+def _restore(layer: nn.Module) -> None:
+    layer.__dict__.pop("feedback_reason", None)
+    if not isinstance(layer, AsymmetricLayer):
+        return
+    layer.drop_state()
+    stock_class = layer.stock_class
+    for name in ("rule", "stock_class", "feedback_suspended"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = stock_class

@@ -1,0 +1,310 @@
+"""The feedback rules: what stands in the weight's place when the error flows back.
+
+A rule is one class in :data:`FEEDBACK_REGISTRY`. It maps the forward weight W to the feedback
+weight B and says what state it keeps: none, a fixed buffer, or a learned parameter. Convolution,
+transposed convolution and linear layers share it.
+
+| name | short | B | state |
+|---|---|---|---|
+| backpropagation | bp | W | |
+| sign_symmetry | ss | s sign(W), as W changes (uSF) | |
+| sign_symmetry_fixed_magnitude | frsf | abs(M) o sign(W), M drawn once | feedback_magnitude |
+| sign_symmetry_batchwise_magnitude | brsf | the same, M drawn anew after each update of W | same |
+| feedback_alignment | fa | random, fixed | feedback_weight |
+| feedback_alignment_signed_init | fasi | s sign(W at the start), fixed | feedback_weight |
+| kolen_pollack | kp | random at the start, then updated as W is | feedback_weight, learned |
+
+Sources: Lillicrap et al. 2016 (FA); Liao, Leibo and Poggio 2016, arXiv:1510.05067 (uSF, frSF,
+brSF); Xiao et al. 2019, arXiv:1811.03567 (FA with signed initialisation, in the authors' code);
+Akrout et al. 2019, arXiv:1904.05391 (Kolen-Pollack).
+
+How large B is decides whether training works, so the magnitude s is explicit: ``gain`` times one
+of :data:`FEEDBACK_SCALES`. Random feedback is drawn from N(0, s^2), except where the source of a
+scale draws it otherwise.
+"""
+
+import hashlib
+import math
+from typing import Callable, ClassVar, NamedTuple, Optional
+
+import torch
+from fvcore.common.registry import Registry
+from torch import Tensor
+
+__all__ = ["FEEDBACK_REGISTRY", "FEEDBACK_SCALES", "FeedbackRule", "Fans", "get_rule"]
+
+
+class Fans(NamedTuple):
+    """What a scale needs to know of the layer besides its weight."""
+
+    fan_in: int
+    """Number of inputs of one output unit: C_in / groups * k_h * k_w."""
+    fan_out: int
+    """C_out * k_h * k_w (as torchvision and the authors count it, whatever the groups)."""
+    is_linear: bool
+
+
+class FeedbackScale(NamedTuple):
+    """A formula for the magnitude s, and how random feedback of that magnitude is drawn."""
+
+    magnitude: Callable[[Tensor, Fans], Tensor]
+    """(weight, fans) -> s, a scalar tensor on the weight's device."""
+    uniform_bound: Callable[[Fans], Optional[float]] = lambda fans: None
+    """Random feedback is U(-bound s, bound s); N(0, s^2) where this is None."""
+
+
+def _mean_norm(weight: Tensor, order: int) -> Tensor:
+    """(mean of abs(W)^order)^(1/order) in one pass; at least in float32, which sums well."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, order, dtype=dtype)
+    return norm / weight.numel() ** (1 / order)
+
+
+def _constant(weight: Tensor, value: float) -> Tensor:
+    return torch.full((), value, device=weight.device)
+
+
+FEEDBACK_SCALES: dict[str, FeedbackScale] = {
+    # The mean of abs(W) now: B has W's L1 norm, and less than its L2 norm.
+    "mean_abs": FeedbackScale(lambda weight, fans: _mean_norm(weight, 1)),
+    # The root mean square of W now: B has W's L2 norm.
+    "rms": FeedbackScale(lambda weight, fans: _mean_norm(weight, 2)),
+    # The authors' code (Xiao et al. 2019): constants of the layer's shape.
+    "kaiming": FeedbackScale(
+        lambda weight, fans: _constant(
+            weight,
+            1 / math.sqrt(fans.fan_in) if fans.is_linear else math.sqrt(2 / fans.fan_out),
+        ),
+        lambda fans: 1.0 if fans.is_linear else None,
+    ),
+    # BioTorch: the standard deviation of Glorot and Bengio's (2010) uniform initialisation.
+    "xavier": FeedbackScale(
+        lambda weight, fans: _constant(weight, math.sqrt(2 / (fans.fan_in + fans.fan_out))),
+        lambda fans: math.sqrt(3),
+    ),
+}
+
+
+class FeedbackRule:
+    """
+    How one layer's feedback weight B comes from its forward weight W.
+
+    A new rule is a subclass with a ``name``, registered with ``@FEEDBACK_REGISTRY.register()``,
+    that overrides :meth:`feedback` and, if it keeps state, names it in ``state_name`` and makes it
+    in :meth:`initial_state`. An instance belongs to one layer and never changes.
+
+    Args:
+        scale: one of :data:`FEEDBACK_SCALES`.
+        gain: multiplies the scale's magnitude.
+        seed: with ``layer_name``, determines everything that is drawn at random.
+        layer_name: the layer's name within the converted module.
+
+    Raises:
+        ValueError: unknown scale, or a gain that is not a positive number.
+    """
+
+    name: ClassVar[str] = ""
+    """The name in the registry and in reports."""
+    short_name: ClassVar[str] = ""
+    """What the literature calls it, in lower case."""
+    state_name: ClassVar[Optional[str]] = None
+    """The buffer or parameter that holds the state; must begin with 'feedback'."""
+    learned: ClassVar[bool] = False
+    """Whether the state is a parameter that receives the weight's gradient."""
+    redrawn: ClassVar[bool] = False
+    """Whether the state is drawn anew once W has been updated."""
+
+    def __init__(
+        self, scale: str = "mean_abs", gain: float = 1.0, seed: int = 0, layer_name: str = ""
+    ) -> None:
+        if scale not in FEEDBACK_SCALES:
+            raise ValueError(
+                f"unknown feedback scale {scale!r}; choose one of {', '.join(FEEDBACK_SCALES)}"
+            )
+        if not (isinstance(gain, (int, float)) and math.isfinite(gain) and gain > 0):
+            raise ValueError(f"the feedback gain is {gain!r}; it must be a positive number")
+        self.scale = scale
+        self.gain = float(gain)
+        self.seed = seed
+        self.layer_name = layer_name
+
+    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+        """
+        B for this moment's W, of W's shape; called in the backward pass.
+
+        Args:
+            weight: W.
+            state: what :meth:`initial_state` made, as it is now.
+            fans: of the layer.
+        """
+        raise NotImplementedError(f"rule {self.name!r} does not say what its feedback is")
+
+    def initial_state(self, weight: Tensor, fans: Fans) -> Optional[Tensor]:
+        """
+        The state at conversion, of W's shape and exactly as :meth:`feedback` uses it; made anew
+        when a checkpoint brings another W without feedback.
+        """
+        return None
+
+    def redraw(self, weight: Tensor, fans: Fans, index: int) -> Tensor:
+        """The state's ``index``-th draw after the initial one; only of a rule that is ``redrawn``."""
+        raise NotImplementedError(f"rule {self.name!r} draws its state once")
+
+    def magnitude(self, weight: Tensor, fans: Fans) -> Tensor:
+        """s, a scalar tensor: gain times the scale."""
+        return FEEDBACK_SCALES[self.scale].magnitude(weight, fans) * self.gain
+
+    def sign(self, weight: Tensor, fans: Fans) -> Tensor:
+        """s sign(W). A weight that is exactly zero gets no feedback."""
+        return torch.sign(weight).mul_(self.magnitude(weight, fans))
+
+    def draw(
+        self, weight: Tensor, fans: Fans, index: int = 0, device: str | torch.device = "cpu"
+    ) -> Tensor:
+        """
+        Random feedback of magnitude s, of W's shape, type and device. The same for the same seed,
+        layer name and index on every rank: it comes from a generator of its own, on the CPU
+        unless told otherwise, that no other random state touches.
+        """
+        label = f"{self.seed}/{self.layer_name}/{index}".encode()
+        seed = int.from_bytes(hashlib.sha256(label).digest()[:8], "big") >> 1
+        generator = torch.Generator(device).manual_seed(seed)
+        drawn = torch.empty(weight.shape, device=device)
+        bound = FEEDBACK_SCALES[self.scale].uniform_bound(fans)
+        if bound is None:
+            drawn.normal_(generator=generator)
+        else:
+            drawn.uniform_(-bound, bound, generator=generator)
+        magnitude = self.magnitude(weight, fans)
+        drawn = drawn.to(weight.device, magnitude.dtype).mul_(magnitude)
+        # empty_like keeps the weight's memory format, which the convolution wants of B as well.
+        return torch.empty_like(weight, requires_grad=False).copy_(drawn)
+
+
+class _FeedbackRegistry(Registry):
+    """fvcore's registry, keyed by the rules' own names; finds a rule by its short name too."""
+
+    def register(self, obj=None):
+        if obj is None:
+            return self.register
+        if not obj.name:
+            raise ValueError(f"{obj.__name__} needs a name, a class attribute, to be registered")
+        if obj.state_name is not None and not obj.state_name.startswith("feedback"):
+            raise ValueError(
+                f"{obj.__name__}.state_name is {obj.state_name!r}; it must begin with 'feedback', "
+                "so that a checkpoint shows what belongs to the rule"
+            )
+        self._do_register(obj.name, obj)
+        return obj
+
+    def get(self, name: str) -> type[FeedbackRule]:
+        for full_name, rule in self:
+            if name in (full_name, rule.short_name) and name:
+                return rule
+        known = ", ".join(f"{n} ({r.short_name})" if r.short_name else n for n, r in self)
+        raise ValueError(f"unknown feedback rule {name!r}; choose one of {known}")
+
+
+FEEDBACK_REGISTRY = _FeedbackRegistry("FEEDBACK")
+FEEDBACK_REGISTRY.__doc__ = "The rules by name: subclasses of :class:`FeedbackRule`."
+
+
+def get_rule(rule: str | type[FeedbackRule]) -> type[FeedbackRule]:
+    """
+    The rule's class, from its name, its short name, or itself.
+
+    Raises:
+        ValueError: no such rule; names those there are.
+    """
+    return rule if isinstance(rule, type) else FEEDBACK_REGISTRY.get(rule)
+
+
+@FEEDBACK_REGISTRY.register()
+class Backpropagation(FeedbackRule):
+    """B = W: the control."""
+
+    name = "backpropagation"
+    short_name = "bp"
+
+    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+        return weight
+
+
+@FEEDBACK_REGISTRY.register()
+class SignSymmetry(FeedbackRule):
+    """B = s sign(W), following W: uniform sign-concordant feedback (uSF)."""
+
+    name = "sign_symmetry"
+    short_name = "ss"
+
+    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+        return self.sign(weight, fans)
+
+
+@FEEDBACK_REGISTRY.register()
+class SignSymmetryFixedMagnitude(FeedbackRule):
+    """B = abs(M) o sign(W) with M drawn once: fixed random magnitude (frSF)."""
+
+    name = "sign_symmetry_fixed_magnitude"
+    short_name = "frsf"
+    state_name = "feedback_magnitude"
+
+    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+        return torch.sign(weight).mul_(state)
+
+    def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
+        return self.draw(weight, fans).abs_()
+
+
+@FEEDBACK_REGISTRY.register()
+class SignSymmetryBatchwiseMagnitude(SignSymmetryFixedMagnitude):
+    """
+    B = abs(M) o sign(W) with M drawn anew after each update of W: batchwise random magnitude
+    (brSF). A layer called several times between two updates keeps its M.
+    """
+
+    name = "sign_symmetry_batchwise_magnitude"
+    short_name = "brsf"
+    redrawn = True
+
+    def redraw(self, weight: Tensor, fans: Fans, index: int) -> Tensor:
+        # Drawn on the weight's own device: this is on the path of every training step.
+        return self.draw(weight, fans, index, weight.device).abs_()
+
+
+@FEEDBACK_REGISTRY.register()
+class FeedbackAlignment(FeedbackRule):
+    """B random and fixed (FA)."""
+
+    name = "feedback_alignment"
+    short_name = "fa"
+    state_name = "feedback_weight"
+
+    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+        return state
+
+    def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
+        return self.draw(weight, fans)
+
+
+@FEEDBACK_REGISTRY.register()
+class FeedbackAlignmentSignedInit(FeedbackAlignment):
+    """B = s sign(W at the start), fixed."""
+
+    name = "feedback_alignment_signed_init"
+    short_name = "fasi"
+
+    def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
+        return self.sign(weight, fans)
+
+
+@FEEDBACK_REGISTRY.register()
+class KolenPollack(FeedbackAlignment):
+    """
+    B starts random and receives W's gradient; with the same learning rate and weight decay it
+    converges to W (Kolen and Pollack 1994; Akrout et al. 2019).
+    """
+
+    name = "kolen_pollack"
+    short_name = "kp"
+    learned = True

@@ -1,0 +1,310 @@
+"""The asymmetric operations: forward as stock torch, backward through a feedback weight.
+
+For y = W * x + b and an error dE/dy that arrives from above,
+
+    dE/dx = B^T * dE/dy        (stock: W^T * dE/dy)
+    dE/dW, dE/db               as stock, from the same dE/dy,
+
+where the feedback weight B has W's shape (Lillicrap et al. 2016; Liao, Leibo and Poggio 2016,
+arXiv:1510.05067; Xiao et al. 2019, arXiv:1811.03567). These are the package's only autograd
+Functions.
+
+``feedback`` says what B is. It is either a tensor of the weight's shape, or a callable
+``feedback(weight, state) -> B`` that the *backward* pass calls, so that the rule in force then
+decides, whatever it was in the forward pass; ``state`` is passed on to it. A feedback weight that
+is learned (Kolen-Pollack, Akrout et al. 2019, arXiv:1904.05391) is a tensor that requires a
+gradient: it receives the weight's own.
+"""
+
+from typing import Callable, Optional, Sequence, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+__all__ = ["asymmetric_conv2d", "asymmetric_conv_transpose2d", "asymmetric_linear"]
+
+FeedbackFn = Callable[[Tensor, Optional[Tensor]], Tensor]
+Feedback = Union[Tensor, FeedbackFn]
+IntOrPair = Union[int, Sequence[int]]
+
+
+def asymmetric_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: IntOrPair = 1,
+    padding: Union[str, IntOrPair] = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    *,
+    feedback: Feedback,
+    state: Optional[Tensor] = None,
+) -> Tensor:
+    """
+    :func:`torch.nn.functional.conv2d` whose input gradient flows through B instead of W.
+
+    Args:
+        input: (N, C_in, H, W) or (C_in, H, W); N may be 0.
+        weight: W, (C_out, C_in / groups, k_h, k_w).
+        bias: (C_out,) or None.
+        stride, padding, dilation, groups: as in ``conv2d``; ``padding`` also 'same' or 'valid'.
+        feedback: B, of W's shape, or ``feedback(weight, state) -> B``, called in backward.
+        state: what a callable ``feedback`` keeps; receives W's gradient if it requires one.
+
+    Returns:
+        (N, C_out, H_out, W_out), exactly as ``conv2d`` gives it.
+
+    Raises:
+        ValueError: B or ``padding`` does not fit.
+        RuntimeError: a second derivative is asked for.
+    """
+    feedback, state = _feedback_source(feedback, state, weight)
+    stride, dilation = _pair(stride), _pair(dilation)
+    if isinstance(padding, str):
+        input, padding = _pad_by_name(input, weight, padding, stride, dilation)
+    return _AsymmetricConvolution.apply(
+        input,
+        weight,
+        bias,
+        state,
+        feedback,
+        _autocast_dtype(input),
+        (stride, _pair(padding), dilation, False, (0, 0), groups),
+    )
+
+
+def asymmetric_conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    output_padding: IntOrPair = 0,
+    groups: int = 1,
+    dilation: IntOrPair = 1,
+    *,
+    feedback: Feedback,
+    state: Optional[Tensor] = None,
+) -> Tensor:
+    """
+    :func:`torch.nn.functional.conv_transpose2d` whose input gradient flows through B.
+
+    Args:
+        input: (N, C_in, H, W) or (C_in, H, W); N may be 0.
+        weight: W, (C_in, C_out / groups, k_h, k_w).
+        bias, stride, padding, output_padding, groups, dilation: as in ``conv_transpose2d``.
+        feedback, state: as in :func:`asymmetric_conv2d`.
+
+    Returns:
+        (N, C_out, H_out, W_out), exactly as ``conv_transpose2d`` gives it.
+
+    Raises:
+        ValueError: B does not fit.
+        RuntimeError: a second derivative is asked for.
+    """
+    feedback, state = _feedback_source(feedback, state, weight)
+    return _AsymmetricConvolution.apply(
+        input,
+        weight,
+        bias,
+        state,
+        feedback,
+        _autocast_dtype(input),
+        (_pair(stride), _pair(padding), _pair(dilation), True, _pair(output_padding), groups),
+    )
+
+
+def asymmetric_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    feedback: Feedback,
+    state: Optional[Tensor] = None,
+) -> Tensor:
+    """
+    :func:`torch.nn.functional.linear` whose input gradient is dE/dy B instead of dE/dy W.
+
+    Args:
+        input: (*, C_in), any number of leading dimensions, none and empty ones included.
+        weight: W, (C_out, C_in).
+        bias: (C_out,) or None.
+        feedback, state: as in :func:`asymmetric_conv2d`.
+
+    Returns:
+        (*, C_out), exactly as ``linear`` gives it.
+
+    Raises:
+        ValueError: B does not fit.
+        RuntimeError: a second derivative is asked for.
+    """
+    feedback, state = _feedback_source(feedback, state, weight)
+    return _AsymmetricLinear.apply(input, weight, bias, state, feedback, _autocast_dtype(input))
+
+
+def _given(weight: Tensor, state: Optional[Tensor]) -> Tensor:
+    """The feedback function of a B that was passed as a tensor."""
+    return state
+
+
+def _feedback_source(
+    feedback: Feedback, state: Optional[Tensor], weight: Tensor
+) -> tuple[FeedbackFn, Optional[Tensor]]:
+    if not isinstance(feedback, Tensor):
+        return feedback, state
+    if state is not None:
+        raise ValueError("state goes with a callable feedback; a tensor is its own state")
+    if feedback.shape != weight.shape:
+        raise ValueError(
+            f"the feedback weight has shape {tuple(feedback.shape)}; "
+            f"it must have the weight's, {tuple(weight.shape)}"
+        )
+    return _given, feedback
+
+
+def _pad_by_name(
+    input: Tensor,
+    weight: Tensor,
+    padding: str,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, tuple[int, int]]:
+    """Numbers for padding 'valid' and 'same'; pads the input where the two sides differ by one."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise ValueError(f"padding is {padding!r}; it must be 'same', 'valid' or numbers")
+    if tuple(stride) != (1, 1):
+        raise ValueError(f"padding='same' needs stride 1; the stride is {tuple(stride)}")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    # torch puts the odd one on the right and at the bottom, and so do we.
+    odd_h, odd_w = (t % 2 for t in total)
+    if odd_h or odd_w:
+        input = F.pad(input, (0, odd_w, 0, odd_h))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+def _autocast_dtype(input: Tensor) -> Optional[torch.dtype]:
+    """The type autocast computes in on the input's device, or None; it leaves float64 alone."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _cast(dtype: Optional[torch.dtype], *tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
+    return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
+
+
+def _refuse_second_derivative() -> None:
+    # autograd runs a backward with gradients enabled only under create_graph=True. (A compiler
+    # traces it so too; a compiled graph then refuses the second derivative by itself.)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "asymmetric feedback has no second derivative: B stands in for the weight in backward "
+            "without being a function of the loss. Call backward without create_graph=True, or "
+            "convert the model back first: convert_feedback(model, 'backpropagation')."
+        )
+
+
+def _saved_feedback(ctx, weight: Tensor, state: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+    """B as the rule in force now gives it, in the type of the arithmetic."""
+    feedback = ctx.feedback(weight, state)
+    if feedback.shape != weight.shape:
+        raise ValueError(
+            f"the rule gave a feedback weight of shape {tuple(feedback.shape)} "
+            f"for a weight of shape {tuple(weight.shape)}"
+        )
+    return feedback.to(dtype)
+
+
+def _state_gradient(ctx, weight: Tensor, state: Optional[Tensor], grad_weight: Tensor):
+    """
+    A learned feedback weight receives what the weight receives (a copy: optimisers and gradient
+    scalers change gradients in place), unless the weight is frozen or the rule in force for this
+    pass does not use it.
+    """
+    if not ctx.needs_input_grad[3] or ctx.feedback(weight, state) is not state:
+        return None
+    return grad_weight.to(state.dtype, copy=True)
+
+
+class _AsymmetricConvolution(torch.autograd.Function):
+    """Convolution, transposed or not: one ``aten.convolution_backward`` with B in W's place."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, state, feedback, dtype, options):
+        stride, padding, dilation, transposed, output_padding, groups = options
+        ctx.feedback, ctx.options = feedback, options
+        ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+        input, cast_weight, bias = _cast(dtype, input, weight, bias)
+        # The weight itself is saved, not its cast copy: B is built from it, and it costs nothing.
+        ctx.save_for_backward(input, weight, state)
+        if transposed:
+            return F.conv_transpose2d(
+                input, cast_weight, bias, stride, padding, output_padding, groups, dilation
+            )
+        return F.conv2d(input, cast_weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        _refuse_second_derivative()
+        input, weight, state = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        unbatched = input.dim() == 3
+        if unbatched:
+            input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
+        # The weight's gradient does not depend on which weight is passed; B alone serves both.
+        through = (
+            _saved_feedback(ctx, weight, state, input.dtype)
+            if need_input
+            else weight.to(input.dtype)
+        )
+        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_output,
+            input,
+            through,
+            [grad_output.shape[1]],
+            *ctx.options,
+            [need_input, need_weight, need_bias],
+        )
+        if need_input:
+            grad_input = (grad_input.squeeze(0) if unbatched else grad_input).to(ctx.input_dtype)
+        grad_state = None
+        if need_weight:
+            grad_weight = grad_weight.to(weight.dtype)
+            grad_state = _state_gradient(ctx, weight, state, grad_weight)
+        if need_bias:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, grad_state, None, None, None
+
+
+class _AsymmetricLinear(torch.autograd.Function):
+    """Linear map: two matrix products, the first with B in W's place."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, state, feedback, dtype):
+        ctx.feedback = feedback
+        ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+        input, cast_weight, bias = _cast(dtype, input, weight, bias)
+        ctx.save_for_backward(input, weight, state)
+        return F.linear(input, cast_weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        _refuse_second_derivative()
+        input, weight, state = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_input = grad_weight = grad_bias = grad_state = None
+        if need_input:
+            through = _saved_feedback(ctx, weight, state, input.dtype)
+            grad_input = (grad_output @ through).to(ctx.input_dtype)
+        rows = grad_output.reshape(-1, weight.shape[0])
+        if need_weight:
+            grad_weight = (rows.t() @ input.reshape(-1, weight.shape[1])).to(weight.dtype)
+            grad_state = _state_gradient(ctx, weight, state, grad_weight)
+        if need_bias:
+            grad_bias = rows.sum(0).to(ctx.bias_dtype)
+        return grad_input, grad_weight, grad_bias, grad_state, None, None
