@@ -5,7 +5,7 @@ parameter whose name begins with ``feedback``.
 """
 
 import logging
-from typing import Any, Optional
+from typing import Any
 
 import detectron2.layers
 import torch
@@ -74,7 +74,7 @@ class AsymmetricLayer(nn.Module):
         self.__dict__.pop("feedback_drawn", None)
 
     @property
-    def feedback_state(self) -> Optional[Tensor]:
+    def feedback_state(self) -> Tensor | None:
         """The rule's state, of the weight's shape, or None."""
         return None if self.rule.state_name is None else getattr(self, self.rule.state_name)
 
@@ -97,7 +97,7 @@ class AsymmetricLayer(nn.Module):
             self.feedback_drawn[1] = 0
             self._mark_drawn()
 
-    def _feedback(self, weight: Tensor, state: Optional[Tensor]) -> Tensor:
+    def _feedback(self, weight: Tensor, state: Tensor | None) -> Tensor:
         # Called in backward: the rule that counts is the one in force then.
         return weight if self.feedback_suspended else self.rule.feedback(weight, state, self.fans())
 
@@ -246,7 +246,7 @@ class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
         area = self.kernel_size[0] * self.kernel_size[1]
         return Fans(self.in_channels // self.groups * area, self.out_channels * area, False)
 
-    def forward(self, input: Tensor, output_size: Optional[list[int]] = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
         output_padding = self._output_padding(
             input,

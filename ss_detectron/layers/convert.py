@@ -8,7 +8,7 @@ stay as they are.
 import fnmatch
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import detectron2.layers
 import torchvision
@@ -200,7 +200,7 @@ def _patterns(exclude: Iterable[str]) -> tuple[str, ...]:
     return (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
 
-def _excluded_by(name: str, patterns: Iterable[str]) -> Optional[str]:
+def _excluded_by(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches the name or that of a module around it."""
     parts = name.split(".")
     around = [".".join(parts[: i + 1]) for i in range(len(parts))]
@@ -223,7 +223,7 @@ def _owns_matrix(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(p) or p.dim() >= 2 for p in parameters)
 
 
-def _obstacle(layer: nn.Module) -> Optional[str]:
+def _obstacle(layer: nn.Module) -> str | None:
     """Why a layer cannot be converted, or None."""
     if isinstance(layer, AsymmetricLayer):
         return None

@@ -25,7 +25,8 @@ scale draws it otherwise.
 
 import hashlib
 import math
-from typing import Callable, ClassVar, NamedTuple, Optional
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from fvcore.common.registry import Registry
@@ -49,7 +50,7 @@ class FeedbackScale(NamedTuple):
 
     magnitude: Callable[[Tensor, Fans], Tensor]
     """(weight, fans) -> s, a scalar tensor on the weight's device."""
-    uniform_bound: Callable[[Fans], Optional[float]] = lambda fans: None
+    uniform_bound: Callable[[Fans], float | None] = lambda fans: None
     """Random feedback is U(-bound s, bound s); N(0, s^2) where this is None."""
 
 
@@ -107,7 +108,7 @@ class FeedbackRule:
     """The name in the registry and in reports."""
     short_name: ClassVar[str] = ""
     """What the literature calls it, in lower case."""
-    state_name: ClassVar[Optional[str]] = None
+    state_name: ClassVar[str | None] = None
     """The buffer or parameter that holds the state; must begin with 'feedback'."""
     learned: ClassVar[bool] = False
     """Whether the state is a parameter that receives the weight's gradient."""
@@ -128,7 +129,7 @@ class FeedbackRule:
         self.seed = seed
         self.layer_name = layer_name
 
-    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
         """
         B for this moment's W, of W's shape; called in the backward pass.
 
@@ -139,7 +140,7 @@ class FeedbackRule:
         """
         raise NotImplementedError(f"rule {self.name!r} does not say what its feedback is")
 
-    def initial_state(self, weight: Tensor, fans: Fans) -> Optional[Tensor]:
+    def initial_state(self, weight: Tensor, fans: Fans) -> Tensor | None:
         """
         The state at conversion, of W's shape and exactly as :meth:`feedback` uses it; made anew
         when a checkpoint brings another W without feedback.
@@ -147,7 +148,7 @@ class FeedbackRule:
         return None
 
     def redraw(self, weight: Tensor, fans: Fans, index: int) -> Tensor:
-        """The state's ``index``-th draw after the initial one; only of a rule that is ``redrawn``."""
+        """The state's ``index``-th draw after the initial one, for a rule that is ``redrawn``."""
         raise NotImplementedError(f"rule {self.name!r} draws its state once")
 
     def magnitude(self, weight: Tensor, fans: Fans) -> Tensor:
@@ -226,7 +227,7 @@ class Backpropagation(FeedbackRule):
     name = "backpropagation"
     short_name = "bp"
 
-    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
         return weight
 
 
@@ -237,7 +238,7 @@ class SignSymmetry(FeedbackRule):
     name = "sign_symmetry"
     short_name = "ss"
 
-    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
         return self.sign(weight, fans)
 
 
@@ -249,7 +250,7 @@ class SignSymmetryFixedMagnitude(FeedbackRule):
     short_name = "frsf"
     state_name = "feedback_magnitude"
 
-    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
         return torch.sign(weight).mul_(state)
 
     def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
@@ -280,7 +281,7 @@ class FeedbackAlignment(FeedbackRule):
     short_name = "fa"
     state_name = "feedback_weight"
 
-    def feedback(self, weight: Tensor, state: Optional[Tensor], fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
         return state
 
     def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:

@@ -16,7 +16,7 @@ is learned (Kolen-Pollack, Akrout et al. 2019, arXiv:1904.05391) is a tensor tha
 gradient: it receives the weight's own.
 """
 
-from typing import Callable, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +25,22 @@ from torch.nn.modules.utils import _pair
 
 __all__ = ["asymmetric_conv2d", "asymmetric_conv_transpose2d", "asymmetric_linear"]
 
-FeedbackFn = Callable[[Tensor, Optional[Tensor]], Tensor]
-Feedback = Union[Tensor, FeedbackFn]
-IntOrPair = Union[int, Sequence[int]]
+FeedbackFn = Callable[[Tensor, Tensor | None], Tensor]
+Feedback = Tensor | FeedbackFn
+IntOrPair = int | Sequence[int]
 
 
 def asymmetric_conv2d(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     stride: IntOrPair = 1,
-    padding: Union[str, IntOrPair] = 0,
+    padding: str | IntOrPair = 0,
     dilation: IntOrPair = 1,
     groups: int = 1,
     *,
     feedback: Feedback,
-    state: Optional[Tensor] = None,
+    state: Tensor | None = None,
 ) -> Tensor:
     """
     :func:`torch.nn.functional.conv2d` whose input gradient flows through B instead of W.
@@ -78,7 +78,7 @@ def asymmetric_conv2d(
 def asymmetric_conv_transpose2d(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     stride: IntOrPair = 1,
     padding: IntOrPair = 0,
     output_padding: IntOrPair = 0,
@@ -86,7 +86,7 @@ def asymmetric_conv_transpose2d(
     dilation: IntOrPair = 1,
     *,
     feedback: Feedback,
-    state: Optional[Tensor] = None,
+    state: Tensor | None = None,
 ) -> Tensor:
     """
     :func:`torch.nn.functional.conv_transpose2d` whose input gradient flows through B.
@@ -119,10 +119,10 @@ def asymmetric_conv_transpose2d(
 def asymmetric_linear(
     input: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     *,
     feedback: Feedback,
-    state: Optional[Tensor] = None,
+    state: Tensor | None = None,
 ) -> Tensor:
     """
     :func:`torch.nn.functional.linear` whose input gradient is dE/dy B instead of dE/dy W.
@@ -144,14 +144,14 @@ def asymmetric_linear(
     return _AsymmetricLinear.apply(input, weight, bias, state, feedback, _autocast_dtype(input))
 
 
-def _given(weight: Tensor, state: Optional[Tensor]) -> Tensor:
+def _given(weight: Tensor, state: Tensor | None) -> Tensor:
     """The feedback function of a B that was passed as a tensor."""
     return state
 
 
 def _feedback_source(
-    feedback: Feedback, state: Optional[Tensor], weight: Tensor
-) -> tuple[FeedbackFn, Optional[Tensor]]:
+    feedback: Feedback, state: Tensor | None, weight: Tensor
+) -> tuple[FeedbackFn, Tensor | None]:
     if not isinstance(feedback, Tensor):
         return feedback, state
     if state is not None:
@@ -186,7 +186,7 @@ def _pad_by_name(
     return input, (total[0] // 2, total[1] // 2)
 
 
-def _autocast_dtype(input: Tensor) -> Optional[torch.dtype]:
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The type autocast computes in on the input's device, or None; it leaves float64 alone."""
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
@@ -194,7 +194,7 @@ def _autocast_dtype(input: Tensor) -> Optional[torch.dtype]:
     return None
 
 
-def _cast(dtype: Optional[torch.dtype], *tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
+def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
 
 
@@ -209,7 +209,7 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _saved_feedback(ctx, weight: Tensor, state: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+def _saved_feedback(ctx, weight: Tensor, state: Tensor | None, dtype: torch.dtype) -> Tensor:
     """B as the rule in force now gives it, in the type of the arithmetic."""
     feedback = ctx.feedback(weight, state)
     if feedback.shape != weight.shape:
@@ -220,7 +220,7 @@ def _saved_feedback(ctx, weight: Tensor, state: Optional[Tensor], dtype: torch.d
     return feedback.to(dtype)
 
 
-def _state_gradient(ctx, weight: Tensor, state: Optional[Tensor], grad_weight: Tensor):
+def _state_gradient(ctx, weight: Tensor, state: Tensor | None, grad_weight: Tensor):
     """
     A learned feedback weight receives what the weight receives (a copy: optimisers and gradient
     scalers change gradients in place), unless the weight is frozen or the rule in force for this
