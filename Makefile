@@ -1,0 +1,86 @@
+# `make demo`, `make test` and `make lint` do all their set-up themselves, in .venv.
+# Needed: make, Python 3.11 or newer with its venv module, and a reachable package index.
+#
+#   make test PYTHON=python3.12            another Python than python3, for a new .venv
+#   make test DETECTRON2_SOURCE=official   where Detectron2 comes from: auto, official or pypi
+
+PYTHON ?= python3
+DETECTRON2_SOURCE ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# One stamp per finished step, written last: a step that was interrupted has none and is redone.
+STAMPS := $(VENV)/.stamps
+READY := $(STAMPS)/package $(STAMPS)/detectron2-$(DETECTRON2_SOURCE)
+
+.PHONY: help demo test lint setup clean distclean
+
+help:
+	@echo "make demo       train a small RetinaNet with sign-symmetry on the CPU and report on it"
+	@echo "make test       run the tests, less those marked slow"
+	@echo "make lint       check the code with ruff"
+	@echo "make setup      only what demo and test need, in $(VENV)"
+	@echo "make clean      remove build leftovers, caches and the demo's output"
+	@echo "make distclean  the same and $(VENV)"
+
+demo: $(READY)
+	@$(BIN)/python tools/install_detectron2.py --report
+	$(BIN)/python tools/train_net.py --config-file quick/shapes_retinanet_ss.yaml OUTPUT_DIR output/demo
+	$(BIN)/python tools/report_run.py output/demo
+
+test: $(READY)
+	@$(BIN)/python tools/install_detectron2.py --report
+	$(BIN)/python -m pytest tests -m "not slow"
+
+lint: $(STAMPS)/lint
+	$(BIN)/ruff check .
+
+setup: $(READY)
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there." \
+	  "Name a Python >= 3.11: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python >= 3.11 is needed, $(PYTHON) is `$(PYTHON) --version 2>&1`." \
+	  "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "error: $(PYTHON) lacks the modules venv or" \
+	  "ensurepip. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@# An interrupted .venv is completed, and made anew only where that leaves it without pip.
+	@{ $(PYTHON) -m venv $(VENV) && $(PIP) --version >/dev/null 2>&1; } \
+	  || $(PYTHON) -m venv --clear $(VENV) \
+	  || { echo "error: $(PYTHON) could not make $(VENV); see above" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/lint: requirements/lint.txt | $(STAMPS)/venv
+	@$(PIP) install -q -r $< || { $(PIP_FAILED) }
+	@touch $@
+
+$(STAMPS)/requirements: requirements/demo.txt requirements/test.txt | $(STAMPS)/venv
+	@echo "Installing torch and the other requirements into $(VENV): minutes, and several GB."
+	@$(PIP) install -r requirements/test.txt || { $(PIP_FAILED) }
+	@$(BIN)/python -c 'import torch, torchvision' || { echo "error: torch does not load; see above." \
+	  "Remove $(VENV) and try again." >&2; exit 1; }
+	@$(BIN)/python -c 'import cv2' || { echo "error: OpenCV does not load; see above. If it misses" \
+	  "libGL.so.1 or libgthread: apt-get install libgl1 libglib2.0-0, or write" \
+	  "opencv-python-headless for opencv-python in requirements/demo.txt." >&2; exit 1; }
+	@touch $@
+
+$(STAMPS)/package: setup.py pyproject.toml $(STAMPS)/requirements
+	@$(PIP) install -q --no-deps --no-build-isolation -e . || { $(PIP_FAILED) }
+	@touch $@
+
+$(STAMPS)/detectron2-$(DETECTRON2_SOURCE): tools/install_detectron2.py $(STAMPS)/requirements
+	$(BIN)/python tools/install_detectron2.py --source $(DETECTRON2_SOURCE)
+	@touch $@
+
+PIP_FAILED = echo "error: pip failed; see above. Is the package index reachable, and does it have" \
+  "these versions for `$(BIN)/python --version`?" >&2; exit 1;
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache output/demo
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
