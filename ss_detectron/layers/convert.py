@@ -6,7 +6,7 @@ stay as they are.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -118,12 +118,15 @@ def convert_part(
     exclude: Iterable[str] = (),
     seed: int = 0,
     prefix: str = "",
+    overrides: Mapping[str, str | type[FeedbackRule]] | None = None,
 ) -> nn.Module:
     """
     :func:`convert_feedback` for the builder of a part that will stand as ``prefix`` in the whole
     model: ``exclude`` speaks of names in the whole model, and a pattern may match nothing here.
+    So does ``overrides``, which gives layers that match a pattern another rule.
     """
     rule = get_rule(rule)
+    overrides = {pattern: get_rule(other) for pattern, other in (overrides or {}).items()}
     rule(scale, gain)  # refuses a wrong scale or gain before anything has changed
     for wrapper in (nn.parallel.DistributedDataParallel, nn.DataParallel):
         if isinstance(part, wrapper):
@@ -132,14 +135,19 @@ def convert_part(
             )
     exclude = _patterns(exclude)
     for name, layer in _layers(part):
-        pattern = _excluded_by(f"{prefix}.{name}" if prefix else name, exclude)
-        if pattern is not None:
+        full_name = f"{prefix}.{name}" if prefix else name
+        excluded_by = _match(full_name, exclude)
+        overridden_by = _match(full_name, overrides)
+        layer_rule = rule if overridden_by is None else overrides[overridden_by]
+        if excluded_by is not None:
             if not isinstance(layer, AsymmetricLayer):
-                layer.feedback_reason = f"excluded by {pattern!r}"
-        elif rule is Backpropagation:
+                layer.feedback_reason = f"excluded by {excluded_by!r}"
+        elif layer_rule is Backpropagation:
             _restore(layer)
+            if overridden_by is not None:
+                layer.feedback_reason = "its own rule is backpropagation"
         elif _obstacle(layer) is None:
-            _convert(layer, rule(scale, gain, seed, name))
+            _convert(layer, layer_rule(scale, gain, seed, name))
     return part
 
 
@@ -188,7 +196,7 @@ def check_exclude(model: nn.Module, exclude: Iterable[str]) -> None:
     """
     names = [name for name, _ in _layers(model)]
     for pattern in _patterns(exclude):
-        if not any(_excluded_by(name, (pattern,)) for name in names):
+        if not any(_match(name, (pattern,)) for name in names):
             raise ValueError(
                 f"the exclude pattern {pattern!r} matches no layer of {type(model).__name__}; "
                 f"its layers are named like {', '.join(map(repr, names[:3] + names[-2:]))} "
@@ -200,7 +208,7 @@ def _patterns(exclude: Iterable[str]) -> tuple[str, ...]:
     return (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
 
-def _excluded_by(name: str, patterns: Iterable[str]) -> str | None:
+def _match(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches the name or that of a module around it."""
     parts = name.split(".")
     around = [".".join(parts[: i + 1]) for i in range(len(parts))]

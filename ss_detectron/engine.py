@@ -1,0 +1,265 @@
+"""Training and evaluation: Detectron2's default trainer with what asymmetric feedback adds."""
+
+import argparse
+import json
+import logging
+import os
+import weakref
+from typing import Any, Optional
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import (
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.catalog import MetadataCatalog
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    hooks,
+)
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.solver import build_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from .checkpoint import FeedbackCheckpointer
+from .config import add_ss_config, find_config
+from .data import check_detection_datasets, register_coco_from_config
+from .layers import AsymmetricLayer, check_exclude, feedback_report, get_rule
+
+__all__ = ["Trainer", "argument_parser", "setup"]
+
+logger = logging.getLogger(__name__)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's command line; on one machine, a free port is found for several processes."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """
+    The config of a run, checked, and Detectron2's ordinary set-up (logging, seeds, output folder).
+
+    Args:
+        args: of :func:`argument_parser`. ``config_file`` may be the name of a config that ships
+            with this package; it is replaced by the path.
+
+    Raises:
+        FileNotFoundError: no such config, annotation file or image folder.
+        KeyError, ValueError: an unknown key, a value that does not fit, an unknown data set.
+    """
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    if args.config_file:
+        args.config_file = find_config(args.config_file)
+        cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if on_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+    register_coco_from_config(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
+    if on_cpu:
+        logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1:
+        # The processes of one machine share its cores.
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
+    _check_options(cfg)
+    check_detection_datasets(cfg)
+    if "://" in cfg.MODEL.WEIGHTS and not (args.resume and _has_checkpoint(cfg)):
+        logger.info(
+            "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
+            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. Weights "
+            "of the model zoo were trained by backpropagation.",
+            cfg.MODEL.WEIGHTS,
+        )
+    return cfg
+
+
+class Trainer(DefaultTrainer):
+    """
+    Detectron2's default trainer for models with asymmetric feedback: says at the start which
+    layers learn by which rule, chooses SOLVER.OPTIMIZER, keeps the best checkpoint, and trains on
+    one or several CPU processes as well.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: of :func:`setup`.
+        """
+        # DefaultTrainer's constructor, but for DistributedDataParallel on the CPU (which takes no
+        # device_ids), mixed precision on the CPU, and the checkpointer.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+
+        on_cpu = cfg.MODEL.DEVICE == "cpu"
+        device_ids = {"device_ids": None} if on_cpu else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
+        trainer = SimpleTrainer
+        if cfg.SOLVER.AMP.ENABLED:
+            trainer = _CPUAMPTrainer if on_cpu else AMPTrainer
+        self._trainer = trainer(model, data_loader, optimizer)
+
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = FeedbackCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """
+        Returns:
+            the model, on its device.
+
+        Raises:
+            ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect.
+        """
+        model = super().build_model(cfg)
+        check_exclude(model, cfg.MODEL.FEEDBACK.EXCLUDE)
+        rule = cfg.MODEL.FEEDBACK.RULE
+        converted = any(isinstance(m, AsymmetricLayer) for m in model.modules())
+        if rule and get_rule(rule).name != "backpropagation" and not converted:
+            raise ValueError(
+                f"MODEL.FEEDBACK.RULE is {rule!r}, but no layer of this model follows it: "
+                f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r} and MODEL.META_ARCHITECTURE "
+                f"{cfg.MODEL.META_ARCHITECTURE!r}; use a build_feedback_* backbone and "
+                "FeedbackRetinaNet with MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call "
+                "convert_feedback on the model"
+            )
+        logger.info("Which layers learn by which rule:\n%s", feedback_report(model))
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """
+        SOLVER.OPTIMIZER over Detectron2's parameter groups: its own SGD, or AdamW with the same
+        learning rates and weight decays. Gradient clipping as SOLVER.CLIP_GRADIENTS has it.
+        """
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return build_optimizer(cfg, model)
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = torch.optim.AdamW(
+            groups, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, foreach=True
+        )
+        return maybe_add_gradient_clipping(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's loader; its default sampler takes its seed from the config."""
+        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+            return build_detection_train_loader(cfg)
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+            ),
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        # Detectron2 0.6 draws a seed of its own here even where SEED is set.
+        sampler = TrainingSampler(len(dataset), seed=cfg.SEED if cfg.SEED >= 0 else None)
+        return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """
+        The evaluator for the data set's evaluator_type.
+
+        Raises:
+            NotImplementedError: there is none for that type.
+        """
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        if kind == "coco":
+            folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+            return COCOEvaluator(dataset_name, output_dir=folder)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise NotImplementedError(
+            f"data set {dataset_name!r} has evaluator_type {kind!r}; this trainer evaluates 'coco' "
+            "and 'pascal_voc'. Override Trainer.build_evaluator for others."
+        )
+
+    def build_hooks(self) -> list[Optional[hooks.HookBase]]:
+        """Detectron2's hooks, and the best checkpoint by the first test set's box AP."""
+        built = super().build_hooks()
+        if comm.is_main_process() and self.cfg.DATASETS.TEST:
+            names = self.cfg.DATASETS.TEST
+            metric = "bbox/AP" if len(names) == 1 else f"{names[0]}/bbox/AP"
+            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric)
+            # After the evaluation, before the writers.
+            built.insert(len(built) - 1, best)
+        return built
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Detectron2's, but a resumed run remembers the best metric from before."""
+
+    def before_train(self) -> None:
+        metrics = os.path.join(self.trainer.cfg.OUTPUT_DIR, "metrics.json")
+        best = os.path.join(self.trainer.cfg.OUTPUT_DIR, self._file_prefix + ".pth")
+        if self.trainer.start_iter == 0 or not (os.path.isfile(metrics) and os.path.isfile(best)):
+            return
+        with open(metrics) as f:
+            for line in f:
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # cut off when the run was killed
+                    continue
+                value = row.get(self._val_metric)
+                if value is None or row["iteration"] >= self.trainer.start_iter:
+                    continue
+                if self.best_metric is None or self._compare(value, self.best_metric):
+                    self._update_best(value, row["iteration"])
+
+
+class _CPUAMPTrainer(SimpleTrainer):
+    """Mixed precision where Detectron2's AMPTrainer, which is CUDA's, cannot run: bfloat16."""
+
+    def run_step(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            super().run_step()
+
+
+def _check_options(cfg: CfgNode) -> None:
+    """Refuses unknown values of this package's keys before anything is built."""
+    feedback = cfg.MODEL.FEEDBACK
+    for rule in (feedback.RULE or "backpropagation", feedback.LAST_LAYER_RULE):
+        get_rule(rule)(feedback.SCALE, feedback.GAIN)
+    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
+        raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
+
+
+def _has_checkpoint(cfg: CfgNode) -> bool:
+    return os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))

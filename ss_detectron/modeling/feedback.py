@@ -1,0 +1,43 @@
+"""From MODEL.FEEDBACK to the arguments of a conversion."""
+
+from typing import Any, Optional
+
+from detectron2.config import CfgNode
+
+from ..layers import get_rule
+
+__all__ = ["feedback_options"]
+
+
+def feedback_options(cfg: CfgNode, builder: str, fixed_rule: Optional[str]) -> dict[str, Any]:
+    """
+    The keyword arguments ``rule``, ``scale``, ``gain``, ``exclude`` and ``seed`` of
+    :func:`~ss_detectron.layers.convert_feedback`, as the config has them.
+
+    Args:
+        cfg: with the keys of :func:`~ss_detectron.config.add_ss_config`.
+        builder: who asks, for the error messages.
+        fixed_rule: the rule that ``builder`` is named after, or None if it follows the config.
+
+    Raises:
+        ValueError: no rule is given, or the config's contradicts the builder's.
+    """
+    if "FEEDBACK" not in cfg.MODEL:
+        raise ValueError(f"{builder} needs the keys MODEL.FEEDBACK: call add_ss_config(cfg) first")
+    options = cfg.MODEL.FEEDBACK
+    if not (options.RULE or fixed_rule):
+        raise ValueError(f"{builder} needs MODEL.FEEDBACK.RULE, such as 'sign_symmetry'")
+    rule = get_rule(options.RULE or fixed_rule).name
+    if fixed_rule is not None and rule != fixed_rule:
+        raise ValueError(
+            f"{builder} stands for the rule {fixed_rule!r}, but MODEL.FEEDBACK.RULE is "
+            f"{options.RULE!r}: change one of them, or use the generic build_feedback_* and "
+            "FeedbackRetinaNetHead, which follow MODEL.FEEDBACK.RULE"
+        )
+    return {
+        "rule": rule,
+        "scale": options.SCALE,
+        "gain": options.GAIN,
+        "exclude": tuple(options.EXCLUDE),
+        "seed": options.SEED,
+    }

@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""
+Trains and evaluates detectors by backpropagation, sign-symmetry, feedback alignment and relatives.
+
+    tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 8
+    tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 8 --resume
+    tools/train_net.py --config-file retinanet_ss.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
+    tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 1 MODEL.FEEDBACK.RULE frsf
+
+--config-file takes a path, or the name of a config that ships with ss_detectron. On a machine
+without a GPU it trains on the CPU, in as many processes as --num-gpus says.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from detectron2.engine import launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.engine import Trainer, argument_parser, setup
+
+
+def main(args: argparse.Namespace) -> Any:
+    """One process of the run: trains, or evaluates only."""
+    cfg = setup(args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = Trainer.build_model(cfg)
+    checkpointer = FeedbackCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+if __name__ == "__main__":
+    parser = argument_parser()
+    args = parser.parse_args()
+    if args.num_machines > 1 and args.dist_url == "auto":
+        parser.error("several machines need --dist-url tcp://HOST:PORT, a port of machine 0")
+    print("Command line:", " ".join(sys.argv))
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
