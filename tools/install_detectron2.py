@@ -37,6 +37,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+SOURCES = ("official", "pypi")  # in the order in which they are tried
+
 REPOSITORY = "https://github.com/facebookresearch/detectron2"
 COMMIT = "02b5c4e295e990042a714712c21dc79b731e8833"
 # Goes into the version of the installed distribution (not into detectron2.__version__), so that
@@ -169,6 +171,12 @@ def run(
         last = "\n    ".join(output.strip().splitlines()[-15:])
         raise SourceError(f"{name} failed ({process.returncode}):\n    {last}")
     return output
+
+
+def shorten(error: SourceError) -> str:
+    """Return the first and the last line of a message: what failed, and the error it ended with."""
+    lines = str(error).splitlines()
+    return f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 else lines[0]
 
 
 @dataclass(frozen=True)
@@ -526,7 +534,7 @@ def ensure_detectron2(
         ) from None
 
     failures = []
-    for name in ("official", "pypi") if source == "auto" else (source,):
+    for name in SOURCES if source == "auto" else (source,):
         log.info("trying the source %s", name)
         with tempfile.TemporaryDirectory(prefix="detectron2-") as folder:
             work = Path(folder)
@@ -538,7 +546,7 @@ def ensure_detectron2(
                 install(environment, wheel, work)
             except SourceError as error:
                 log.warning("the source %s cannot be used: %s", name, error)
-                failures.append(f"{name}: {str(error).splitlines()[0].rstrip(':')}")
+                failures.append(f"{name}: {shorten(error)}")
                 continue
             if wheel_dir is not None:
                 wheel_dir.mkdir(parents=True, exist_ok=True)
@@ -559,7 +567,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--source",
-        choices=("auto", "official", "pypi"),
+        choices=("auto", *SOURCES),
         default="auto",
         help="the only source to use; auto tries both (default: %(default)s)",
     )
