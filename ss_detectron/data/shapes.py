@@ -316,8 +316,6 @@ def ensure_shapes(root: str | os.PathLike | None = None) -> Path:
     folder = _shapes_folder(root)
     found = _read_stamp(folder)
     if found is None:
-        # Another process may be about to write it with settings of its own: all that counts here
-        # is that shapes are there afterwards.
         return generate_shapes(root)
     if found.get("version") != VERSION:
         raise FileExistsError(
@@ -348,6 +346,7 @@ class _ShapesMetadata(Metadata):
 
 def _load(name: str) -> list[dict]:
     metadata = MetadataCatalog.get(name)
+    logger.info("%s was generated with %s.", name, _read_stamp(ensure_shapes()))
     return load_coco_json(metadata.json_file, metadata.image_root, name)
 
 

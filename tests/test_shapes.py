@@ -1,0 +1,295 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from matplotlib.path import Path as Polygon
+from PIL import Image
+from pycocotools import mask
+from pycocotools.coco import COCO
+
+from ss_detectron.data import SHAPES_CLASSES, draw_shapes, ensure_shapes, generate_shapes, shapes
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty folder of data sets, and catalogs that forget what was loaded from it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    yield tmp_path
+    for split in ("train", "val"):
+        DatasetCatalog.remove(f"shapes_{split}")
+        MetadataCatalog.remove(f"shapes_{split}")
+    shapes.register_shapes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return generate_shapes(tmp_path_factory.mktemp("datasets"), train=60, val=20)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def annotations(folder: Path, split: str = "train") -> dict:
+    return json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+
+
+def generator(root: Path, **settings) -> subprocess.Popen:
+    """A process that generates as soon as the file ``root/go`` is there."""
+    code = f"""
+import logging, os, time
+from ss_detectron.data import generate_shapes
+logging.basicConfig(level="INFO")
+open({str(root / "ready-")!r} + str(os.getpid()), "w").close()
+while not os.path.exists({str(root / "go")!r}):
+    time.sleep(0.005)
+generate_shapes({str(root)!r}, **{settings})
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_same_seed_same_bytes(folder, tmp_path):
+    np.random.seed(1)  # the global generator has no part in it
+    again = generate_shapes(tmp_path, train=60, val=20)
+    assert digests(again) == digests(folder)
+    assert len(digests(folder)) == 60 + 20 + 2
+
+
+def test_a_picture_depends_on_seed_split_and_index_only(folder, tmp_path):
+    def pictures(folder):
+        return {k: v for k, v in digests(folder).items() if k.endswith("png")}
+
+    more = pictures(generate_shapes(tmp_path / "more", train=12, val=3))
+    fewer = pictures(generate_shapes(tmp_path / "fewer", train=5, val=3))
+    other = pictures(generate_shapes(tmp_path / "other", train=12, val=3, seed=1))
+    assert fewer.items() < more.items()
+    assert len(set(more.values())) == 15  # no picture of one split is in the other
+    assert not set(more.values()) & set(other.values())
+
+
+def test_annotations_are_consistent_and_inside_the_picture(folder):
+    content = annotations(folder)
+    ids = [a["id"] for a in content["annotations"]]
+    assert len(set(ids)) == len(ids)
+    for annotation in content["annotations"]:
+        points = np.array(annotation["segmentation"][0]).reshape(-1, 2)
+        x, y, width, height = annotation["bbox"]
+        assert points.min() >= 0 and points.max() <= 96
+        np.testing.assert_allclose(points.min(0), (x, y), atol=0.01)
+        np.testing.assert_allclose(points.max(0), (x + width, y + height), atol=0.01)
+        assert 5 < width < 55 and 5 < height < 55
+        fills = {1: (0.75, 0.95), 2: (0.45, 1), 3: (0.2, 1)}[annotation["category_id"]]
+        assert fills[0] < annotation["area"] / (width * height) <= fills[1]
+    for image in content["images"]:
+        assert Image.open(folder / "train" / image["file_name"]).size == (96, 96)
+
+
+def test_outlines_and_boxes_match_the_pixels(monkeypatch):
+    """Drawn once on black and once on white, a picture differs where nothing was drawn."""
+    monkeypatch.setattr(shapes, "MIN_CONTRAST", 0)  # or the background would choose the shapes
+    y, x = np.mgrid[:96, :96] + 0.5
+    centres = np.stack([x.ravel(), y.ravel()], -1)
+    single = 0
+    for seed in range(60):
+        pictures = []
+        for level in (0, 255):
+            plain = np.full((96, 96, 3), level)
+            monkeypatch.setattr(shapes, "_background", lambda rng, size, plain=plain: plain)
+            picture, drawn = draw_shapes(np.random.default_rng(seed), 96)
+            pictures.append(picture.astype(int))
+        background = (pictures[1] - pictures[0]).mean(-1) / 255
+        assert len(drawn) >= 1
+        inside = np.zeros((96, 96), dtype=bool)
+        for _, outline in drawn:
+            inside |= Polygon(outline).contains_points(centres).reshape(96, 96)
+        assert inside[background < 0.1].all()
+        assert not inside[background > 0.9].any()
+        assert ((background >= 0.1) & (background <= 0.9)).mean() < 0.1
+        if len(drawn) == 1:
+            single += 1
+            rows, columns = np.nonzero(background < 0.9)
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            outline = drawn[0][1]
+            np.testing.assert_allclose([*outline.min(0), *outline.max(0)], box, atol=2)
+    assert single > 5
+
+
+def test_every_shape_stays_visible(folder):
+    """At least 35 % of a shape is seen; the part outside the picture counts as unseen."""
+    y, x = np.mgrid[:384, :384] / 4 + 0.125
+    centres = np.stack([x.ravel(), y.ravel()], -1)
+    content, least = annotations(folder), 1.0
+    for image in content["images"]:
+        owner = np.zeros(len(centres), dtype=int)
+        areas = {}
+        for annotation in content["annotations"]:  # in the order they were drawn
+            if annotation["image_id"] == image["id"]:
+                outline = np.array(annotation["segmentation"][0]).reshape(-1, 2)
+                inside = Polygon(outline).contains_points(centres)
+                owner[inside] = annotation["id"]
+                areas[annotation["id"]] = inside.sum()
+        seen = [(owner == key).sum() / area for key, area in areas.items()]
+        assert min(seen) > 0.34
+        least = min(least, *seen)
+    assert least < 0.8  # shapes do cover each other
+
+
+def test_classes_are_balanced(folder):
+    content = annotations(folder)
+    assert [c["name"] for c in content["categories"]] == list(SHAPES_CLASSES)
+    share = np.bincount([a["category_id"] for a in content["annotations"]])[1:]
+    assert (share / share.sum() > 0.25).all()
+    per_image = np.bincount([a["image_id"] for a in content["annotations"]])[1:]
+    assert set(per_image) == {1, 2, 3, 4, 5} and len(per_image) == 60
+
+
+def test_coco_api_reads_outlines_as_masks(folder):
+    coco = COCO(folder / "annotations" / "instances_train.json")
+    assert len(coco.imgs) == 60 and sorted(coco.cats) == [1, 2, 3]
+    for annotation in coco.loadAnns(coco.getAnnIds())[:50]:
+        assert mask.area(coco.annToRLE(annotation)) == pytest.approx(annotation["area"], rel=0.15)
+
+
+def test_evaluator_works_from_an_empty_folder_and_gives_the_truth_full_marks(root):
+    assert MetadataCatalog.get("shapes_val").thing_classes == list(SHAPES_CLASSES)
+    assert not list(root.iterdir())  # registered, but not generated
+    evaluator = COCOEvaluator("shapes_val", tasks=("bbox",), distributed=False)
+    pictures = DatasetCatalog.get("shapes_val")
+    assert len(pictures) == 100 and len(DatasetCatalog.get("shapes_train")) == 400
+    evaluator.reset()
+    for picture in pictures:
+        truth = Instances((96, 96))
+        boxes = torch.tensor([a["bbox"] for a in picture["annotations"]])
+        boxes[:, 2:] += boxes[:, :2]
+        truth.pred_boxes = Boxes(boxes)
+        truth.pred_classes = torch.tensor([a["category_id"] for a in picture["annotations"]])
+        truth.scores = torch.ones(len(boxes))
+        evaluator.process([picture], [{"instances": truth}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_train_loader_reads_it(root):
+    generate_shapes(train=8, val=2)
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("shapes_train",)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.INPUT.MIN_SIZE_TRAIN = (96,)
+    cfg.INPUT.RANDOM_FLIP = "none"
+    batch = next(iter(build_detection_train_loader(cfg)))
+    truth = annotations(root / "shapes")
+    assert len(batch) == 4
+    for item in batch:
+        assert item["image"].shape == (3, 96, 96) and item["image"].dtype == torch.uint8
+        expected = [a for a in truth["annotations"] if a["image_id"] == item["image_id"]]
+        x, y, width, height = np.array([a["bbox"] for a in expected]).T
+        np.testing.assert_allclose(
+            item["instances"].gt_boxes.tensor,
+            np.stack([x, y, x + width, y + height], -1),
+            atol=0.01,
+        )
+        assert item["instances"].gt_classes.tolist() == [a["category_id"] - 1 for a in expected]
+
+
+def test_killed_generation_is_not_taken_for_complete(root, folder):
+    (root / "go").touch()
+    process = generator(root, train=2000, val=20)
+    wait_for(lambda: len(list((root / ".shapes.partial").glob("train/*.png"))) > 20, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stderr.close()
+    assert (root / ".shapes.partial").is_dir()
+    assert not (root / "shapes").exists()
+
+    assert digests(generate_shapes(train=60, val=20)) == digests(folder)
+    assert not (root / ".shapes.partial").exists()
+
+
+def test_one_of_two_processes_generates(root, folder, caplog):
+    caplog.set_level("INFO")
+    process = generator(root, train=60, val=20)
+    wait_for(lambda: list(root.glob("ready-*")), process)
+    (root / "go").touch()
+    generate_shapes(train=60, val=20)
+    theirs = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, theirs
+    assert (theirs + caplog.text).count("Generating") == 1
+    assert digests(root / "shapes") == digests(folder)
+
+
+def test_complete_folder_is_left_alone(root):
+    folder = generate_shapes(train=3, val=2)
+    times = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    assert generate_shapes(train=3, val=2) == ensure_shapes() == folder
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == times
+
+
+def test_foreign_folder_is_refused(root):
+    photo = root / "shapes" / "train" / "holiday.png"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(b"not ours")
+    for call in (generate_shapes, ensure_shapes, lambda: DatasetCatalog.get("shapes_train")):
+        with pytest.raises(FileExistsError, match=f"'{root}/shapes' is not a complete folder"):
+            call()
+    assert photo.read_bytes() == b"not ours"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"info": {"generator": "another"}}'])
+def test_folder_with_somebody_elses_annotations_is_refused(root, content):
+    for split in ("train", "val"):
+        file = root / "shapes" / "annotations" / f"instances_{split}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    with pytest.raises(FileExistsError, match="left as it is"):
+        ensure_shapes()
+
+
+def test_other_settings_are_refused_but_used_as_they_are(root):
+    folder = generate_shapes(train=3, val=2, size=64)
+    before = digests(folder)
+    with pytest.raises(FileExistsError, match="'size': 64.*wanted.*'size': 96"):
+        generate_shapes(train=3, val=2)
+    assert len(DatasetCatalog.get("shapes_train")) == 3
+    assert digests(folder) == before
+
+
+def test_another_version_of_the_generator_is_refused(root, monkeypatch):
+    generate_shapes(train=3, val=2)
+    monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)
+    with pytest.raises(FileExistsError, match=f"version {shapes.VERSION - 1} .* delete"):
+        ensure_shapes()
+
+
+@pytest.mark.parametrize("wrong", [{"train": 0}, {"val": 0}, {"size": 32}, {"seed": -1}])
+def test_impossible_settings_are_refused(root, wrong):
+    with pytest.raises(ValueError, match="{}={}".format(*next(iter(wrong.items())))):
+        generate_shapes(**wrong)
+    assert not (root / "shapes").exists()
