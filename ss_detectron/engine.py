@@ -81,13 +81,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
     _check_options(cfg)
     check_detection_datasets(cfg)
-    if "://" in cfg.MODEL.WEIGHTS and not (args.resume and _has_checkpoint(cfg)):
-        logger.info(
-            "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
-            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. Weights "
-            "of the model zoo were trained by backpropagation.",
-            cfg.MODEL.WEIGHTS,
-        )
+    if not (args.resume and _has_checkpoint(cfg)):
+        _check_weights(cfg.MODEL.WEIGHTS)
     return cfg
 
 
@@ -259,6 +254,22 @@ def _check_options(cfg: CfgNode) -> None:
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
         raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
+
+
+def _check_weights(weights: str) -> None:
+    """Announces weights that will be fetched; refuses a local file that is not there."""
+    if "://" in weights:
+        logger.info(
+            "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
+            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. Weights "
+            "of the model zoo were trained by backpropagation.",
+            weights,
+        )
+    elif weights and not os.path.isfile(weights):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
+            "another, or set MODEL.WEIGHTS '' to start from scratch"
+        )
 
 
 def _has_checkpoint(cfg: CfgNode) -> bool:
