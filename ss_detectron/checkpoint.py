@@ -5,9 +5,7 @@ import os
 from collections import Counter
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
 
 from .layers import AsymmetricLayer, feedback_report
 

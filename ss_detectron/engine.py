@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import weakref
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -118,9 +118,7 @@ class Trainer(DefaultTrainer):
         self._trainer = trainer(model, data_loader, optimizer)
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = FeedbackCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = FeedbackCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -206,7 +204,7 @@ class Trainer(DefaultTrainer):
             "and 'pascal_voc'. Override Trainer.build_evaluator for others."
         )
 
-    def build_hooks(self) -> list[Optional[hooks.HookBase]]:
+    def build_hooks(self) -> list[hooks.HookBase | None]:
         """Detectron2's hooks, and the best checkpoint by the first test set's box AP."""
         built = super().build_hooks()
         if comm.is_main_process() and self.cfg.DATASETS.TEST:

@@ -6,7 +6,6 @@ whatever MODEL.FEEDBACK.RULE says. Each calls the stock builder and converts wha
 """
 
 from collections.abc import Callable
-from typing import Optional
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -26,7 +25,7 @@ from .feedback import feedback_options
 BackboneBuilder = Callable[[CfgNode, ShapeSpec], Backbone]
 
 
-def _register(stock: BackboneBuilder, kind: str, fixed_rule: Optional[str]) -> BackboneBuilder:
+def _register(stock: BackboneBuilder, kind: str, fixed_rule: str | None) -> BackboneBuilder:
     """Registers the stock builder's sibling of this kind (ss, fa, feedback) and returns it."""
     name = stock.__name__.replace("build_", f"build_{kind}_", 1)
 

@@ -1,6 +1,6 @@
 """From MODEL.FEEDBACK to the arguments of a conversion."""
 
-from typing import Any, Optional
+from typing import Any
 
 from detectron2.config import CfgNode
 
@@ -9,7 +9,7 @@ from ..layers import get_rule
 __all__ = ["feedback_options"]
 
 
-def feedback_options(cfg: CfgNode, builder: str, fixed_rule: Optional[str]) -> dict[str, Any]:
+def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict[str, Any]:
     """
     The keyword arguments ``rule``, ``scale``, ``gain``, ``exclude`` and ``seed`` of
     :func:`~ss_detectron.layers.convert_feedback`, as the config has them.

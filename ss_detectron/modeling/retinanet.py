@@ -1,7 +1,7 @@
 """RetinaNet with a head of one's choice, and heads with asymmetric feedback."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -39,7 +39,7 @@ class FeedbackRetinaNetHead(RetinaNetHead):
     MODEL.FEEDBACK.LAST_LAYER_RULE.
     """
 
-    fixed_rule: ClassVar[Optional[str]] = None
+    fixed_rule: ClassVar[str | None] = None
 
     @configurable
     def __init__(
@@ -116,7 +116,7 @@ class FeedbackRetinaNet(RetinaNet):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         args = super().from_config(cfg)
-        if cfg.MODEL.RETINANET.HEAD != RetinaNetHead.__name__:
+        if RetinaNetHead.__name__ != cfg.MODEL.RETINANET.HEAD:
             shapes = args["backbone"].output_shape()
             args["head"] = RETINANET_HEAD_REGISTRY.get(cfg.MODEL.RETINANET.HEAD)(
                 cfg, [shapes[f] for f in cfg.MODEL.RETINANET.IN_FEATURES]
