@@ -1,0 +1,436 @@
+"""The asymmetric operations against stock torch: forward, each gradient, types, misuse."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ss_detectron.layers import (
+    asymmetric_conv2d,
+    asymmetric_conv_transpose2d,
+    asymmetric_linear,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+class Case(NamedTuple):
+    asymmetric: callable
+    stock: callable
+    input: tuple
+    weight: tuple
+    options: dict
+
+    def tensors(self, dtype=torch.float64, device="cpu", seed=0):
+        """x, w, b, B and an output gradient."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        transposed = self.stock is F.conv_transpose2d
+        bias = self.weight[1] * self.options.get("groups", 1) if transposed else self.weight[0]
+        x, w, b, fb = draw(*self.input), draw(*self.weight), draw(bias), draw(*self.weight)
+        return x, w, b, fb, draw(*self.stock(x, w, b, **self.options).shape)
+
+    def run_stock(self, x, w, b, grad):
+        return _run(lambda *t: self.stock(*t, **self.options), x, w, b, grad)
+
+    def run(self, x, w, b, grad, **feedback):
+        return _run(lambda *t: self.asymmetric(*t, **self.options, **feedback), x, w, b, grad)
+
+
+def _run(op, x, w, b, grad):
+    """(y, dx, dw, db); db is None without a bias."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, w, b)]
+    y = op(*leaves)
+    grads = torch.autograd.grad(y, [t for t in leaves if t is not None], grad)
+    return (y.detach(), *grads, *([None] if b is None else []))
+
+
+def _conv(input, weight, **options):
+    return Case(asymmetric_conv2d, F.conv2d, input, weight, options)
+
+
+def _transposed(input, weight, **options):
+    return Case(asymmetric_conv_transpose2d, F.conv_transpose2d, input, weight, options)
+
+
+def _linear(input, weight):
+    return Case(asymmetric_linear, F.linear, input, weight, {})
+
+
+X = (2, 4, 7, 6)
+CONVS = {
+    "plain": _conv(X, (6, 4, 3, 3)),
+    "1x1": _conv(X, (6, 4, 1, 1)),
+    "1x1-strided": _conv(X, (6, 4, 1, 1), stride=2),
+    "strided": _conv(X, (6, 4, 3, 3), stride=2, padding=1),
+    "pairs": _conv(X, (6, 4, 3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+    "lists": _conv(X, (6, 4, 3, 2), stride=[1, 2], padding=[1, 0], dilation=[2, 1]),
+    "valid": _conv(X, (6, 4, 3, 3), padding="valid", stride=2),
+    "same": _conv(X, (6, 4, 3, 3), padding="same"),
+    "same-even": _conv(X, (6, 4, 2, 4), padding="same"),
+    "same-one-side-even": _conv(X, (6, 4, 4, 3), padding="same"),
+    "same-dilated": _conv(X, (6, 4, 2, 3), padding="same", dilation=(3, 2)),
+    "groups": _conv(X, (6, 2, 3, 3), groups=2, padding=1),
+    "depthwise": _conv(X, (4, 1, 3, 3), groups=4, padding=1),
+    "depthwise-multiplied": _conv(X, (8, 1, 3, 3), groups=4, stride=2, dilation=2, padding=2),
+    "unbatched": _conv(X[1:], (6, 4, 3, 3), padding=1),
+    "unbatched-same-even": _conv(X[1:], (6, 4, 2, 2), padding="same"),
+    "empty": _conv((0, *X[1:]), (6, 4, 3, 3), padding=1),
+    "empty-grouped": _conv((0, *X[1:]), (6, 2, 3, 3), groups=2, stride=2),
+}
+TRANSPOSED = {
+    "plain": _transposed(X, (4, 3, 3, 3)),
+    "strided": _transposed(X, (4, 3, 2, 2), stride=2),
+    "output-padding": _transposed(
+        X, (4, 3, 3, 3), stride=(2, 3), padding=(1, 0), output_padding=(1, 2)
+    ),
+    "dilated": _transposed(X, (4, 3, 3, 2), dilation=(2, 1), padding=1),
+    "groups": _transposed(X, (4, 3, 3, 3), groups=2, stride=2, padding=1),
+    "depthwise": _transposed(X, (4, 1, 3, 3), groups=4, padding=1),
+    "unbatched": _transposed(X[1:], (4, 3, 3, 3), stride=2),
+    "empty": _transposed((0, *X[1:]), (4, 3, 3, 3)),
+}
+LINEARS = {
+    "no-leading": _linear((5,), (3, 5)),
+    "one-leading": _linear((4, 5), (3, 5)),
+    "two-leading": _linear((2, 4, 5), (3, 5)),
+    "three-leading": _linear((2, 3, 2, 5), (3, 5)),
+    "four-leading": _linear((2, 1, 3, 2, 5), (3, 5)),
+    "empty": _linear((0, 5), (3, 5)),
+    "empty-inside": _linear((2, 0, 5), (3, 5)),
+    "one-feature": _linear((4, 1), (1, 1)),
+    "no-features": _linear((4, 0), (3, 0)),
+}
+
+
+def _params(**groups):
+    return [pytest.param(c, id=f"{g}-{n}") for g, cases in groups.items() for n, c in cases.items()]
+
+
+ALL = _params(conv=CONVS, transposed=TRANSPOSED, linear=LINEARS)
+ONE_EACH = [
+    pytest.param(CONVS["strided"], id="conv"),
+    pytest.param(TRANSPOSED["strided"], id="transposed"),
+    pytest.param(LINEARS["one-leading"], id="linear"),
+]
+each_case = pytest.mark.parametrize("case", ALL)
+each_operation = pytest.mark.parametrize("case", ONE_EACH)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
+
+
+def _assert_same(actual, expected, exact=True):
+    for name, a, e in zip(("output", "input", "weight", "bias"), actual, expected, strict=True):
+        if e is None or a is None:
+            assert a is e is None, name
+        elif exact:
+            assert a.dtype == e.dtype and torch.equal(a, e), name
+        else:
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@each_case
+def test_with_the_weight_as_feedback_everything_is_stock(case, with_bias):
+    x, w, b, _, grad = case.tensors()
+    b = b if with_bias else None
+    expected = case.run_stock(x, w, b, grad)
+    exact = case.stock is not F.linear or x.dim() == 2
+    _assert_same(case.run(x, w, b, grad, feedback=w), expected, exact)
+    _assert_same(case.run(x, w, b, grad, feedback=lambda weight, state: weight), expected, exact)
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@each_case
+def test_only_the_input_gradient_goes_through_the_feedback_weight(case, with_bias):
+    x, w, b, fb, grad = case.tensors()
+    b = b if with_bias else None
+    y, _, dw, db = case.run_stock(x, w, b, grad)
+    _, dx, _, _ = case.run_stock(x, fb, b, grad)
+    actual = case.run(x, w, b, grad, feedback=fb)
+    _assert_same(actual, (y, dx, dw, db), exact=False)
+    assert torch.equal(actual[0], y)
+    if x.numel():
+        assert not torch.allclose(actual[1], case.run_stock(x, w, b, grad)[1])
+
+
+@each_operation
+def test_input_gradient_is_the_adjoint_of_the_operation_with_feedback(case):
+    # <grad, op_B(dx)> = <op_B^T(grad), dx>, with no stock backward in it.
+    x, w, _, fb, grad = case.tensors()
+    dx = case.run(x, w, None, grad, feedback=fb)[1]
+    direction = torch.randn_like(x)
+    expected = (grad * case.stock(direction, fb, None, **case.options)).sum()
+    torch.testing.assert_close((dx * direction).sum(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_linear_gradients_in_closed_form():
+    x, w, b, fb, grad = LINEARS["one-leading"].tensors()
+    y, dx, dw, db = LINEARS["one-leading"].run(x, w, b, grad, feedback=fb)
+    for actual, expected in [
+        (y, x @ w.T + b),
+        (dx, grad @ fb),
+        (dw, grad.T @ x),
+        (db, grad.sum(0)),
+    ]:
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_operation
+def test_lower_precision_matches_stock(case, dtype, device):
+    x, w, b, fb, grad = case.tensors(dtype, device)
+    expected = case.run_stock(x, w, b, grad)
+    actual = case.run(x, w, b, grad, feedback=w)
+    assert torch.equal(actual[0], expected[0])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)  # dtype as well
+    # A feedback weight of another type is cast to the arithmetic's.
+    dx = case.run_stock(x, fb, b, grad)[1]
+    torch.testing.assert_close(case.run(x, w, b, grad, feedback=fb.double())[1], dx)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_operation
+def test_autocast_as_stock(case, dtype, parameters, device):
+    x, w, b, fb, grad = case.tensors(parameters, device)
+
+    def run(op):
+        leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+        with torch.autocast(device, dtype):
+            y = op(*leaves, **case.options)
+        return y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype), allow_unused=True)
+
+    expected = run(case.stock)
+    actual = run(lambda *t, **o: case.asymmetric(*t, **o, feedback=t[1].detach()))
+    assert expected[0].dtype == (dtype if parameters == torch.float32 else torch.float64)
+    assert torch.equal(actual[0], expected[0])
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    dx = run(lambda *t, **o: case.asymmetric(*t, **o, feedback=fb))[1]
+    expected = run(lambda x, w, b, **o: case.stock(x, fb, b, **o))[1]
+    torch.testing.assert_close(dx, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("forward_inside", [True, False], ids=["forward-too", "backward-only"])
+@each_operation
+def test_backward_inside_autocast_as_stock(case, forward_inside):
+    x, w, b, _, grad = case.tensors(torch.float32)
+
+    def run(op):
+        leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward_inside):
+            y = op(*leaves, **case.options)
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.autograd.grad(y, leaves, grad.to(y.dtype))
+
+    actual = run(lambda *t, **o: case.asymmetric(*t, **o, feedback=t[1].detach()))
+    for a, e in zip(actual, run(case.stock), strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["strided", "same-even", "groups"])
+def test_channels_last_matches_stock_and_keeps_the_format(name):
+    case = CONVS[name]
+    x, w, b, fb, grad = (
+        t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in case.tensors()
+    )
+    y, _, dw, db = case.run_stock(x, w, b, grad)
+    dx = case.run_stock(x, fb, b, grad)[1]
+    actual = case.run(x, w, b, grad, feedback=fb)
+    _assert_same(actual, (y, dx, dw, db), exact=False)
+    for a, e in zip(actual[:3], (y, dx, dw), strict=True):
+        assert a.stride() == e.stride()
+
+
+@each_case
+def test_expanded_and_transposed_output_gradients(case):
+    x, w, b, fb, grad = case.tensors()
+    expanded = torch.ones((), dtype=grad.dtype).expand(grad.shape)  # what y.sum() sends back
+    reversed_strides = grad.permute(*reversed(range(grad.dim()))).contiguous()
+    reversed_strides = reversed_strides.permute(*reversed(range(grad.dim())))
+    for strange in (expanded, reversed_strides):
+        expected = case.run(x, w, b, strange.contiguous(), feedback=fb)
+        _assert_same(case.run(x, w, b, strange, feedback=fb), expected, exact=False)
+
+
+@each_operation
+def test_feedback_is_made_in_backward_only_and_only_for_an_input_gradient(case):
+    x, w, b, fb, grad = case.tensors()
+    calls = []
+
+    def feedback(weight, state):
+        calls.append(state)
+        return fb
+
+    def run(*needs):
+        leaves = [t.detach().requires_grad_(n) for t, n in zip((x, w, b), needs, strict=True)]
+        y = case.asymmetric(*leaves, **case.options, feedback=feedback, state=fb)
+        assert not calls
+        y.backward(grad)
+        for leaf, need in zip(leaves, needs, strict=True):
+            assert (leaf.grad is not None) == need
+        made = len(calls)
+        calls.clear()
+        return made
+
+    assert run(True, True, True) == 1
+    assert run(True, False, False) == 1
+    assert run(False, True, True) == 0
+    assert run(False, False, True) == 0
+    with torch.no_grad():
+        case.asymmetric(x, w, b, **case.options, feedback=feedback)
+    with torch.inference_mode():
+        y = case.asymmetric(x, w, b, **case.options, feedback=feedback)
+    assert torch.equal(y, case.stock(x, w, b, **case.options)) and not calls
+
+
+@each_operation
+@pytest.mark.parametrize("needs", [(0, 1, 1), (1, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 0)], ids=str)
+def test_frozen_tensors_get_no_gradient_and_change_no_other(case, needs):
+    x, w, b, fb, grad = case.tensors()
+    everything = case.run(x, w, b, grad, feedback=fb)[1:]
+    leaves = [t.detach().requires_grad_(bool(n)) for t, n in zip((x, w, b), needs, strict=True)]
+    case.asymmetric(*leaves, **case.options, feedback=fb).backward(grad)
+    for leaf, need, expected in zip(leaves, needs, everything, strict=True):
+        if need:
+            torch.testing.assert_close(leaf.grad, expected, rtol=1e-12, atol=1e-12)
+        else:
+            assert leaf.grad is None
+
+
+@each_operation
+def test_learned_feedback_receives_a_copy_of_the_weight_gradient(case):
+    x, w, b, fb, grad = case.tensors()
+    w.requires_grad_()
+    fb.requires_grad_()
+    case.asymmetric(x, w, b, **case.options, feedback=fb).backward(grad)
+    assert torch.equal(fb.grad, w.grad)
+    assert fb.grad.data_ptr() != w.grad.data_ptr()
+
+
+@each_operation
+def test_learned_feedback_of_a_frozen_weight_stays(case):
+    x, w, b, fb, grad = case.tensors()
+    fb.requires_grad_()
+    x.requires_grad_()
+    case.asymmetric(x, w, b, **case.options, feedback=fb).backward(grad)
+    assert fb.grad is None and x.grad is not None
+
+
+@each_operation
+def test_state_that_the_rule_in_force_does_not_use_gets_no_gradient(case):
+    x, w, b, fb, grad = case.tensors()
+    w.requires_grad_()
+    x.requires_grad_()
+    fb.requires_grad_()
+    case.asymmetric(
+        x, w, b, **case.options, feedback=lambda weight, state: weight, state=fb
+    ).backward(grad)
+    assert fb.grad is None and w.grad is not None
+
+
+@each_operation
+def test_feedback_is_the_one_in_force_at_backward(case):
+    x, w, b, fb, grad = case.tensors()
+    x.requires_grad_()
+    current = [w]
+    y = case.asymmetric(x, w, b, **case.options, feedback=lambda weight, state: current[0])
+    through_w = torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+    current[0] = fb
+    through_fb = torch.autograd.grad(y, x, grad)[0]
+    assert torch.equal(through_w, case.run_stock(x, w, b, grad)[1])
+    assert torch.equal(through_fb, case.run_stock(x, fb, b, grad)[1])
+
+
+@each_operation
+def test_second_derivative_is_refused(case):
+    x, w, b, fb, grad = case.tensors()
+    x.requires_grad_()
+    y = case.asymmetric(x, w, b, **case.options, feedback=fb)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y, x, grad, create_graph=True)
+
+
+@each_operation
+def test_wrong_feedback_is_refused(case):
+    x, w, b, fb, grad = case.tensors()
+    with pytest.raises(ValueError, match="must have the weight's"):
+        case.asymmetric(x, w, b, **case.options, feedback=fb[1:])
+    with pytest.raises(ValueError, match="state goes with a callable"):
+        case.asymmetric(x, w, b, **case.options, feedback=fb, state=fb)
+    y = case.asymmetric(x.requires_grad_(), w, b, **case.options, feedback=lambda *_: fb[1:])
+    with pytest.raises(ValueError, match="the rule gave a feedback weight of shape"):
+        y.backward(grad)
+    with pytest.raises(TypeError, match="feedback"):
+        case.asymmetric(x, w, b, **case.options)
+
+
+def test_wrong_padding_is_refused():
+    x, w, b, fb, _ = CONVS["plain"].tensors()
+    with pytest.raises(ValueError, match="padding is 'full'"):
+        asymmetric_conv2d(x, w, b, padding="full", feedback=fb)
+    with pytest.raises(ValueError, match="stride 1"):
+        asymmetric_conv2d(x, w, b, padding="same", stride=2, feedback=fb)
+
+
+@each_operation
+def test_input_of_another_type_is_refused_as_by_stock(case):
+    x, w, b, fb, _ = case.tensors()
+    for run in (case.stock, lambda *t, **o: case.asymmetric(*t, **o, feedback=fb)):
+        with pytest.raises(RuntimeError, match="type"):
+            run(x.float(), w, b, **case.options)
+
+
+@each_operation
+def test_weight_changed_between_forward_and_backward_is_refused_as_by_stock(case):
+    x, w, b, fb, grad = case.tensors()
+    x.requires_grad_()
+    w.requires_grad_()
+    for run in (case.stock, lambda *t, **o: case.asymmetric(*t, **o, feedback=fb)):
+        y = run(x, w, b, **case.options)
+        with torch.no_grad():
+            w.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(grad)
+
+
+@each_operation
+def test_output_may_be_changed_in_place(case):
+    x, w, b, fb, grad = case.tensors()
+    x.requires_grad_()
+    results = []
+    for activation in (F.relu, F.relu_):
+        y = activation(case.asymmetric(x, w, b, **case.options, feedback=fb))
+        results.append(torch.autograd.grad(y, x, grad)[0])
+    assert torch.equal(*results)
+
+
+@each_operation
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_activation_checkpointing_changes_no_gradient(case, use_reentrant):
+    x, w, b, fb, grad = case.tensors()
+    expected = case.run(x, w, b, grad, feedback=fb)
+
+    leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+    y = checkpoint(
+        lambda *t: case.asymmetric(*t, **case.options, feedback=fb),
+        *leaves,
+        use_reentrant=use_reentrant,
+    )
+    y.backward(grad)
+    _assert_same((y.detach(), *(t.grad for t in leaves)), expected)
