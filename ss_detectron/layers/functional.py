@@ -281,6 +281,11 @@ class _AsymmetricConvolution(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, grad_state, None, None, None
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    """(*, C) -> (N, C), for no leading dimensions and empty ones too."""
+    return tensor.unsqueeze(0).flatten(0, -2)
+
+
 class _AsymmetricLinear(torch.autograd.Function):
     """Linear map: two matrix products, the first with B in W's place."""
 
@@ -301,9 +306,9 @@ class _AsymmetricLinear(torch.autograd.Function):
         if need_input:
             through = _saved_feedback(ctx, weight, state, input.dtype)
             grad_input = (grad_output @ through).to(ctx.input_dtype)
-        rows = grad_output.reshape(-1, weight.shape[0])
+        rows = _rows(grad_output)
         if need_weight:
-            grad_weight = (rows.t() @ input.reshape(-1, weight.shape[1])).to(weight.dtype)
+            grad_weight = (rows.t() @ _rows(input)).to(weight.dtype)
             grad_state = _state_gradient(ctx, weight, state, grad_weight)
         if need_bias:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
