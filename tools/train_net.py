@@ -4,7 +4,7 @@ Trains and evaluates detectors by backpropagation, sign-symmetry, feedback align
 
     tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 8
     tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 8 --resume
-    tools/train_net.py --config-file retinanet_ss.yaml --eval-only MODEL.WEIGHTS output/model_best.pth
+    tools/train_net.py --config-file retinanet_ss.yaml --eval-only MODEL.WEIGHTS model_best.pth
     tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 1 MODEL.FEEDBACK.RULE frsf
 
 --config-file takes a path, or the name of a config that ships with ss_detectron. On a machine

@@ -1,0 +1,83 @@
+"""From a model with asymmetric feedback to what stock tools read: feedback is for training only."""
+
+import re
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import RetinaNet
+from torch import Tensor, nn
+
+from .layers import convert_feedback
+from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead
+
+__all__ = ["DenseRetinaNet", "plain_config", "plain_state_dict"]
+
+
+def plain_config(cfg: CfgNode) -> CfgNode:
+    """
+    The config of the same model for stock Detectron2: no key of this package, stock builders.
+
+    Raises:
+        ValueError: the meta-architecture, backbone or head has no stock counterpart.
+    """
+    plain = get_cfg()
+    source = cfg.clone()
+    source.defrost()
+    arch = source.MODEL.META_ARCHITECTURE
+    if arch == FeedbackRetinaNet.__name__:
+        head = source.MODEL.RETINANET.HEAD
+        if head not in _stock_heads():
+            raise ValueError(f"stock Detectron2 has no counterpart of the head {head!r}")
+        source.MODEL.META_ARCHITECTURE = RetinaNet.__name__
+    source.MODEL.BACKBONE.NAME = re.sub(
+        r"^build_(ss|fa|feedback)_", "build_", source.MODEL.BACKBONE.NAME
+    )
+    _drop_unknown(source, plain)
+    plain.merge_from_other_cfg(source)
+    return plain
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The stock model's state dict: ``model`` is converted back to backpropagation, in place."""
+    return convert_feedback(model, "backpropagation").state_dict()
+
+
+class DenseRetinaNet(nn.Module):
+    """
+    What of a RetinaNet a static program can hold: everything before boxes are decoded and chosen.
+
+    Args:
+        model: a RetinaNet in eval mode.
+    """
+
+    def __init__(self, model: RetinaNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        Args:
+            image: (N, 3, H, W), 0 to 255, channels as INPUT.FORMAT; H and W are multiples of the
+                backbone's size divisibility.
+
+        Returns:
+            per pyramid level, the class logits (N, A * K, H_l, W_l) and the box deltas
+            (N, A * 4, H_l, W_l), for A anchors and K classes.
+        """
+        features = self.model.backbone((image - self.model.pixel_mean) / self.model.pixel_std)
+        return self.model.head([features[name] for name in self.model.head_in_features])
+
+
+def _stock_heads() -> set[str]:
+    def names(cls: type) -> set[str]:
+        return {cls.__name__}.union(*(names(sub) for sub in cls.__subclasses__()))
+
+    return {"RetinaNetHead"} | names(FeedbackRetinaNetHead)
+
+
+def _drop_unknown(node: CfgNode, known: CfgNode) -> None:
+    """Removes from ``node`` the keys that ``known`` has not."""
+    for key in list(node):
+        if key not in known:
+            del node[key]
+        elif isinstance(node[key], CfgNode):
+            _drop_unknown(node[key], known[key])
