@@ -172,7 +172,7 @@ def test_missing_builtin_data_set_names_file_and_folder(root, monkeypatch):
         json_file=str(root / "coco/annotations/instances_train2017.json"),
         image_root=str(root / "coco/train2017"),
     )
-    monkeypatch.setitem(MetadataCatalog, "coco_2017_train", metadata)
+    monkeypatch.setitem(MetadataCatalog.data, "coco_2017_train", metadata)
     with pytest.raises(
         FileNotFoundError,
         match=rf"'coco_2017_train': .*instances_train2017.json.*DETECTRON2_DATASETS.*'{root}'",
