@@ -103,23 +103,29 @@ class AsymmetricLayer(nn.Module):
 
     def _backward_through(self) -> dict[str, Any]:
         """The keyword arguments that make an asymmetric operation use this layer's rule."""
-        if self.rule.redrawn and torch.is_grad_enabled():
-            rule = self.rule
-            _redraw_if_updated(
-                self.weight.detach(),
-                self.feedback_state,
-                self.feedback_drawn,
-                [int(n) for n in self.fans()],
-                rule.name,
-                rule.scale,
-                rule.gain,
-                rule.seed,
-                rule.layer_name,
-            )
+        if torch.is_grad_enabled():
+            self._redraw_if_updated()
         return {"feedback": self._feedback, "state": self.feedback_state}
+
+    def _redraw_if_updated(self) -> None:
+        rule = self.rule
+        if not rule.redrawn:
+            return
+        tensors = self.weight.detach(), self.feedback_state, self.feedback_drawn
+        if torch.compiler.is_compiling():
+            fans = [int(n) for n in self.fans()]
+            _redraw_compiled(
+                *tensors, fans, rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
+            )
+        else:
+            _redraw(*tensors, self.fans(), rule)
 
     def _mark_drawn(self) -> None:
         self.feedback_drawn[0] = self.weight._version
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._redraw_if_updated()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -128,6 +134,8 @@ class AsymmetricLayer(nn.Module):
             self._mark_drawn()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # A run that goes on from here must not miss the draw that the last update calls for.
+        self._redraw_if_updated()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.rule.redrawn:
             destination[prefix + "feedback_draws"] = self.feedback_drawn[1].clone()
@@ -165,8 +173,17 @@ class AsymmetricLayer(nn.Module):
         return f"{super().extra_repr()}, rule={self.rule.name}"
 
 
+def _redraw(weight: Tensor, state: Tensor, drawn: Tensor, fans: Fans, rule: FeedbackRule) -> None:
+    """Draws the state anew if the weight has been updated since the last draw."""
+    if drawn[0] == weight._version:
+        return
+    drawn[1] += 1
+    state.copy_(rule.redraw(weight, fans, int(drawn[1])))
+    drawn[0] = weight._version
+
+
 @torch.library.custom_op("ss_detectron::redraw_if_updated", mutates_args=("state", "drawn"))
-def _redraw_if_updated(
+def _redraw_compiled(
     weight: Tensor,
     state: Tensor,
     drawn: Tensor,
@@ -178,15 +195,12 @@ def _redraw_if_updated(
     layer_name: str,
 ) -> None:
     """
-    Draws the state of a rule anew if the weight has been updated since the last draw. An operator
-    of its own, because a compiler would take the weight's version for a constant.
+    :func:`_redraw` as an operator, because a compiler would take the weight's version for a
+    constant. Not for eager mode: each call of the operator counts as a change of ``state``, and
+    autograd refuses a layer that is called twice.
     """
-    if drawn[0] == weight._version:
-        return
-    drawn[1] += 1
     rule = get_rule(rule)(scale, gain, seed, layer_name)
-    state.copy_(rule.redraw(weight, Fans(*fans[:2], bool(fans[2])), int(drawn[1])))
-    drawn[0] = weight._version
+    _redraw(weight, state, drawn, Fans(*fans[:2], bool(fans[2])), rule)
 
 
 class AsymmetricConv2d(AsymmetricLayer, detectron2.layers.Conv2d):
