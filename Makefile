@@ -17,6 +17,9 @@ READY := $(STAMPS)/package $(STAMPS)/detectron2-$(DETECTRON2_SOURCE)
 
 .PHONY: help demo test lint setup clean distclean
 
+# Two steps at once, under make -j, would be two pips in one environment.
+.NOTPARALLEL:
+
 help:
 	@echo "make demo       train a small RetinaNet with sign-symmetry on the CPU and report on it"
 	@echo "make test       run the tests, less those marked slow"

@@ -225,7 +225,7 @@ class Environment:
     def describe(self) -> str:
         """Return one line on the installed Detectron2."""
         if self.version is None:
-            return "detectron2 is not installed"
+            return "detectron2 is not installed; tools/install_detectron2.py installs it"
         operations = "with" if self.compiled else "without"
         origin = {
             "official": f"from official source {COMMIT[:7]}",
@@ -495,12 +495,12 @@ def check_found(environment: Environment, source: str) -> bool:
         return True
     if reason is None:
         raise SetupError(
-            f"{environment.describe()} is there already. To have it from the source {source}, "
-            "remove it first: pip uninstall detectron2"
+            f"there is {environment.describe()}. To have it from the source {source}, "
+            f"remove that first: {environment.python} -m pip uninstall detectron2"
         )
     if environment.source == "other":
         raise SetupError(
-            f"{environment.describe()}, does not import: {reason}. Repair or remove it first."
+            f"{environment.describe()}, does not import: {reason}\nRepair or remove it first."
         )
     log.warning("%s, does not import (%s) and is replaced", environment.describe(), reason)
     return False
@@ -589,7 +589,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="the Python of the environment to install into (default: the one that runs this)",
     )
     parser.add_argument(
-        "--report", action="store_true", help="only print in one line what is installed"
+        "--report",
+        action="store_true",
+        help="only print in one line what is installed; fail where nothing is",
     )
     return parser.parse_args(arguments)
 
@@ -598,8 +600,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if args.report:
-        print(Environment.of(args.python).describe())
-        return 0
+        environment = Environment.of(args.python)
+        print(environment.describe())
+        return 1 if environment.source == "none" else 0
     try:
         ensure_detectron2(args.python, args.source, args.repository, args.wheel_dir)
     except (SetupError, SourceError) as error:
