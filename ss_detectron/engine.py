@@ -112,6 +112,12 @@ class Trainer(DefaultTrainer):
         on_cpu = cfg.MODEL.DEVICE == "cpu"
         device_ids = {"device_ids": None} if on_cpu else {}
         model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
+        if comm.get_world_size() > 1:
+            # Each rank initialised its weights by a seed of its own, and made feedback from them.
+            # The weights are rank 0's now, but buffers are not shared.
+            for module in model.modules():
+                if isinstance(module, AsymmetricLayer):
+                    module.reset_feedback()
         trainer = SimpleTrainer
         if cfg.SOLVER.AMP.ENABLED:
             trainer = _CPUAMPTrainer if on_cpu else AMPTrainer
