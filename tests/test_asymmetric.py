@@ -1,0 +1,394 @@
+"""The asymmetric layers as modules: stock forward, state, copies, checkpoints."""
+
+import copy
+import io
+import logging
+import pickle
+
+import detectron2.layers
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ss_detectron.layers import (
+    AsymmetricConv2d,
+    AsymmetricConvTranspose2d,
+    AsymmetricLinear,
+    backpropagation,
+    convert_feedback,
+)
+
+RULES = ["bp", "ss", "frsf", "brsf", "fa", "fasi", "kp"]
+STATE = {
+    "frsf": ["feedback_magnitude"],
+    "brsf": ["feedback_magnitude", "feedback_draws"],
+    "fa": ["feedback_weight"],
+    "fasi": ["feedback_weight"],
+    "kp": ["feedback_weight"],
+}
+each_rule = pytest.mark.parametrize("rule", RULES)
+each_rule_with_state = pytest.mark.parametrize("rule", STATE)
+
+
+def _stock(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 3, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(3 * 8 * 8, 5),
+    )
+
+
+def _images(seed=1, dtype=torch.float32):
+    return torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _model(rule, seed=0, **options):
+    return convert_feedback(_stock(seed), rule, **options)
+
+
+def _gradients(model, x=None):
+    x = (_images() if x is None else x).clone().requires_grad_()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters())]
+
+
+def _assert_equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+def _train(model, steps=2):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(steps):
+        _gradients(model)
+        optimizer.step()
+
+
+# Forward.
+
+CONVS = {
+    "zeros": {"padding": 1},
+    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
+    "replicate": {"padding": 2, "padding_mode": "replicate", "stride": 2},
+    "circular": {"padding": (2, 1), "padding_mode": "circular", "dilation": 2},
+    "reflect-same": {"padding": "same", "padding_mode": "reflect"},
+    "circular-valid": {"padding": "valid", "padding_mode": "circular"},
+    "same": {"padding": "same", "groups": 2},
+}
+
+
+@pytest.mark.parametrize("options", CONVS.values(), ids=CONVS)
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 3)], ids=["odd", "even"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_convolution_in_every_padding_mode(options, kernel):
+    torch.manual_seed(0)
+    stock = nn.Conv2d(4, 6, kernel, **options).double()
+    layer = AsymmetricConv2d(4, 6, kernel, rule="bp", **options).double()
+    layer.load_state_dict(stock.state_dict())
+    x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    assert torch.equal(layer(x), stock(x))
+    for actual, expected in zip(_gradients(layer, x), _gradients(stock, x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    convert_feedback(layer, "fa")
+    actual, feedback = _gradients(layer, x), layer.current_feedback()
+    y = stock(x)
+    with torch.no_grad():
+        bias = stock.bias.clone()
+        stock.weight.copy_(feedback)
+        stock.bias.add_(1)
+    assert torch.equal(bias, layer.bias)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(stock(leaf), leaf, 2 * y.detach())[0]
+    torch.testing.assert_close(actual[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["fused", "norm", "activation", "neither"])
+@each_rule
+def test_detectron2_convolution_keeps_norm_and_activation(kind, rule):
+    torch.manual_seed(0)
+    layer = detectron2.layers.Conv2d(
+        4,
+        8,
+        3,
+        bias=False,
+        norm=nn.BatchNorm2d(8) if kind in ("fused", "norm") else None,
+        activation=F.relu if kind in ("fused", "activation") else None,
+    )
+    stock = copy.deepcopy(layer)
+    convert_feedback(layer, rule)
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(layer(x), stock(x))
+    assert torch.equal(layer(x), stock(x))
+    for name, buffer in stock.named_buffers():
+        assert torch.equal(layer.get_buffer(name), buffer)
+    # What is above the convolution learns as in stock, and so does its weight.
+    _gradients(layer, x)
+    _gradients(stock, x)
+    for name, parameter in stock.named_parameters():
+        assert torch.equal(layer.get_parameter(name).grad, parameter.grad)
+
+
+@pytest.mark.parametrize("output_size", [None, [9, 10]])
+def test_transposed_convolution_takes_an_output_size(output_size):
+    torch.manual_seed(0)
+    stock = nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1)
+    layer = convert_feedback(copy.deepcopy(stock), "ss")
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(layer(x, output_size), stock(x, output_size))
+
+
+def test_layers_built_directly_are_the_converted_ones():
+    for build, stock in [
+        (lambda **o: AsymmetricConv2d(3, 4, 3, **o), detectron2.layers.Conv2d(3, 4, 3)),
+        (lambda **o: AsymmetricConvTranspose2d(3, 4, 3, **o), nn.ConvTranspose2d(3, 4, 3)),
+        (lambda **o: AsymmetricLinear(3, 4, **o), nn.Linear(3, 4)),
+    ]:
+        options = {"rule": "fa", "scale": "kaiming", "gain": 0.5, "seed": 3}
+        stock_class = type(stock)
+        layer = build(layer_name="0", **options)
+        converted = convert_feedback(nn.Sequential(stock), **options)[0]
+        assert type(layer) is type(converted)
+        assert layer.stock_class is converted.stock_class is stock_class
+        assert torch.equal(layer.feedback_weight, converted.feedback_weight)
+        assert "rule=feedback_alignment" in repr(layer)
+
+
+@each_rule
+def test_hooks_keep_firing_after_conversion(rule):
+    model, seen = _stock(), []
+    for layer in (model[0], model[2], model[4]):
+        layer.register_forward_pre_hook(lambda *_: seen.append("pre"))
+        layer.register_forward_hook(lambda *_: seen.append("forward"))
+        layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    convert_feedback(model, rule)
+    _gradients(model)
+    assert seen == ["pre", "forward"] * 3 + ["backward"] * 3
+
+
+@each_rule
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_activation_checkpointing_changes_no_gradient(rule, use_reentrant):
+    results = []
+    for forward in (
+        lambda model, x: model(x),
+        lambda model, x: checkpoint(model, x, use_reentrant=use_reentrant),
+    ):
+        model = _model(rule)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = _images().requires_grad_()
+            forward(model, x).square().sum().backward()
+            optimizer.step()
+        results.append([x.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+    _assert_equal(*results)
+
+
+@each_rule
+def test_one_forward_pass_two_backward_passes_under_two_rules(rule):
+    model = _model(rule)
+    expected = _gradients(model)[0], _gradients(_stock())[0]
+    x = _images().requires_grad_()
+    loss = model(x).square().sum()
+    through_rule = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    with backpropagation(model):
+        through_weight = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    again = torch.autograd.grad(loss, x)[0]
+    assert torch.equal(through_rule, expected[0]) and torch.equal(again, expected[0])
+    torch.testing.assert_close(through_weight, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@each_rule
+def test_models_of_another_type_train(rule, dtype):
+    model = _model(rule).to(dtype)
+    reference = _gradients(_model(rule).double(), _images(dtype=torch.float64))
+    for actual, expected in zip(_gradients(model, _images(dtype=dtype)), reference, strict=True):
+        assert actual.dtype == dtype
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < 20 * torch.finfo(dtype).eps or dtype == torch.float64 and error < 1e-6
+    assert all(b.dtype == dtype for n, b in model.named_buffers())
+
+
+@each_rule
+def test_channels_last_models_agree(rule):
+    model = _model(rule)
+    expected = _gradients(model)
+    model.to(memory_format=torch.channels_last)
+    for actual, e in zip(_gradients(model), expected, strict=True):
+        torch.testing.assert_close(actual, e)
+    if rule != "bp":
+        feedback = model[0].current_feedback()
+        assert feedback.is_contiguous(memory_format=torch.channels_last)
+
+
+# State and checkpoints.
+
+
+@each_rule
+def test_state_dict_is_the_stock_one_and_what_begins_with_feedback(rule):
+    keys = list(_model(rule).state_dict())
+    assert [k for k in keys if "feedback" not in k] == list(_stock().state_dict())
+    layers = ("0", "2", "4")
+    feedback = {f"{n}.{name}" for n in layers for name in STATE.get(rule, [])}
+    assert {k for k in keys if "feedback" in k} == feedback
+    learned = [n for n, _ in _model(rule).named_parameters() if "feedback" in n]
+    assert len(learned) == (3 if rule == "kp" else 0)
+
+
+def _through_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@each_rule
+def test_checkpoint_round_trip(rule):
+    model = _model(rule, scale="rms")
+    _train(model)
+    other = _model(rule, seed=5, scale="rms")
+    other.load_state_dict(_through_file(model.state_dict()), strict=True)
+    for (n, a), (m, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert n == m and torch.equal(a, b)
+    _assert_equal(_gradients(other), _gradients(model))
+
+
+@each_rule
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_alike_and_share_nothing(rule, copier):
+    model = _model(rule)
+    _train(model)
+    other = copier(model)
+    _assert_equal(_gradients(other), _gradients(model))
+    before = [t.clone() for t in model.state_dict().values()]
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.add_(1)
+    _assert_equal(model.state_dict().values(), before)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+
+
+@each_rule_with_state
+def test_stock_checkpoint_derives_the_state_from_the_loaded_weight(rule, caplog):
+    stock = _stock(seed=7)
+    expected = convert_feedback(copy.deepcopy(stock), rule)
+    model = _model(rule)
+    _train(model)
+    with caplog.at_level(logging.INFO, logger="ss_detectron"):
+        model.load_state_dict(stock.state_dict(), strict=True)
+    assert [r.message.split(":")[0] for r in caplog.records] == ["0", "2", "4"]
+    assert all(STATE[rule][0] in r.message for r in caplog.records)
+    _assert_equal(model.state_dict().values(), expected.state_dict().values())
+    # And what follows is the same as well.
+    _train(model)
+    _train(expected)
+    _assert_equal(model.state_dict().values(), expected.state_dict().values())
+
+
+@pytest.mark.parametrize("rule", ["frsf", "brsf", "fa", "kp"])
+def test_stock_checkpoint_changes_the_scale_but_not_the_draw(rule):
+    model = _model(rule)
+    before = [layer.feedback_state.detach().clone() for layer in (model[0], model[2], model[4])]
+    stock = {k: 3 * v for k, v in _stock().state_dict().items()}
+    model.load_state_dict(stock)
+    for layer, b in zip((model[0], model[2], model[4]), before, strict=True):
+        torch.testing.assert_close(layer.feedback_state.detach(), 3 * b)
+
+
+@each_rule_with_state
+def test_checkpoint_of_one_part_leaves_the_others_feedback(rule, caplog):
+    model = _model(rule)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    part = {k: 2 * v for k, v in _stock().state_dict().items() if k.startswith("2.")}
+    with caplog.at_level(logging.INFO, logger="ss_detectron"):
+        missing, unexpected = model.load_state_dict(part, strict=False)
+    assert len(caplog.records) == 1 and not unexpected
+    state = STATE[rule][0]
+    assert f"0.{state}" in missing and f"2.{state}" not in missing
+    after = model.state_dict()
+    assert torch.equal(after[f"0.{state}"], before[f"0.{state}"])
+    torch.testing.assert_close(after[f"2.{state}"], 2 * before[f"2.{state}"])
+
+
+@each_rule_with_state
+def test_checkpoint_with_feedback_brings_it(rule, caplog):
+    model = _model(rule)
+    checkpoint = {k: v + 1 for k, v in model.state_dict().items()}
+    with caplog.at_level(logging.INFO, logger="ss_detectron"):
+        model.load_state_dict(checkpoint)
+    assert not caplog.records
+    _assert_equal(model.state_dict().values(), checkpoint.values())
+
+
+@each_rule_with_state
+def test_checkpoint_with_feedback_does_not_load_into_stock_unnoticed(rule):
+    checkpoint = _model(rule).state_dict()
+    with pytest.raises(RuntimeError, match=f"Unexpected key.*{STATE[rule][0]}"):
+        _stock().load_state_dict(checkpoint)
+    missing, unexpected = _stock().load_state_dict(checkpoint, strict=False)
+    assert not missing and all("feedback" in k for k in unexpected)
+
+
+@pytest.mark.parametrize("rule", ["ss", "frsf"])
+def test_checkpoint_of_another_rule_is_refused_when_strict(rule):
+    with pytest.raises(RuntimeError, match="Unexpected key.*feedback_weight"):
+        _model(rule).load_state_dict(_model("fa").state_dict())
+
+
+def test_missing_weight_is_still_reported():
+    state = _model("fa").state_dict()
+    del state["0.weight"], state["0.feedback_weight"]
+    with pytest.raises(RuntimeError, match="0.feedback_weight"):
+        _model("fa").load_state_dict(state)
+
+
+@each_rule
+def test_a_model_on_the_meta_device_converts_and_is_filled_by_a_checkpoint(rule):
+    with torch.device("meta"):
+        model = convert_feedback(_stock(), rule)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    model.to_empty(device="cpu").load_state_dict(_stock().state_dict())
+    _assert_equal(model.state_dict().values(), _model(rule).state_dict().values())
+    _assert_equal(_gradients(model), _gradients(_model(rule)))
+
+
+@each_rule_with_state
+def test_assigned_checkpoints(rule):
+    model = _model(rule)
+    _train(model)
+    other = _model(rule, seed=5)
+    other.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    _assert_equal(_gradients(other), _gradients(model))
+
+
+@each_rule_with_state
+def test_reset_feedback_derives_the_state_again_from_the_weight(rule):
+    model = _model(rule)
+    _train(model, steps=3)
+    fresh = _stock()
+    fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "feedback" not in k})
+    convert_feedback(fresh, rule)
+    for layer, expected in zip(model, fresh, strict=True):
+        if hasattr(layer, "reset_feedback"):
+            layer.reset_feedback()
+            assert torch.equal(layer.feedback_state, expected.feedback_state)
+    _train(model)
+    _train(fresh)
+    _assert_equal(model.state_dict().values(), fresh.state_dict().values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@each_rule
+def test_a_model_moved_to_the_gpu_agrees_with_the_cpu(rule):
+    model = _model(rule).double()
+    moved = copy.deepcopy(model).cuda()
+    x = _images(dtype=torch.float64)
+    for a, e in zip(_gradients(moved, x.cuda()), _gradients(model, x), strict=True):
+        torch.testing.assert_close(a.cpu(), e, rtol=1e-9, atol=1e-9)
