@@ -6,7 +6,23 @@ from detectron2.config import CfgNode
 
 from ..layers import get_rule
 
-__all__ = ["feedback_options"]
+__all__ = ["feedback_config", "feedback_options"]
+
+
+def feedback_config(cfg: CfgNode, builder: str) -> CfgNode:
+    """
+    MODEL.FEEDBACK.
+
+    Args:
+        cfg: a Detectron2 config.
+        builder: who asks, for the error message.
+
+    Raises:
+        ValueError: ``cfg`` lacks the keys of :func:`~ss_detectron.config.add_ss_config`.
+    """
+    if "FEEDBACK" not in cfg.MODEL:
+        raise ValueError(f"{builder} needs the keys MODEL.FEEDBACK: call add_ss_config(cfg) first")
+    return cfg.MODEL.FEEDBACK
 
 
 def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict[str, Any]:
@@ -22,9 +38,7 @@ def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict
     Raises:
         ValueError: no rule is given, or the config's contradicts the builder's.
     """
-    if "FEEDBACK" not in cfg.MODEL:
-        raise ValueError(f"{builder} needs the keys MODEL.FEEDBACK: call add_ss_config(cfg) first")
-    options = cfg.MODEL.FEEDBACK
+    options = feedback_config(cfg, builder)
     if not (options.RULE or fixed_rule):
         raise ValueError(f"{builder} needs MODEL.FEEDBACK.RULE, such as 'sign_symmetry'")
     rule = get_rule(options.RULE or fixed_rule).name

@@ -10,7 +10,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.registry import Registry
 
 from ..layers import check_exclude, convert_part
-from .feedback import feedback_options
+from .feedback import feedback_config, feedback_options
 
 __all__ = [
     "RETINANET_HEAD_REGISTRY",
@@ -115,10 +115,11 @@ class FeedbackRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        exclude = tuple(feedback_config(cfg, cls.__name__).EXCLUDE)
         args = super().from_config(cfg)
         if RetinaNetHead.__name__ != cfg.MODEL.RETINANET.HEAD:
             shapes = args["backbone"].output_shape()
             args["head"] = RETINANET_HEAD_REGISTRY.get(cfg.MODEL.RETINANET.HEAD)(
                 cfg, [shapes[f] for f in cfg.MODEL.RETINANET.IN_FEATURES]
             )
-        return {**args, "exclude": tuple(cfg.MODEL.FEEDBACK.EXCLUDE)}
+        return {**args, "exclude": exclude}
