@@ -1,0 +1,507 @@
+import copy
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.solver import build_optimizer
+from modeling_utils import (
+    CPU,
+    NARROW,
+    assert_error_flows_through_feedback,
+    assert_same,
+    gradients,
+    layers,
+    load_config,
+    losses,
+    make_batch,
+    operations,
+    predictions,
+    rules,
+)
+from torch import nn
+
+from ss_detectron import backpropagation, convert_feedback, feedback_report
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.layers import AsymmetricLayer
+from ss_detectron.modeling import RETINANET_HEAD_REGISTRY
+
+SS, FA, BP = "sign_symmetry", "feedback_alignment", "backpropagation"
+LAST = {"head.cls_score", "head.bbox_pred"}
+FROZEN = ("backbone.bottom_up.stem.", "backbone.bottom_up.res2.")
+FIRST = {"backbone.bottom_up.res3.0.conv1", "backbone.bottom_up.res3.0.shortcut"}
+R18, SCRATCH = "retinanet_R_18_ss.yaml", "retinanet_scratch_ss.yaml"
+STOCK = [
+    "MODEL.META_ARCHITECTURE",
+    "RetinaNet",
+    "MODEL.BACKBONE.NAME",
+    "build_retinanet_resnet_fpn_backbone",
+]
+
+
+def small(rule, *options):
+    """RetinaNet-R18, stem and res2 frozen, narrow behind the backbone."""
+    keep_all = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
+    return load_config(R18, *NARROW, *keep_all, "MODEL.FEEDBACK.RULE", rule, *options)
+
+
+def build(rule, *options):
+    return build_model(small(rule, *options))
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """Detectron2's own RetinaNet-R18; read only."""
+    torch.manual_seed(1)
+    return build_model(small("", *STOCK))
+
+
+def with_weights_of(model, stock):
+    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.rpartition(".")[2].startswith("feedback") for key in missing)
+    return model
+
+
+# Builders
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("kind, rule", [("ss", SS), ("fa", FA), ("feedback", "kolen_pollack")])
+@pytest.mark.parametrize("net", ["resnet", "resnet_fpn", "retinanet_resnet_fpn"])
+def test_builder_gives_the_stock_backbone_on_its_rule(net, kind, rule, depth):
+    options = ["MODEL.RESNETS.DEPTH", depth, "MODEL.FPN.OUT_CHANNELS", 32]
+    if depth == 50:
+        options += ["MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32]
+    cfg = load_config(R18, *options, "MODEL.FEEDBACK.RULE", "kp" if kind == "feedback" else "")
+    cfg.MODEL.BACKBONE.NAME = f"build_{net}_backbone"
+    stock = build_backbone(cfg)
+    cfg.MODEL.BACKBONE.NAME = f"build_{kind}_{net}_backbone"
+    converted = build_backbone(cfg)
+
+    assert type(converted) is type(stock)
+    assert set(rules(converted).values()) == {rule}
+    assert list(rules(converted)) == list(layers(stock))
+    with_weights_of(converted, stock)
+    image = torch.randn(1, 3, 64, 64)
+    assert_same(converted(image), stock(image))
+
+
+@pytest.mark.parametrize("depth", [34, 101])
+def test_other_depths(depth):
+    narrow = ["MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32]
+    width = {34: [], 101: narrow}[depth]
+    cfg = load_config(R18, "MODEL.RESNETS.DEPTH", depth, *width)
+    cfg.MODEL.BACKBONE.NAME = "build_ss_resnet_backbone"
+    backbone = build_backbone(cfg)
+    shortcuts = {34: 3, 101: 4}[depth]
+    assert list(rules(backbone).values()) == [SS] * (depth - 1 + shortcuts)
+
+
+@pytest.mark.parametrize(
+    "name, rule, message",
+    [
+        ("build_ss_resnet_fpn_backbone", "fa", "build_ss_resnet_fpn_backbone.*sign_symm.*'fa'"),
+        ("build_fa_resnet_backbone", SS, "build_fa_resnet_backbone.*feedback_align.*sign_symm"),
+        ("build_ss_resnet_backbone", "bp", "build_ss_resnet_backbone.*sign_symmetry.*'bp'"),
+        ("build_feedback_resnet_backbone", "", "build_feedback_resnet_backbone needs.*RULE"),
+        ("build_feedback_resnet_backbone", "sgn", "'sgn'.*sign_symmetry"),
+    ],
+)
+def test_builder_refuses_a_rule_that_is_missing_unknown_or_not_its_own(name, rule, message):
+    cfg = load_config(R18, "MODEL.BACKBONE.NAME", name, "MODEL.FEEDBACK.RULE", rule)
+    with pytest.raises(ValueError, match=message):
+        build_backbone(cfg)
+
+
+def test_builder_takes_its_own_rule_by_its_short_name():
+    cfg = load_config(R18, "MODEL.BACKBONE.NAME", "build_fa_resnet_backbone")
+    cfg.MODEL.FEEDBACK.RULE = "fa"
+    assert set(rules(build_backbone(cfg)).values()) == {FA}
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SCALE", "meanabs", "'meanabs'.*mean_abs"),
+        ("GAIN", 0.0, "gain is 0.0"),
+        ("GAIN", -1.0, "gain is -1.0"),
+        ("LAST_LAYER_RULE", "none", "'none'.*backpropagation"),
+    ],
+)
+def test_model_refuses_unknown_options(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        build(SS, f"MODEL.FEEDBACK.{key}", value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["MODEL.BACKBONE.NAME", "build_ss_resnet_backbone"],
+        ["MODEL.META_ARCHITECTURE", "FeedbackRetinaNet"],
+    ],
+)
+def test_config_without_our_keys_is_refused_by_name(options):
+    cfg = get_cfg()
+    cfg.merge_from_list([*CPU, "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], *options])
+    if cfg.MODEL.META_ARCHITECTURE == "FeedbackRetinaNet":
+        cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+        cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    with pytest.raises(ValueError, match="add_ss_config"):
+        build_model(cfg)
+
+
+def test_scale_gain_and_seed_reach_every_layer():
+    model = build(FA, "MODEL.FEEDBACK.SCALE", "rms", "MODEL.FEEDBACK.GAIN", 0.5)
+    other = build(FA, "MODEL.FEEDBACK.SEED", 1)
+    for name, layer in layers(model).items():
+        if name in LAST:
+            continue
+        size = layer.weight.square().mean().sqrt().item()
+        assert layer.feedback_weight.std().item() == pytest.approx(0.5 * size, rel=0.1)
+        b, c = layer.feedback_weight.flatten(), layers(other)[name].feedback_weight.flatten()
+        assert abs(torch.corrcoef(torch.stack([b, c]))[0, 1]) < 0.1
+
+
+# The whole of RetinaNet
+
+
+@pytest.fixture(scope="module")
+def r50():
+    """RetinaNet-R50 by sign-symmetry as shipped, from scratch."""
+    return build_model(load_config(SCRATCH))
+
+
+def test_every_convolution_of_r50_sends_its_error_through_its_feedback(r50):
+    uses = assert_error_flows_through_feedback(r50, {"backbone.bottom_up.stem.conv1"})
+    assert set(uses) == set(layers(r50))
+    assert {"backbone.fpn_lateral3", "backbone.fpn_output5", "backbone.top_block.p7"} < set(uses)
+    levels = 5
+    for name, nodes in uses.items():
+        assert len(nodes) == (levels if name.startswith("head.") else 1)
+        stock = name in LAST
+        assert all((node.name() == "ConvolutionBackward0") == stock for node in nodes), name
+
+
+@pytest.mark.parametrize("rule", ["fa", "frsf", "brsf", "kp", "fasi"])
+def test_every_convolution_of_r18_sends_its_error_through_its_feedback(rule):
+    model = build(rule, "MODEL.FEEDBACK.LAST_LAYER_RULE", "ss")
+    uses = assert_error_flows_through_feedback(model, FIRST)
+    assert set(uses) == {name for name in layers(model) if not name.startswith(FROZEN)}
+    assert "ConvolutionBackward0" not in operations(losses(model))
+
+
+@pytest.mark.parametrize("rule", [SS, FA])
+def test_losses_and_predictions_are_the_stock_models_bit_for_bit(stock, rule):
+    model = with_weights_of(build(rule), stock)
+    assert_same(losses(model), losses(stock))
+    found = predictions(model)
+    assert len(found[0]) > 0
+    assert_same(found, predictions(stock))
+
+
+def test_conversion_changes_no_bit_of_losses_and_predictions_of_r50(r50):
+    before = losses(r50), predictions(r50)
+    try:
+        convert_feedback(r50, "backpropagation")
+        assert not any(isinstance(m, AsymmetricLayer) for m in r50.modules())
+        assert_same((losses(r50), predictions(r50)), before)
+    finally:
+        convert_feedback(r50, SS, exclude=LAST)
+
+
+@pytest.mark.parametrize("rule, suspended", [("bp", False), ("ss", True), ("brsf", True)])
+def test_backpropagation_gives_the_stock_models_gradients_bit_for_bit(stock, rule, suspended):
+    model = with_weights_of(build(rule), stock)
+    expected = gradients(stock)
+    if suspended:
+        with backpropagation(model):
+            assert_same(gradients(model), expected)
+    else:
+        assert_same(gradients(model), expected)
+    if rule != "bp":
+        lateral = "backbone.fpn_lateral3.weight"
+        assert not torch.equal(gradients(model)[lateral], expected[lateral])
+
+
+# Heads
+
+
+@pytest.mark.parametrize(
+    "head, rule, last, expected",
+    [
+        ("RetinaNetHead", "ss", "ss", (BP, BP)),
+        ("SSRetinaNetHead", "", "bp", (SS, BP)),
+        ("SSRetinaNetHead", "ss", "ss", (SS, SS)),
+        ("FARetinaNetHead", "fa", "bp", (FA, BP)),
+        ("FARetinaNetHead", "", "ss", (FA, SS)),
+        ("FeedbackRetinaNetHead", "frsf", "fa", ("sign_symmetry_fixed_magnitude", FA)),
+        ("FeedbackRetinaNetHead", "bp", "ss", (BP, SS)),
+    ],
+)
+def test_head_has_its_rule_and_its_last_layers_theirs(head, rule, last, expected):
+    cfg = small(rule, "MODEL.RETINANET.HEAD", head, "MODEL.FEEDBACK.LAST_LAYER_RULE", last)
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    head = build_model(cfg).head
+    learns = rules(head)
+    assert (learns["cls_score"], learns["bbox_pred"]) == (expected[1], expected[1])
+    towers = [rule for name, rule in learns.items() if "subnet" in name]
+    assert towers == [expected[0]] * 8
+
+
+def test_last_layers_on_backpropagation_say_why():
+    reasons = {row.name: row.reason for row in feedback_report(build(SS)) if row.reason}
+    assert set(reasons) == LAST
+    assert set(reasons.values()) == {"its own rule is backpropagation"}
+
+
+@pytest.mark.parametrize(
+    "head, rule", [("FARetinaNetHead", "ss"), ("SSRetinaNetHead", FA), ("FARetinaNetHead", "bp")]
+)
+def test_head_refuses_another_rule_and_names_both(head, rule):
+    cfg = small(rule, "MODEL.RETINANET.HEAD", head)
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    stands_for = SS if head.startswith("SS") else FA
+    with pytest.raises(ValueError, match=f"{head}.*{stands_for}.*{rule}"):
+        build_model(cfg)
+
+
+def test_generic_head_needs_a_rule():
+    cfg = small("")
+    cfg.MODEL.BACKBONE.NAME = "build_ss_retinanet_resnet_fpn_backbone"
+    with pytest.raises(ValueError, match=r"FeedbackRetinaNetHead needs MODEL\.FEEDBACK\.RULE"):
+        build_model(cfg)
+
+
+def test_ones_own_head_by_its_registered_name(monkeypatch):
+    class OneTowerHead(RetinaNetHead):
+        pass
+
+    registered = dict(RETINANET_HEAD_REGISTRY._obj_map)
+    monkeypatch.setattr(RETINANET_HEAD_REGISTRY, "_obj_map", registered)
+    RETINANET_HEAD_REGISTRY.register(OneTowerHead)
+    model = build(SS, "MODEL.RETINANET.HEAD", "OneTowerHead")
+    assert type(model.head) is OneTowerHead
+    with pytest.raises(KeyError, match="NoSuchHead"):
+        build(SS, "MODEL.RETINANET.HEAD", "NoSuchHead")
+
+
+def test_exclude_speaks_of_names_in_the_whole_model():
+    exclude = ["backbone.fpn_*", "head.cls_subnet", "*.res5.*"]
+    model = build(SS, "MODEL.FEEDBACK.EXCLUDE", exclude)
+    stays = {n for n in layers(model) if n.startswith(("backbone.fpn_", "head.cls_subnet."))}
+    stays |= LAST | {n for n in layers(model) if ".res5." in n}
+    assert {name for name, rule in rules(model).items() if rule == BP} == stays
+    assert {type(layers(model)[name]) for name in stays} == {Conv2d, nn.Conv2d}
+    uses = assert_error_flows_through_feedback(model, FIRST)
+    assert {n for n, u in uses.items() if u[0].name() == "ConvolutionBackward0"} == stays
+
+
+@pytest.mark.parametrize("pattern", ["fpn_*", "head.cls_scores", "backbone.res5"])
+def test_exclude_pattern_that_matches_no_layer_of_the_model_is_refused(pattern):
+    with pytest.raises(ValueError, match="matches no layer of FeedbackRetinaNet"):
+        build(SS, "MODEL.FEEDBACK.EXCLUDE", ["backbone.fpn_*", pattern])
+
+
+# A training step
+
+
+@pytest.mark.parametrize("rule", ["ss", "fa", "brsf", "kp"])
+def test_a_step_changes_what_learns_and_nothing_else(rule):
+    cfg = small(rule)
+    cfg.SOLVER.WEIGHT_DECAY = 0.1
+    model = build_model(cfg)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(FROZEN), name
+    norms = [m for m in model.backbone.bottom_up.modules() if "Norm" in type(m).__name__]
+    assert norms and all(type(m) is FrozenBatchNorm2d for m in norms)
+
+    optimizer = build_optimizer(cfg, model)
+    before = copy.deepcopy(model.state_dict())
+    sum(losses(model).values()).backward()
+    optimizer.step()
+    after = model.state_dict()
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if rule == "brsf":  # its state is due for a draw, where the weight has changed
+        names = [name.rpartition(".")[0] for name in learns]
+        drawn = {f"{n}.feedback_{what}" for n in names for what in ("magnitude", "draws")}
+        learns |= drawn & set(before)
+    assert {key for key in before if not torch.equal(before[key], after[key])} == learns
+    if rule == "kp":
+        decay = 1 - cfg.SOLVER.BASE_LR * cfg.SOLVER.WEIGHT_DECAY
+        for name in (n for n in learns if n.endswith(".feedback_weight")):
+            weight = name.replace("feedback_weight", "weight")
+            gap = [state[name] - state[weight] for state in (before, after)]
+            torch.testing.assert_close(gap[1], decay * gap[0], rtol=1e-4, atol=1e-6)
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def stock_checkpoint(stock, tmp_path_factory):
+    """Detectron2's own, of weights three times those of a fresh model."""
+    folder = tmp_path_factory.mktemp("stock")
+    larger = copy.deepcopy(stock)
+    with torch.no_grad():
+        for layer in layers(larger).values():
+            layer.weight.mul_(3)
+    DetectionCheckpointer(larger, str(folder)).save("stock")
+    return larger, str(folder / "stock.pth")
+
+
+@pytest.mark.parametrize("rule", ["ss", "fa", "fasi", "frsf", "kp"])
+def test_stock_checkpoint_loads_and_the_feedback_follows(rule, stock_checkpoint, caplog):
+    larger, path = stock_checkpoint
+    model = build(rule)
+    before = {
+        name: (layer.current_feedback().abs().mean(), layer.weight.abs().mean().detach())
+        for name, layer in layers(model).items()
+        if name not in LAST
+    }
+    with caplog.at_level(logging.INFO):
+        rest = FeedbackCheckpointer(model).resume_or_load(path, resume=False)
+    assert "model" not in rest
+    assert "a stock Detectron2 checkpoint" in caplog.text
+    derived = [r for r in caplog.records if "derived again from the loaded weight" in r.message]
+    assert len(derived) == (0 if rule == "ss" else len(before))
+    assert "not found in the checkpoint" not in caplog.text
+    for name, layer in layers(model).items():
+        assert_same(layer.weight, layers(larger)[name].weight)
+        if name in LAST:
+            continue
+        fresh = layer.rule.initial_state(layer.weight.detach(), layer.fans())
+        if rule != "ss":
+            assert_same(layer.feedback_state.detach(), fresh)
+        feedback, weight = before[name]
+        grown = (layer.weight.abs().mean() / weight).item()
+        assert grown > 2  # else nothing is proved
+        # The same draw of another size, or, for a rule that has the weight's signs, another size.
+        now = layer.current_feedback().abs().mean()
+        assert (now / feedback).item() == pytest.approx(grown, rel=1e-3)
+    assert_same(predictions(model), predictions(larger))
+
+
+@pytest.mark.parametrize("rule", [SS, FA])
+def test_zoo_style_pickle_loads_into_the_backbone(rule, stock_checkpoint, tmp_path, caplog):
+    bottom_up = stock_checkpoint[0].backbone.bottom_up
+    content = {
+        "model": {key: value.numpy() for key, value in bottom_up.state_dict().items()},
+        "__author__": "MSRA",
+        "matching_heuristics": True,
+    }
+    path = tmp_path / "R-18.pkl"
+    path.write_bytes(pickle.dumps(content))
+    model = build(rule)
+    head = copy.deepcopy(model.head.state_dict())
+    FeedbackCheckpointer(model).resume_or_load(str(path), resume=False)
+    loaded = model.backbone.bottom_up.state_dict()
+    for key, value in bottom_up.state_dict().items():
+        assert_same(loaded[key], value)
+    for layer in layers(model.backbone.bottom_up).values():
+        if rule == FA:
+            fresh = layer.rule.initial_state(layer.weight.detach(), layer.fans())
+            assert_same(layer.feedback_weight, fresh)
+    assert_same(dict(model.head.state_dict()), dict(head))
+
+
+STOCK_PREDICTION = """
+import sys
+sys.modules["ss_detectron"] = None  # any import of it fails
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+torch.set_num_threads(int(sys.argv[1]))
+cfg = get_cfg()
+cfg.merge_from_file("stock.yaml")
+batch = torch.load("batch.pt")
+for name in sys.argv[2:]:
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(name + ".pth")
+    model.eval()
+    with torch.no_grad():
+        found = [output["instances"] for output in model(batch)]
+    torch.save(
+        [t for i in found for t in (i.pred_boxes.tensor, i.scores, i.pred_classes)], name + ".pt"
+    )
+"""
+
+
+def test_checkpoint_of_any_rule_predicts_the_same_in_plain_detectron2(tmp_path):
+    plain = get_cfg()
+    shared = small("ss", *STOCK)
+    del shared.MODEL["FEEDBACK"], shared.MODEL.RETINANET["HEAD"]
+    del shared.SOLVER["OPTIMIZER"], shared.DATASETS["COCO_INSTANCES"]
+    (tmp_path / "stock.yaml").write_text(shared.dump())
+    plain.merge_from_file(str(tmp_path / "stock.yaml"))
+    torch.save([{"image": item["image"]} for item in make_batch()], tmp_path / "batch.pt")
+
+    expected = {}
+    for rule in ("ss", "fa", "kp", "brsf"):
+        cfg = small(rule)
+        model = build_model(cfg)
+        optimizer = build_optimizer(cfg, model)
+        sum(losses(model).values()).backward()
+        optimizer.step()
+        expected[rule] = predictions(model)
+        assert len(expected[rule][0]) > 0
+        FeedbackCheckpointer(model, str(tmp_path), optimizer=optimizer).save(rule)
+        content = torch.load(tmp_path / f"{rule}.pth", weights_only=True)
+        assert content["feedback"] == rules(model)
+
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", STOCK_PREDICTION, str(torch.get_num_threads()), *expected]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for rule, boxes in expected.items():
+        assert_same(torch.load(tmp_path / f"{rule}.pt"), boxes)
+
+
+@pytest.mark.parametrize(
+    "saved, here, said",
+    [
+        ("ss", "fa", [SS, FA, "MODEL.FEEDBACK.RULE"]),
+        ("bp", "ss", [BP, SS]),
+        ("ss", "ss", None),
+        ("bp", "bp", None),
+    ],
+)
+def test_checkpoint_of_another_rule_gives_a_warning(saved, here, said, tmp_path, caplog):
+    class Net(nn.Sequential):
+        def __init__(self, rule):
+            super().__init__(Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+            convert_feedback(self, rule)
+
+    FeedbackCheckpointer(Net(saved), str(tmp_path)).save("net")
+    with caplog.at_level(logging.WARNING):
+        FeedbackCheckpointer(Net(here)).load(str(tmp_path / "net.pth"))
+    warnings = [r.message for r in caplog.records if "was trained with" in r.message]
+    assert len(warnings) == (said is not None)
+    assert all(word in warnings[0] for word in said or ())
+
+
+def test_last_checkpoint_is_replaced_in_one_step(tmp_path, monkeypatch):
+    checkpointer = FeedbackCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_0")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0.pth"
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(os, "replace", killed)
+        checkpointer.save("model_1")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0.pth")
+    checkpointer.save("model_1")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_1.pth")
