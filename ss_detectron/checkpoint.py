@@ -3,8 +3,12 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from .layers import AsymmetricLayer, feedback_report
@@ -21,16 +25,28 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     rules are not the model's gives a warning that says so.
     """
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        rules = {row.name: row.rule for row in feedback_report(self.model)}
-        super().save(name, feedback=rules, **kwargs)
+    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
+        """
+        Args:
+            name: of the file, without ".pth".
+            tag: whether a resumed run is to go on from this checkpoint.
+            **kwargs: what else to save.
+        """
+        if not (self.save_dir and self.save_to_disk):
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: part.state_dict() for key, part in self.checkpointables.items()}
+        data["feedback"] = {row.name: row.rule for row in feedback_report(self.model)}
+        target = os.path.join(self.save_dir, name + ".pth")
+        self.logger.info("Saving checkpoint to %s", target)
+        with _whole(target) as path:
+            torch.save({**data, **kwargs}, path)
+        if tag:
+            self.tag_last_checkpoint(name + ".pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        # In one step, so that a run killed here still has a checkpoint to resume from.
-        target = os.path.join(self.save_dir, "last_checkpoint")
-        with open(target + ".new", "w") as f:
-            f.write(last_filename_basename)
-        os.replace(target + ".new", target)
+        with _whole(os.path.join(self.save_dir, "last_checkpoint")) as path:
+            Path(path).write_text(last_filename_basename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         self._compare_rules(checkpoint.get("feedback"))
@@ -59,6 +75,13 @@ class FeedbackCheckpointer(DetectionCheckpointer):
                 saved[differ[0]],
                 model[differ[0]],
             )
+
+
+@contextmanager
+def _whole(target: str) -> Iterator[str]:
+    """A path to write to that becomes ``target`` in one step, for a run may be killed any time."""
+    yield target + ".new"
+    os.replace(target + ".new", target)
 
 
 def _count(rules: dict[str, str]) -> str:
