@@ -1,8 +1,8 @@
 """Training and evaluation: Detectron2's default trainer with what asymmetric feedback adds."""
 
 import argparse
-import json
 import logging
+import math
 import os
 import weakref
 from typing import Any
@@ -80,7 +80,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # The processes of one machine share its cores.
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
     _check_options(cfg)
-    check_detection_datasets(cfg)
+    check_detection_datasets(cfg, training=not args.eval_only)
     if not (args.resume and _has_checkpoint(cfg)):
         _check_weights(cfg.MODEL.WEIGHTS)
     return cfg
@@ -223,24 +223,35 @@ class Trainer(DefaultTrainer):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, but a resumed run remembers the best metric from before."""
+    """
+    Detectron2's, but the best metric is kept in the checkpoint, from where a resumed run knows it.
+    """
 
     def before_train(self) -> None:
-        metrics = os.path.join(self.trainer.cfg.OUTPUT_DIR, "metrics.json")
-        best = os.path.join(self.trainer.cfg.OUTPUT_DIR, self._file_prefix + ".pth")
-        if self.trainer.start_iter == 0 or not (os.path.isfile(metrics) and os.path.isfile(best)):
+        path = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
+        if self.trainer.start_iter == 0 or not os.path.isfile(path):
             return
-        with open(metrics) as f:
-            for line in f:
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # cut off when the run was killed
-                    continue
-                value = row.get(self._val_metric)
-                if value is None or row["iteration"] >= self.trainer.start_iter:
-                    continue
-                if self.best_metric is None or self._compare(value, self.best_metric):
-                    self._update_best(value, row["iteration"])
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        value = saved.get("metric", {}).get(self._val_metric)
+        if value is not None:
+            self._update_best(value, saved["iteration"])
+
+    def _best_checking(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, None))
+        if self.best_metric is not None and not self._compare(value, self.best_metric):
+            logger.info(
+                "%s is %.3f, not better than %.3f at iteration %d.",
+                self._val_metric,
+                value,
+                self.best_metric,
+                self.best_iter,
+            )
+        elif self._update_best(value, iteration):
+            metric = {self._val_metric: value}
+            # A resumed run goes on from the latest checkpoint, which this need not be.
+            self._checkpointer.save(
+                self._file_prefix, tag=False, iteration=iteration, metric=metric
+            )
 
 
 class _CPUAMPTrainer(SimpleTrainer):
@@ -269,7 +280,7 @@ def _check_weights(weights: str) -> None:
             "of the model zoo were trained by backpropagation.",
             weights,
         )
-    elif weights and not os.path.isfile(weights):
+    elif weights and not os.path.isfile(weights.partition("?")[0]):
         raise FileNotFoundError(
             f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
             "another, or set MODEL.WEIGHTS '' to start from scratch"
