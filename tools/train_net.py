@@ -15,6 +15,7 @@ import argparse
 import sys
 from typing import Any
 
+import torch
 from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -44,6 +45,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("several machines need --dist-url tcp://HOST:PORT, a port of machine 0")
+    if 0 < torch.cuda.device_count() < args.num_gpus:
+        parser.error(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
+    if options := [word for word in args.opts if word.startswith("--")]:
+        parser.error(f"{' '.join(options)}: give options before the first KEY VALUE")
     print("Command line:", " ".join(sys.argv))
     launch(
         main,
