@@ -1,0 +1,381 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import _cached_log_stream, setup_logger
+from torch import nn
+
+from ss_detectron import add_ss_config, convert_feedback
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.data import generate_shapes
+from ss_detectron.engine import BestCheckpointer, Trainer, argument_parser, setup
+
+LOGGERS = ("detectron2", "fvcore", "ss_detectron")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    return generate_shapes(tmp_path_factory.mktemp("sets"), train=8, val=3, size=64)
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """In an empty folder; afterwards loggers and catalogs are as they were."""
+    monkeypatch.chdir(tmp_path)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(log.level, log.propagate, log.handlers[:]) for log in loggers]
+    catalog = set(DatasetCatalog.list())
+    yield
+    for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        for handler in log.handlers:
+            if handler not in handlers:
+                handler.close()
+        log.setLevel(level)
+        log.propagate, log.handlers[:] = propagate, handlers
+    # Both remember that they were called: the next test's log file is another one.
+    setup_logger.cache_clear()
+    _cached_log_stream.cache_clear()
+    for name in set(DatasetCatalog.list()) - catalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def options(shapes):
+    """The smallest training there is, on a data set given by config keys alone."""
+    sets = [
+        [f"tiny_{split}", f"{shapes}/annotations/instances_{split}.json", f"{shapes}/{split}"]
+        for split in ("train", "val")
+    ]
+    changes = {
+        "DATASETS.COCO_INSTANCES": sets,
+        "DATASETS.TRAIN": ("tiny_train",),
+        "DATASETS.TEST": (),
+        "INPUT.MIN_SIZE_TRAIN": (64,),
+        "INPUT.MIN_SIZE_TEST": 64,
+        "MODEL.RETINANET.NUM_CONVS": 1,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 3,
+        "SOLVER.STEPS": (),
+        "SOLVER.CHECKPOINT_PERIOD": 1000,
+    }
+    return [str(word) for pair in changes.items() for word in pair]
+
+
+@pytest.fixture
+def prepare(options):
+    """(KEY VALUE ..., config, flags) -> the config as the tool would have it."""
+
+    def call(*opts, config="quick/shapes_retinanet_ss.yaml", flags=()) -> CfgNode:
+        words = ["--config-file", config, *flags, *options, *map(str, opts)]
+        return setup(argument_parser().parse_args(words))
+
+    return call
+
+
+def stock(**solver) -> CfgNode:
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    for key, value in solver.items():
+        cfg.SOLVER[key] = value
+    return cfg
+
+
+# What is refused, and how --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("opts", "error", "message"),
+    [
+        (["MODEL.FEEDBACK.RULE", "signs"], ValueError, "unknown .*'signs'.*sign_symmetry"),
+        (["MODEL.FEEDBACK.LAST_LAYER_RULE", "x"], ValueError, "unknown feedback rule 'x'"),
+        (["MODEL.FEEDBACK.SCALE", "max"], ValueError, "unknown .*'max'.*mean_abs"),
+        (["MODEL.FEEDBACK.GAIN", -0.5], ValueError, "gain is -0.5.*positive"),
+        (["MODEL.FEEDBACK.GANE", 1.0], AssertionError, "key: MODEL.FEEDBACK.GANE"),
+        (["SOLVER.OPTIMIZER", "Adam"], ValueError, "'Adam'.*'SGD' or 'AdamW'"),
+        (["MODEL.WEIGHTS", "no.pth"], FileNotFoundError, "MODEL.WEIGHTS is 'no.pth'.*train it"),
+        (["MODEL.RETINANET.NUM_CLASSES", 80], ValueError, "3 classes.*set to 80.*NUM_CLASSES to 3"),
+        (["DATASETS.TRAIN", "('tiny_trane',)"], ValueError, "'tiny_trane'.*mean 'tiny_train'"),
+        (
+            ["DATASETS.COCO_INSTANCES", "[['a','b.json','c']]", "DATASETS.TRAIN", "('a',)"],
+            FileNotFoundError,
+            "no annotation file .*b.json.*COCO_INSTANCES",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_remedy(prepare, opts, error, message):
+    with pytest.raises(error, match=message):
+        prepare(*opts)
+
+
+def test_a_missing_image_folder_is_named(prepare, shapes):
+    labels = f"{shapes}/annotations/instances_val.json"
+    with pytest.raises(FileNotFoundError, match="no image folder .*nowhere"):
+        prepare("DATASETS.COCO_INSTANCES", [["a", labels, "nowhere"]], "DATASETS.TRAIN", ("a",))
+
+
+def test_a_config_that_does_not_exist_suggests_near_names(prepare):
+    with pytest.raises(FileNotFoundError, match="quick/shapes_retinanet_ss.yaml"):
+        prepare(config="shapes_retinanet_ss.yaml")
+
+
+def test_a_rule_that_no_layer_follows_is_refused(prepare):
+    cfg = prepare(
+        *("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+    )
+    with pytest.raises(ValueError, match="'sign_symmetry', but no layer.*build_feedback_"):
+        Trainer.build_model(cfg)
+
+
+def test_an_exclude_pattern_without_a_layer_is_refused(prepare):
+    cfg = prepare("MODEL.FEEDBACK.EXCLUDE", ["neck.*"])
+    with pytest.raises(ValueError, match=r"'neck\.\*' matches no layer.*'backbone\.fpn"):
+        Trainer.build_model(cfg)
+
+
+def test_weights_may_carry_detectron2s_query(prepare):
+    Path("r18.pth").touch()
+    prepare("MODEL.WEIGHTS", "r18.pth?matching_heuristics=True")
+
+
+def test_evaluation_alone_does_not_need_the_training_set(prepare, shapes):
+    labels = f"{shapes}/annotations/instances_val.json"
+    sets = [["tiny_val", labels, f"{shapes}/val"], ["gone", "gone.json", "gone"]]
+    opts = ["DATASETS.COCO_INSTANCES", sets, "DATASETS.TRAIN", ("gone",)]
+    opts += ["DATASETS.TEST", ("tiny_val",)]
+    prepare(*opts, flags=["--eval-only"])
+    with pytest.raises(FileNotFoundError, match=r"gone\.json"):
+        prepare(*opts)
+
+
+# Config and optimizer ----------------------------------------------------------------------------
+
+
+def test_without_a_gpu_the_device_is_the_cpu(prepare):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert get_cfg().MODEL.DEVICE == "cuda"
+    assert prepare().MODEL.DEVICE == "cpu"
+
+
+def test_a_config_for_eight_gpus_scales_to_one():
+    solver = stock(
+        REFERENCE_WORLD_SIZE=8,
+        IMS_PER_BATCH=16,
+        BASE_LR=0.01,
+        MAX_ITER=90000,
+        STEPS=(60000, 80000),
+        WARMUP_ITERS=1000,
+    )
+    scaled = DefaultTrainer.auto_scale_workers(solver, 1).SOLVER
+    assert scaled.IMS_PER_BATCH == 2
+    assert pytest.approx(0.00125) == scaled.BASE_LR
+    assert scaled.MAX_ITER == 720000
+    assert scaled.STEPS == (480000, 640000)
+    assert scaled.WARMUP_ITERS == 8000
+
+
+def small_model(rule="kolen_pollack") -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    model[2].requires_grad_(False)
+    return convert_feedback(model, rule)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_learned_feedback_is_trained_as_its_weight_and_frozen_layers_are_not(name):
+    model = small_model()
+    cfg = stock(OPTIMIZER=name, BASE_LR=0.25, WEIGHT_DECAY=0.125, WEIGHT_DECAY_NORM=0.0)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    assert type(optimizer) is getattr(torch.optim, name)
+    settings = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert settings[id(model[0].weight)] == (0.25, 0.125)
+    assert settings[id(model[0].feedback_weight)] == (0.25, 0.125)
+    assert settings[id(model[1].weight)] == (0.25, 0.0)
+    assert not {id(parameter) for parameter in model[2].parameters()} & set(settings)
+    assert not model[2].feedback_weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_gradients_are_clipped_before_the_step(name):
+    model = small_model("sign_symmetry")
+    cfg = stock(OPTIMIZER=name)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-6
+    optimizer = Trainer.build_optimizer(cfg, model)
+    assert isinstance(optimizer, getattr(torch.optim, name))
+    (model(torch.randn(2, 3, 5, 5)) ** 2).mean().backward()
+    optimizer.step()
+    assert model[0].weight.grad.abs().max() == pytest.approx(1e-6)
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def train(cfg: CfgNode) -> tuple[Trainer, list[float]]:
+    """The trainer and its losses, one per iteration."""
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    return trainer, [value for value, _ in trainer.storage.history("total_loss").values()]
+
+
+def test_the_same_seed_gives_the_same_losses_twice(prepare):
+    _, first = train(prepare("OUTPUT_DIR", "first", "SOLVER.OPTIMIZER", "SGD"))
+    _, again = train(prepare("OUTPUT_DIR", "again", "SOLVER.OPTIMIZER", "SGD"))
+    assert len(first) == 3
+    assert again == first
+    _, other = train(prepare("OUTPUT_DIR", "other", "SEED", 2, "SOLVER.MAX_ITER", 1))
+    assert other[0] != first[0]
+
+
+def test_mixed_precision_on_the_cpu_is_bfloat16_over_float32_weights(prepare):
+    cfg = prepare("MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2)
+    trainer = Trainer(cfg)
+    seen = set()
+    stem = trainer.model.backbone.bottom_up.stem.conv1
+    stem.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    before = stem.weight.detach().clone()
+    trainer.train()
+    losses = [value for value, _ in trainer.storage.history("total_loss").values()]
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert seen == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert not torch.equal(stem.weight, before)
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+class FakeTrainer:
+    """As much of a trainer as the hook looks at."""
+
+    max_iter = 40
+
+    def __init__(self, start_iter: int) -> None:
+        self.start_iter = start_iter
+
+
+def evaluate(hook: BestCheckpointer, iteration: int, value: float | None) -> None:
+    """As if the evaluation after this iteration gave this value."""
+    hook.trainer.iter = iteration
+    with EventStorage(iteration) as hook.trainer.storage:
+        if value is not None:
+            hook.trainer.storage.put_scalar("bbox/AP", value)
+        hook.after_step()
+
+
+def best_hook(folder: Path, weight: float, start_iter: int = 0) -> BestCheckpointer:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, weight)
+    hook = BestCheckpointer(10, FeedbackCheckpointer(model, str(folder)), "bbox/AP")
+    hook.trainer = FakeTrainer(start_iter)
+    hook.before_train()
+    return hook
+
+
+def best_weight(folder: Path) -> float:
+    return torch.load(folder / "model_best.pth")["model"]["weight"].item()
+
+
+def test_only_a_better_model_replaces_the_best_one(tmp_path):
+    hook = best_hook(tmp_path, weight=1.0)
+    evaluate(hook, 9, None)
+    evaluate(hook, 9, float("nan"))
+    assert not (tmp_path / "model_best.pth").exists()
+    evaluate(hook, 9, 3.0)
+    nn.init.constant_(hook._checkpointer.model.weight, 2.0)
+    evaluate(hook, 19, 2.0)
+    evaluate(hook, 19, float("nan"))
+    assert best_weight(tmp_path) == 1.0
+    evaluate(hook, 29, 4.0)
+    assert best_weight(tmp_path) == 2.0
+
+
+def test_a_resumed_run_keeps_the_best_model_from_before(tmp_path):
+    evaluate(best_hook(tmp_path, weight=1.0), 9, 3.0)
+    # The log of the run before has another value, and ends where that run was killed.
+    row = json.dumps({"iteration": 9, "bbox/AP": 1.0})
+    (tmp_path / "metrics.json").write_text(f'{row}\n{{"iteration": 19, "bbox/')
+    resumed = best_hook(tmp_path, weight=2.0, start_iter=10)
+    evaluate(resumed, 19, 2.5)
+    assert best_weight(tmp_path) == 1.0
+    evaluate(resumed, 29, 3.5)
+    assert best_weight(tmp_path) == 2.0
+
+
+def test_a_run_from_the_start_does_not_ask_an_older_best_model(tmp_path):
+    evaluate(best_hook(tmp_path, weight=1.0), 9, 3.0)
+    evaluate(best_hook(tmp_path, weight=2.0), 9, 2.5)
+    assert best_weight(tmp_path) == 2.0
+
+
+def test_runs_resume_from_the_latest_checkpoint_not_from_the_best(tmp_path):
+    hook = best_hook(tmp_path, weight=1.0)
+    evaluate(hook, 9, 3.0)
+    assert not hook._checkpointer.has_checkpoint()
+    hook._checkpointer.save("model_0000009", iteration=9)
+    evaluate(hook, 19, 4.0)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "last_checkpoint",
+        "model_0000009.pth",
+        "model_best.pth",
+    ]
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    checkpointer = FeedbackCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("model_best", iteration=9)
+
+    def cut_off(content, path):
+        Path(path).write_bytes(b"PK")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(OSError, match="no space"):
+        checkpointer.save("model_best", iteration=19)
+    assert torch.load(tmp_path / "model_best.pth")["iteration"] == 9
+
+
+def test_a_checkpoint_loads_in_stock_detectron2(tmp_path):
+    model = small_model("feedback_alignment")
+    FeedbackCheckpointer(model, str(tmp_path)).save("model_final")
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    DetectionCheckpointer(plain).load(str(tmp_path / "model_final.pth"))
+    image = torch.randn(1, 3, 5, 5)
+    assert torch.equal(plain(image), model(image))
+
+
+def test_loading_a_checkpoint_of_another_rule_warns_and_of_the_same_does_not(tmp_path, caplog):
+    FeedbackCheckpointer(small_model("feedback_alignment"), str(tmp_path)).save("fa")
+    path = str(tmp_path / "fa.pth")
+    caplog.set_level(logging.WARNING, "ss_detectron")
+    FeedbackCheckpointer(small_model("feedback_alignment")).load(path)
+    assert "trained with" not in caplog.text
+    FeedbackCheckpointer(small_model("sign_symmetry")).load(path)
+    [warning] = [record.getMessage() for record in caplog.records if "ss_det" in record.name]
+    assert "trained with feedback_alignment" in warning
+    assert "learns by sign_symmetry" in warning
+    assert "2 layers differ, such as 0" in warning
+
+
+def test_loading_stock_weights_says_what_trains_them_now(tmp_path, caplog):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    DetectionCheckpointer(plain, str(tmp_path)).save("stock")
+    caplog.set_level(logging.INFO, "ss_detectron")
+    FeedbackCheckpointer(small_model("sign_symmetry")).load(str(tmp_path / "stock.pth"))
+    assert "does not say which rule trained it" in caplog.text
+    assert "sign_symmetry (2 layers)" in caplog.text
