@@ -1,0 +1,150 @@
+import os
+import re
+from pathlib import Path
+
+import pytest
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from modeling_utils import load_config, rules
+
+from ss_detectron import add_ss_config, find_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+RULES = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
+EXPERIMENTS = sorted({re.sub(r"_(bp|ss|fa)\.yaml$", "", n) for n in NAMES if "Base-" not in n})
+RETINANETS = [name for name in EXPERIMENTS if "retinanet" in name]
+
+
+def config(name: str) -> CfgNode:
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.merge_from_file(find_config(name))
+    return cfg
+
+
+def flat(cfg: CfgNode, prefix: str = "") -> dict:
+    """Key -> value, with the keys written as on a command line."""
+    values = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
+
+
+def differing(a: CfgNode, b: CfgNode) -> set[str]:
+    a, b = flat(a), flat(b)
+    absent = object()
+    return {key for key in a | b if a.get(key, absent) != b.get(key, absent)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_safe_yaml_with_known_keys(name):
+    content = CfgNode.load_yaml_with_base(str(CONFIGS / name), allow_unsafe=False)
+    cfg = config(name)
+    values = flat(cfg)
+    set_here = set(flat(CfgNode(content)))
+    assert set_here and set_here <= set(values)
+    # What a run dumps into its output folder loads again, to the same.
+    again = get_cfg()
+    add_ss_config(again)
+    again.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))
+    assert not differing(cfg, again) & set_here
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
+    siblings = {kind: config(f"{experiment}_{kind}.yaml") for kind in RULES}
+    allowed = {"OUTPUT_DIR", "SOLVER.BASE_LR"}
+    allowed |= {f"MODEL.FEEDBACK.{key}" for key in ("RULE", "SCALE", "GAIN")}
+    if "R_18" in experiment:  # whose backbone was trained by the same rule
+        allowed.add("MODEL.WEIGHTS")
+        for kind, cfg in siblings.items():
+            assert cfg.MODEL.WEIGHTS.endswith(f"_{kind}/model_final.pth")
+    for kind, cfg in siblings.items():
+        assert RULES[kind] == cfg.MODEL.FEEDBACK.RULE
+        assert f"./output/{Path(experiment).name}_{kind}" == cfg.OUTPUT_DIR
+        assert differing(cfg, siblings["bp"]) <= allowed
+
+
+def test_backpropagation_is_the_model_zoos_retinanet_in_every_other_key():
+    zoo = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    ours = config("retinanet_bp.yaml")
+    assert differing(ours, zoo) == {
+        "DATASETS.COCO_INSTANCES",
+        "MODEL.BACKBONE.NAME",
+        "MODEL.META_ARCHITECTURE",
+        "MODEL.RETINANET.HEAD",
+        "OUTPUT_DIR",
+        "SOLVER.OPTIMIZER",
+        "SOLVER.REFERENCE_WORLD_SIZE",
+        *(f"MODEL.FEEDBACK.{key}" for key in ours.MODEL.FEEDBACK),
+    }
+    assert ours.SOLVER.OPTIMIZER == "SGD"
+
+
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("experiment", RETINANETS)
+def test_model_of_config_has_every_layer_on_its_rule(experiment, kind):
+    name = f"{experiment}_{kind}.yaml"
+    model = build_model(load_config(name))
+    expected = dict.fromkeys(rules(model), RULES[kind])
+    expected |= dict.fromkeys(("head.cls_score", "head.bbox_pred"), RULES["bp"])
+    assert rules(model) == expected
+    cfg = config(name)
+    depth = {18: 17 + 3, 50: 49 + 4}[cfg.MODEL.RESNETS.DEPTH]  # with the shortcuts
+    pyramid, head = 2 * 3 + 2, 2 * 4 + 2
+    assert len(expected) == depth + pyramid + head
+    if not cfg.MODEL.WEIGHTS:
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+        assert cfg.MODEL.PIXEL_STD != get_cfg().MODEL.PIXEL_STD
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_scratch_config_starts_from_nothing(kind):
+    cfg = config(f"retinanet_scratch_{kind}.yaml")
+    assert cfg.MODEL.WEIGHTS == ""
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
+    norms = {cfg.MODEL[part].NORM for part in ("RESNETS", "FPN", "RETINANET")}
+    assert norms == {"GN"}
+
+
+# find_config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_config_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_config(name)
+    assert os.path.isabs(found) and os.path.samefile(found, CONFIGS / name)
+
+
+def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    own = tmp_path / "retinanet_ss.yaml"
+    own.write_text("VERSION: 2\n")
+    assert find_config(str(own)) == str(own)
+    monkeypatch.chdir(tmp_path)
+    assert os.path.samefile(find_config("retinanet_ss.yaml"), own)
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("retinanet_sss.yaml", "retinanet_ss.yaml"),
+        ("shapes_retinanet_fa.yaml", "quick/shapes_retinanet_fa.yaml"),
+        ("configs/retinanet_scratch_bp.yaml", "retinanet_scratch_bp.yaml"),
+        ("quick", "quick/shapes_retinanet_bp.yaml"),  # a folder; like none, so all are named
+    ],
+)
+def test_missing_config_names_those_that_are_like_it(name, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        find_config(name)
+    said = str(error.value)
+    assert repr(name) in said and str(tmp_path) in said
+    assert near in said.rpartition("did you mean ")[2].rstrip("?").split(", ")

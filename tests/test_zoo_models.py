@@ -1,0 +1,109 @@
+"""Two-stage detectors of Detectron2's model zoo, converted with one call."""
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import BitMasks, PolygonMasks
+from modeling_utils import assert_same, layers, losses, make_batch, operations, rules, weight_uses
+
+from ss_detectron import convert_feedback, feedback_report
+
+STOCK = {"ConvolutionBackward0", "AddmmBackward0", "MmBackward0"}
+FROZEN = ("backbone.bottom_up.stem.", "backbone.bottom_up.res2.")
+PREDICTORS = ("roi_heads.box_predictor", "roi_heads.mask_head.predictor")
+
+
+def bit_masks(boxes, size):
+    masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return BitMasks(masks)
+
+
+def polygon_masks(boxes, size):
+    corners = boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()
+    return PolygonMasks([[polygon] for polygon in corners])
+
+
+def faster_rcnn():
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    return cfg, make_batch()
+
+
+def mask_rcnn(masks):
+    cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
+    return cfg, make_batch(masks)
+
+
+CASES = {
+    "faster_rcnn_R_50": (faster_rcnn, 50),
+    "mask_rcnn_R_18_bit_masks": (lambda: mask_rcnn(bit_masks), 18),
+    "mask_rcnn_R_18_polygons": (lambda: mask_rcnn(polygon_masks), 18),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def detector(request):
+    """A stock detector (config, model, batch, losses), small behind the backbone's stem."""
+    make, depth = CASES[request.param]
+    cfg, batch = make()
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", depth])
+    if depth == 50:
+        cfg.MODEL.RESNETS.WIDTH_PER_GROUP, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8, 32
+    else:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 32
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 32
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    return cfg, model, batch, losses(model, batch)
+
+
+@pytest.mark.parametrize("rule", ["sign_symmetry", "feedback_alignment"])
+def test_every_layer_of_a_two_stage_detector_is_converted_and_no_loss_changes(detector, rule):
+    cfg, model, batch, before = detector
+    assert operations(before) & STOCK == STOCK - {"MmBackward0"}
+    assert convert_feedback(model, rule) is model
+    report = {row.name: row.rule for row in feedback_report(model)}
+    assert report == dict.fromkeys(layers(model), rule)
+    assert {"proposal_generator.rpn_head.conv", "roi_heads.box_head.fc1"} < set(report)
+    assert ("roi_heads.mask_head.deconv" in report) == cfg.MODEL.MASK_ON
+
+    after = losses(model, batch)
+    assert_same(after, before)
+    assert not operations(after) & STOCK
+    assert set(weight_uses(model, after)) == {n for n in report if not n.startswith(FROZEN)}
+
+
+def test_excluded_predictors_are_the_only_stock_operations(detector):
+    cfg, model, batch, _ = detector
+    convert_feedback(model, "backpropagation")
+    predictors = [name for name in PREDICTORS if cfg.MODEL.MASK_ON or "mask" not in name]
+    convert_feedback(model, "ss", exclude=predictors)
+    stays = {name for name, rule in rules(model).items() if rule == "backpropagation"}
+    assert stays == {name for name in layers(model) if name.startswith(PREDICTORS)}
+    stock = {
+        name
+        for name, nodes in weight_uses(model, losses(model, batch)).items()
+        for node in nodes
+        if node.name() in STOCK | {"TBackward0"}  # of a stock linear layer's weight
+    }
+    assert stock == stays
+
+
+@pytest.mark.parametrize("rule", ["ss", "kp"])
+def test_a_two_stage_detector_learns(detector, rule):
+    cfg, model, batch, _ = detector
+    convert_feedback(model, rule)
+    cfg.SOLVER.BASE_LR = 1e-4
+    optimizer = build_optimizer(cfg, model)
+    learn = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    total = sum(losses(model, batch).values())
+    total.backward()
+    optimizer.step()
+    assert torch.isfinite(total)
+    now = dict(model.named_parameters())
+    assert all(not torch.equal(now[name], value) for name, value in learn.items())
