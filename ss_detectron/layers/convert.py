@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import detectron2.layers
+import torch
 import torchvision
 from tabulate import tabulate
 from torch import nn
@@ -51,6 +52,9 @@ _WEIGHTED = (
     detectron2.layers.ModulatedDeformConv,
     torchvision.ops.DeformConv2d,
 )
+
+# Within these the layers have other names.
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
 
 
 class FeedbackRow(NamedTuple):
@@ -128,7 +132,7 @@ def convert_part(
     rule = get_rule(rule)
     overrides = {pattern: get_rule(other) for pattern, other in (overrides or {}).items()}
     rule(scale, gain)  # refuses a wrong scale or gain before anything has changed
-    for wrapper in (nn.parallel.DistributedDataParallel, nn.DataParallel):
+    for wrapper in _WRAPPERS:
         if isinstance(part, wrapper):
             raise ValueError(
                 f"the model is wrapped in {wrapper.__name__}; convert it before wrapping it"
@@ -142,7 +146,9 @@ def convert_part(
         if excluded_by is not None:
             if not isinstance(layer, AsymmetricLayer):
                 layer.feedback_reason = f"excluded by {excluded_by!r}"
-        elif layer_rule is Backpropagation:
+            continue
+        layer.__dict__.pop("feedback_reason", None)
+        if layer_rule is Backpropagation:
             _restore(layer)
             if overridden_by is not None:
                 layer.feedback_reason = "its own rule is backpropagation"
@@ -186,7 +192,8 @@ def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         for layer in layers:
-            del layer.feedback_suspended
+            # Unless the layer was converted back meanwhile.
+            layer.__dict__.pop("feedback_suspended", None)
 
 
 def check_exclude(model: nn.Module, exclude: Iterable[str]) -> None:
@@ -250,7 +257,6 @@ def _obstacle(layer: nn.Module) -> str | None:
 
 def _convert(layer: nn.Module, rule: FeedbackRule) -> None:
     if not isinstance(layer, AsymmetricLayer):
-        layer.__dict__.pop("feedback_reason", None)
         stock_class = type(layer)
         layer.__class__ = _ASYMMETRIC[stock_class]
         layer.stock_class = stock_class
@@ -258,7 +264,6 @@ def _convert(layer: nn.Module, rule: FeedbackRule) -> None:
 
 
 def _restore(layer: nn.Module) -> None:
-    layer.__dict__.pop("feedback_reason", None)
     if not isinstance(layer, AsymmetricLayer):
         return
     layer.drop_state()
