@@ -1,0 +1,459 @@
+"""Conversion of whole models: what is converted, what is not and why, and the way back."""
+
+import copy
+import pickle
+
+import detectron2.layers
+import pytest
+import torch
+import torchvision
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from torch import nn
+
+from ss_detectron.layers import (
+    AsymmetricConv2d,
+    AsymmetricConvTranspose2d,
+    AsymmetricLayer,
+    AsymmetricLinear,
+    backpropagation,
+    convert_feedback,
+    feedback_report,
+)
+from ss_detectron.layers.convert import check_exclude, convert_part
+
+RULES = ["ss", "frsf", "brsf", "fa", "fasi", "kp"]
+each_rule = pytest.mark.parametrize("rule", RULES)
+
+
+class Subclass(nn.Conv2d):
+    pass
+
+
+class OwnWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(2))
+
+
+class Head(nn.Module):
+    """Nested, with its layers in a plain list besides, as Detectron2's FPN has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 1)
+        self.inner = nn.Sequential(detectron2.layers.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.up = nn.ConvTranspose2d(4, 2, 1)
+        self.listed = [self.conv1, self.inner[0], self.up]
+
+    def forward(self, x):
+        return self.up(self.inner(self.conv1(x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 1)
+        self.head = Head()
+        self.score = nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.score(self.head(self.stem(x)).mean((2, 3)))
+
+
+LAYERS = ["stem", "head.conv1", "head.inner.0", "head.up", "score"]
+
+
+def _model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def _types(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def _converted(model):
+    return [name for name, module in model.named_modules() if isinstance(module, AsymmetricLayer)]
+
+
+def _snapshot(model):
+    """Types, attributes and state, with everything but the state by identity."""
+    return (
+        _types(model),
+        {n: sorted(m.__dict__) for n, m in model.named_modules()},
+        {n: id(m) for n, m in model.named_modules()},
+        {n: id(p) for n, p in model.named_parameters()},
+        {n: b.tolist() for n, b in model.state_dict().items()},
+    )
+
+
+def _reasons(model):
+    return {row.name: row.reason for row in feedback_report(model)}
+
+
+# What is converted.
+
+
+def test_types_change_and_objects_do_not():
+    model = _model()
+    before = dict(model.named_modules()), dict(model.named_parameters())
+    stock = _types(model)
+    assert convert_feedback(model) is model
+    assert _types(model) == {
+        **stock,
+        "stem": AsymmetricConv2d,
+        "head.conv1": AsymmetricConv2d,
+        "head.inner.0": AsymmetricConv2d,
+        "head.up": AsymmetricConvTranspose2d,
+        "score": AsymmetricLinear,
+    }
+    for old, new in zip(before, (model.named_modules(), model.named_parameters()), strict=True):
+        new = dict(new)
+        assert list(old) == list(new)
+        assert all(old[n] is new[n] for n in old)
+    assert model.head.listed == [model.head.conv1, model.head.inner[0], model.head.up]
+    assert all(isinstance(layer, AsymmetricLayer) for layer in model.head.listed)
+    assert all(model.get_submodule(n).rule.layer_name == n for n in LAYERS)
+
+
+def test_detectron2_fpn_is_converted_where_it_looks_for_its_layers():
+    torch.manual_seed(0)
+    bottom_up = ResNet(
+        BasicStem(3, 4, norm="BN"),
+        [ResNet.make_stage(BasicBlock, 1, in_channels=4, out_channels=8)],
+        out_features=["res2"],
+    )
+    fpn = FPN(bottom_up, ["res2"], 8, norm="BN")
+    x = torch.randn(1, 3, 16, 16)
+    expected = fpn.eval()(x)
+    convert_feedback(fpn)
+    assert {row.rule for row in feedback_report(fpn)} == {"sign_symmetry"}
+    for listed in (fpn.lateral_convs, fpn.output_convs):
+        assert all(type(layer) is AsymmetricConv2d for layer in listed)
+    actual = fpn(x)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[k], expected[k]) for k in actual)
+
+
+def test_the_root_may_be_a_layer():
+    layer = nn.Linear(2, 2)
+    assert convert_feedback(layer) is layer and type(layer) is AsymmetricLinear
+    assert [row.name for row in feedback_report(layer)] == [""]
+    assert type(convert_feedback(layer, "bp")) is nn.Linear
+
+
+def test_a_shared_module_is_converted_once():
+    layer = nn.Linear(2, 2)
+    model = convert_feedback(nn.Sequential(layer, nn.ReLU(), layer), "fa")
+    assert model[0] is model[2] and type(layer) is AsymmetricLinear
+    assert [row.name for row in feedback_report(model)] == ["0"]
+
+
+def test_tied_weights_have_feedback_of_their_own():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    convert_feedback(model, "fa")
+    assert model[1].weight is model[0].weight
+    assert not torch.equal(model[0].feedback_weight, model[1].feedback_weight)
+
+
+@each_rule
+def test_conversion_leaves_weights_and_outputs(rule):
+    model, x = _model().eval(), torch.randn(2, 3, 4, 4)
+    expected, state = model(x), copy.deepcopy(model.state_dict())
+    convert_feedback(model, rule)
+    assert torch.equal(model(x), expected)
+    assert all(torch.equal(model.state_dict()[k], state[k]) for k in state)
+
+
+# What is excluded.
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ([], []),
+        ("score", ["score"]),
+        (["score"], ["score"]),
+        (("stem", "score"), ["stem", "score"]),
+        ("head", ["head.conv1", "head.inner.0", "head.up"]),
+        ("head.*", ["head.conv1", "head.inner.0", "head.up"]),
+        ("*.conv1", ["head.conv1"]),
+        ("head.inner", ["head.inner.0"]),
+        ("*.inner.*", ["head.inner.0"]),
+        ("s*", ["stem", "score"]),
+        ("[hs]*e*", LAYERS),
+        ("*", LAYERS),
+        (iter(["stem"]), ["stem"]),
+    ],
+    ids=str,
+)
+def test_excluded_layers_stay(exclude, left):
+    model = convert_feedback(_model(), exclude=exclude)
+    assert _converted(model) == [n for n in LAYERS if n not in left]
+    for name, reason in _reasons(model).items():
+        assert reason.startswith("excluded by '") == (name in left)
+
+
+@pytest.mark.parametrize("pattern", ["heads.*", "Score", "conv1", "head.inner.1", "", "scor"])
+def test_a_pattern_that_matches_no_layer_is_refused_and_nothing_changes(pattern):
+    model = _model()
+    before = _snapshot(model)
+    with pytest.raises(ValueError, match="matches no layer of Model.*'stem'") as error:
+        convert_feedback(model, exclude=["score", pattern])
+    assert repr(pattern) in str(error.value)
+    assert _snapshot(model) == before
+    check_exclude(model, ["head"])
+
+
+@pytest.mark.parametrize("wrong", [{"rule": "hebb"}, {"scale": "half"}, {"gain": 0}], ids=str)
+def test_wrong_arguments_change_nothing(wrong):
+    model = convert_feedback(_model(), "fa")
+    before = _snapshot(model)
+    with pytest.raises(ValueError):
+        convert_feedback(model, **wrong)
+    assert _snapshot(model) == before
+
+
+def test_a_part_is_excluded_by_its_name_in_the_whole():
+    head = convert_part(_model().head, "ss", exclude=["roi.head.up", "other"], prefix="roi.head")
+    assert _converted(head) == ["conv1", "inner.0"]
+
+
+# What cannot be converted.
+
+
+def _attention():
+    return nn.MultiheadAttention(4, 2)
+
+
+def _weight_norm():
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(nn.Conv2d(2, 2, 1))
+
+
+def _deformable(name):
+    try:
+        return getattr(detectron2.layers, name)(2, 2, 1)
+    except ImportError:
+        pytest.skip("needs Detectron2's compiled operations")
+
+
+def _d2_reflect():
+    return detectron2.layers.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
+
+
+@pytest.mark.parametrize(
+    ("build", "reasons"),
+    [
+        (lambda: nn.Conv1d(2, 2, 1), {"": "no asymmetric form of Conv1d"}),
+        (lambda: nn.Conv3d(2, 2, 1), {"": "no asymmetric form of Conv3d"}),
+        (lambda: nn.ConvTranspose1d(2, 2, 1), {"": "no asymmetric form of ConvTranspose1d"}),
+        (lambda: nn.Bilinear(2, 2, 1), {"": "no asymmetric form of Bilinear"}),
+        (lambda: nn.Embedding(2, 2), {"": "no asymmetric form of Embedding"}),
+        (lambda: nn.LSTM(2, 2), {"": "no asymmetric form of LSTM"}),
+        (OwnWeight, {"": "no asymmetric form of OwnWeight"}),
+        (lambda: Subclass(2, 2, 1), {"": "Subclass, a subclass of Conv2d that may compute"}),
+        (
+            _attention,
+            {
+                "": "no asymmetric form of MultiheadAttention",
+                "out_proj": "NonDynamicallyQuantizableLinear, a subclass of Linear",
+            },
+        ),
+        (lambda: _deformable("DeformConv"), {"": "no asymmetric form of DeformConv"}),
+        (
+            lambda: _deformable("ModulatedDeformConv"),
+            {"": "no asymmetric form of ModulatedDeformConv"},
+        ),
+        (
+            lambda: torchvision.ops.DeformConv2d(2, 2, 1),
+            {"": "no asymmetric form of DeformConv2d"},
+        ),
+        (_weight_norm, {"": "its weight is computed, not a parameter"}),
+        (
+            lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
+            {"": "its weight is computed, not a parameter"},
+        ),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+            {
+                "": "ParametrizedLinear, a subclass of Linear that may compute",
+                "parametrizations.weight": "no asymmetric form of ParametrizationList",
+            },
+        ),
+        (lambda: nn.LazyConv2d(2, 1), {"": "LazyConv2d, a subclass of Conv2d"}),
+        (lambda: nn.LazyLinear(2), {"": "LazyLinear, a subclass of Linear"}),
+        (_d2_reflect, {"": "Detectron2's Conv2d pads with zeros in spite of 'reflect'"}),
+    ],
+)
+def test_what_cannot_be_converted_stays_and_is_reported(build, reasons):
+    module = build()
+    before = _types(module)
+    convert_feedback(module)
+    assert _types(module) == before
+    report = feedback_report(module)
+    assert [row.name for row in report] == list(reasons)
+    for row in report:
+        assert row.rule == "backpropagation" and row.reason.startswith(reasons[row.name])
+
+
+def test_layers_without_a_weight_matrix_are_not_in_the_report():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.GroupNorm(1, 2), nn.ReLU(), nn.PReLU())
+    assert feedback_report(convert_feedback(model)) == []
+
+
+def test_a_lazy_layer_can_be_converted_once_it_has_its_shape():
+    model = nn.Sequential(nn.LazyLinear(2))
+    model(torch.ones(1, 3))
+    assert type(convert_feedback(model)[0]) is AsymmetricLinear
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_models_are_refused(wrap):
+    model = _model()
+    wrapped = wrap(model)
+    with pytest.raises(ValueError, match="convert it before wrapping it"):
+        convert_feedback(wrapped)
+    assert not _converted(model)
+
+
+# The report.
+
+
+def test_the_report_has_one_line_per_layer_in_the_models_order():
+    model = _model()
+    assert feedback_report(model) == [(n, "backpropagation", "not converted") for n in LAYERS]
+    convert_feedback(model, "fa", exclude="score")
+    report = feedback_report(model)
+    assert report[0] == ("stem", "feedback_alignment", "")
+    assert report[-1] == ("score", "backpropagation", "excluded by 'score'")
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + len(LAYERS)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == LAYERS
+    assert str(feedback_report(nn.ReLU())).count("\n") == 1
+
+
+def test_reasons_are_those_of_the_last_conversion():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
+    convert_feedback(model, exclude=["0", "1"])
+    convert_feedback(model)
+    assert _reasons(model) == {"0": "", "1": "no asymmetric form of Conv1d"}
+
+
+# Converting again, and back.
+
+
+@each_rule
+def test_convert_twice_is_convert_once(rule):
+    once, twice = convert_feedback(_model(), rule), convert_feedback(_model(), rule)
+    convert_feedback(twice, rule)
+    assert _types(once) == _types(twice)
+    for (n, a), (m, b) in zip(once.state_dict().items(), twice.state_dict().items(), strict=True):
+        assert n == m and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("first", RULES)
+@pytest.mark.parametrize("second", ["bp", *RULES])
+def test_a_change_of_rule_leaves_nothing_of_the_first(first, second):
+    changed = convert_feedback(convert_feedback(_model(), first, seed=1, scale="rms"), second)
+    direct = convert_feedback(_model(), second)
+    assert list(changed.state_dict()) == list(direct.state_dict())
+    for n, tensor in direct.state_dict().items():
+        assert torch.equal(changed.state_dict()[n], tensor)
+    for (n, a), (m, b) in zip(changed.named_modules(), direct.named_modules(), strict=True):
+        assert n == m and type(a) is type(b)
+        assert sorted(a.__dict__) == sorted(b.__dict__)
+        assert a._non_persistent_buffers_set == b._non_persistent_buffers_set
+    assert [n for n, _ in changed.named_parameters()] == [n for n, _ in direct.named_parameters()]
+
+
+def test_a_part_may_have_another_rule():
+    model = convert_feedback(_model(), "ss")
+    convert_feedback(model.head, "fa")
+    rules = [row.rule for row in feedback_report(model)]
+    assert rules == ["sign_symmetry", *["feedback_alignment"] * 3, "sign_symmetry"]
+    convert_feedback(model, "kp", exclude="head")
+    rules = [row.rule for row in feedback_report(model)]
+    assert rules == ["kolen_pollack", *["feedback_alignment"] * 3, "kolen_pollack"]
+
+
+@each_rule
+def test_converting_back_restores_everything(rule):
+    model = _model()
+    before = _snapshot(model)
+    convert_feedback(model, rule, exclude="score")
+    with backpropagation(model):
+        pass
+    convert_feedback(model, "backpropagation")
+    assert _snapshot(model) == before
+    assert not any(n.startswith("feedback") for m in model.modules() for n in m.__dict__)
+
+
+@each_rule
+def test_a_restored_model_pickles_without_this_package(rule):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Linear(2, 2), detectron2.layers.Conv2d(2, 2, 1))
+    untouched = pickle.dumps(model)
+    convert_feedback(model, rule)
+    assert b"ss_detectron" in pickle.dumps(model)
+    convert_feedback(model, "bp")
+    restored = pickle.dumps(model)
+    assert b"ss_detectron" not in restored and len(restored) == len(untouched)
+
+
+# Backpropagation for a moment.
+
+
+def _input_gradient(model):
+    x = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    model(x).square().sum().backward()
+    return x.grad
+
+
+@each_rule
+def test_backpropagation_within_a_context_and_the_rule_after_it(rule):
+    stock, model = _input_gradient(_model()), convert_feedback(_model(), rule)
+    before, attributes = _input_gradient(model), _snapshot(model)[1]
+    assert not torch.allclose(before, stock)
+    with backpropagation(model) as inside:
+        assert inside is model
+        torch.testing.assert_close(_input_gradient(model), stock)
+        rows = feedback_report(model)
+        assert {r.rule for r in rows} == {"backpropagation"} and all(r.reason for r in rows)
+        with backpropagation(model.head):
+            torch.testing.assert_close(_input_gradient(model), stock)
+        torch.testing.assert_close(_input_gradient(model), stock)
+    assert torch.equal(_input_gradient(model), before)
+    with pytest.raises(KeyError), backpropagation(model):
+        raise KeyError
+    assert torch.equal(_input_gradient(model), before)
+    assert _snapshot(model)[1] == attributes
+    with backpropagation(model.head):
+        rules = [row.rule for row in feedback_report(model)]
+    assert rules.count("backpropagation") == 3
+
+
+def test_conversion_within_the_context():
+    model = convert_feedback(_model(), "ss")
+    with backpropagation(model):
+        convert_feedback(model, "bp")
+    assert not _converted(model)
+    convert_feedback(model, "fa")
+    assert {row.rule for row in feedback_report(model)} == {"feedback_alignment"}
+
+
+# Configuration.
+
+
+def test_lazy_configuration():
+    model = instantiate(
+        L(convert_feedback)(
+            model=L(Model)(),
+            rule="fa",
+            exclude=["score"],
+        )
+    )
+    assert _converted(model) == LAYERS[:-1]
