@@ -79,7 +79,8 @@ $(STAMPS)/detectron2-$(DETECTRON2_SOURCE): tools/install_detectron2.py $(STAMPS)
 	@touch $@
 
 PIP_FAILED = echo "error: pip failed; see above. Is the package index reachable, and does it have" \
-  "these versions for `$(BIN)/python --version`?" >&2; exit 1;
+  "these versions for `$(BIN)/python --version`? After an interrupted set-up: make distclean." \
+  >&2; exit 1;
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache output/demo
