@@ -1,0 +1,111 @@
+"""Two processes: the same feedback on each, and the gradients of one process."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ss_detectron.layers import AsymmetricLayer, convert_feedback
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+RULES = ["bp", "ss", "frsf", "brsf", "fa", "fasi", "kp"]
+STEPS = 3
+BATCH = 4
+
+
+def _model(rule):
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 3, 2, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(3 * 8 * 8, 5),
+    )
+    return convert_feedback(model.double(), rule)
+
+
+def _train(model, images):
+    """Gradients and feedback after each step, by name, and the weights in the end."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-3)
+    record = []
+    for batch in images:
+        optimizer.zero_grad()
+        model(batch).square().sum(1).mean().backward()  # the mean over images
+        inner = getattr(model, "module", model)
+        gradients = {n: p.grad.clone() for n, p in inner.named_parameters()}
+        feedback = {n: t.clone() for n, t in inner.state_dict().items() if "feedback" in n}
+        record.append((gradients, feedback))
+        optimizer.step()
+    record.append(({n: p.detach().clone() for n, p in inner.named_parameters()}, {}))
+    return record
+
+
+def _images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(STEPS, BATCH, 2, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def _worker(rank, folder):
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    half = BATCH // 2
+    results = {}
+    for rule in RULES:
+        torch.manual_seed(100 + rank)  # as Detectron2 does
+        model = _model(rule)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
+            convert_feedback(wrapped)
+        # Weights are rank 0's now, and so must be the scale and signs that come from them.
+        for layer in model.modules():
+            if isinstance(layer, AsymmetricLayer):
+                layer.reset_feedback()
+        start = copy.deepcopy(model.state_dict())
+        torch.manual_seed(200 + rank)
+        results[rule] = start, _train(wrapped, _images()[:, rank * half : (rank + 1) * half])
+    torch.save(results, f"{folder}/{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    mp.spawn(_worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_feedback_is_the_same_on_both_processes(ranks, rule):
+    (start0, record0), (start1, record1) = (rank[rule] for rank in ranks)
+    assert all(torch.equal(start0[n], start1[n]) for n in start0)
+    for (gradients0, feedback0), (gradients1, feedback1) in zip(record0, record1, strict=True):
+        assert feedback0.keys() == feedback1.keys()
+        assert all(torch.equal(feedback0[n], feedback1[n]) for n in feedback0)
+        assert all(torch.equal(gradients0[n], gradients1[n]) for n in gradients0)
+    has_state = rule not in ("bp", "ss")
+    assert bool(record0[0][1]) == has_state
+    changes = any(
+        not torch.equal(record0[0][1][n], record0[STEPS - 1][1][n]) for n in record0[0][1]
+    )
+    assert changes == (rule in ("brsf", "kp"))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_processes_train_as_one(ranks, rule):
+    start, two = ranks[0][rule]
+    model = _model(rule)
+    model.load_state_dict(start)
+    one = _train(model, _images())
+    for actual, expected in zip(two, one, strict=True):
+        for part, expected_part in zip(actual, expected, strict=True):
+            assert part.keys() == expected_part.keys()
+            for name, tensor in expected_part.items():
+                torch.testing.assert_close(part[name], tensor, rtol=1e-10, atol=1e-10)
