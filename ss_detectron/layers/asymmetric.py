@@ -91,6 +91,10 @@ class AsymmetricLayer(nn.Module):
     def reset_feedback(self) -> None:
         """Derives the state again from the weight as it is; what is drawn stays the same draw."""
         if self.feedback_state is not None:
+            if self.feedback_state.device != self.weight.device:
+                # A model on the meta device was given its weights: load_state_dict(assign=True).
+                self.set_rule(self.rule)
+                return
             fresh = self.rule.initial_state(self.weight.detach(), self.fans())
             self.feedback_state.copy_(fresh)
         if self.rule.redrawn:

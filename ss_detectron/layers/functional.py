@@ -212,10 +212,10 @@ def _refuse_second_derivative() -> None:
 def _saved_feedback(ctx, weight: Tensor, state: Tensor | None, dtype: torch.dtype) -> Tensor:
     """B as the rule in force now gives it, in the type of the arithmetic."""
     feedback = ctx.feedback(weight, state)
-    if feedback.shape != weight.shape:
+    if feedback.shape != weight.shape or feedback.device != weight.device:
         raise ValueError(
-            f"the rule gave a feedback weight of shape {tuple(feedback.shape)} "
-            f"for a weight of shape {tuple(weight.shape)}"
+            f"the rule gave a feedback weight of shape {tuple(feedback.shape)} on "
+            f"{feedback.device} for a weight of shape {tuple(weight.shape)} on {weight.device}"
         )
     return feedback.to(dtype)
 
