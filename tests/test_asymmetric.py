@@ -359,6 +359,15 @@ def test_a_model_on_the_meta_device_converts_and_is_filled_by_a_checkpoint(rule)
     _assert_equal(_gradients(model), _gradients(_model(rule)))
 
 
+@each_rule
+def test_a_model_on_the_meta_device_takes_assigned_weights(rule):
+    with torch.device("meta"):
+        model = convert_feedback(_stock(), rule)
+    model.load_state_dict(_stock().state_dict(), assign=True)
+    _assert_equal(model.state_dict().values(), _model(rule).state_dict().values())
+    _assert_equal(_gradients(model), _gradients(_model(rule)))
+
+
 @each_rule_with_state
 def test_assigned_checkpoints(rule):
     model = _model(rule)
