@@ -1,0 +1,99 @@
+"""Export: what tools/export.py writes is a stock model that predicts the same."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from ss_detectron import add_ss_config, find_config
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.export import plain_config
+from ss_detectron.modeling import RETINANET_HEAD_REGISTRY
+
+TOOL = Path(__file__).parents[1] / "tools" / "export.py"
+
+
+def config(*opts):
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.merge_from_file(find_config("quick/shapes_retinanet_fa.yaml"))
+    # Untrained scores are low: all count, so that there is something to compare.
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, *opts])
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A feedback-alignment detector, and the folder that the tool exports it to."""
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    cfg = config()
+    model = build_model(cfg).eval()
+    FeedbackCheckpointer(model, str(folder)).save("trained")
+    (folder / "run.yaml").write_text(cfg.dump())
+    argv = sys.argv
+    sys.argv = [str(TOOL), "--config-file", str(folder / "run.yaml"), "--output"]
+    sys.argv += [str(folder / "plain"), "--program", "--size", "64", "90"]
+    sys.argv += ["MODEL.WEIGHTS", str(folder / "trained.pth")]
+    try:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return model, folder / "plain"
+
+
+def test_stock_detectron2_reads_the_export_and_predicts_the_same(exported):
+    model, folder = exported
+    cfg = get_cfg()  # without this package's keys
+    cfg.merge_from_file(str(folder / "config.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert cfg.MODEL.BACKBONE.NAME == "build_retinanet_resnet_fpn_backbone"
+    stock = build_model(cfg).eval()
+    DetectionCheckpointer(stock).load(cfg.MODEL.WEIGHTS)
+    weights = torch.load(folder / "model.pth", weights_only=True)["model"]
+    assert set(weights) == set(stock.state_dict())
+    images = [{"image": torch.randint(0, 256, (3, 64, 96)).float()} for _ in range(2)]
+    with torch.no_grad():
+        for ours, theirs in zip(model(images), stock(images), strict=True):
+            assert len(ours["instances"]) > 0
+            for field, value in ours["instances"].get_fields().items():
+                other = theirs["instances"].get(field)
+                assert torch.equal(getattr(value, "tensor", value), getattr(other, "tensor", other))
+
+
+def test_the_program_gives_the_model_s_logits_and_deltas(exported):
+    model, folder = exported
+    program = torch.export.load(folder / "model.pt2").module()
+    image = torch.randint(0, 256, (1, 3, 64, 96)).float()  # 90 is rounded up to 96
+    with torch.no_grad():
+        logits, deltas = program(image)
+        features = model.backbone((image - model.pixel_mean) / model.pixel_std)
+        expected = model.head([features[name] for name in model.head_in_features])
+    for ours, theirs in zip((*logits, *deltas), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "resnet_fpn", "retinanet_resnet_fpn"])
+@pytest.mark.parametrize("kind", ["ss", "fa", "feedback"])
+def test_every_builder_has_its_stock_name(kind, backbone):
+    cfg = config("MODEL.BACKBONE.NAME", f"build_{kind}_{backbone}_backbone")
+    plain = plain_config(cfg)
+    assert plain.MODEL.BACKBONE.NAME == f"build_{backbone}_backbone"
+
+
+def test_a_head_that_stock_detectron2_has_not_is_refused():
+    @RETINANET_HEAD_REGISTRY.register()
+    class MyHead(torch.nn.Module):
+        pass
+
+    try:
+        with pytest.raises(ValueError, match="no counterpart of the head 'MyHead'"):
+            plain_config(config("MODEL.RETINANET.HEAD", "MyHead"))
+    finally:
+        del RETINANET_HEAD_REGISTRY._obj_map["MyHead"]
