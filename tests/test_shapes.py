@@ -130,7 +130,7 @@ def test_outlines_and_boxes_match_the_pixels(monkeypatch):
         for _, outline in drawn:
             inside |= Polygon(outline).contains_points(centres).reshape(96, 96)
         assert inside[background < 0.1].all()
-        assert not inside[background > 0.9].any()
+        assert not inside[background > 0.95].any()
         assert ((background >= 0.1) & (background <= 0.9)).mean() < 0.1
         if len(drawn) == 1:
             single += 1
@@ -167,7 +167,7 @@ def test_classes_are_balanced(folder):
     share = np.bincount([a["category_id"] for a in content["annotations"]])[1:]
     assert (share / share.sum() > 0.25).all()
     per_image = np.bincount([a["image_id"] for a in content["annotations"]])[1:]
-    assert set(per_image) == {1, 2, 3, 4, 5} and len(per_image) == 60
+    assert set(per_image) == {1, 2, 3} and len(per_image) == 60
 
 
 def test_coco_api_reads_outlines_as_masks(folder):
