@@ -155,7 +155,7 @@ def test_detectron2s_own_lazyconfig_script_trains_it(config_file, tmp_path):
         | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     saved = torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)
