@@ -84,8 +84,8 @@ def test_the_program_gives_the_model_s_logits_and_deltas(exported):
 def test_every_builder_has_its_stock_name(kind, backbone):
     cfg = config("MODEL.BACKBONE.NAME", f"build_{kind}_{backbone}_backbone")
     plain = plain_config(cfg)
-    stock_name = f"build_{backbone}_backbone"
-    assert plain.MODEL.BACKBONE.NAME == stock_name
+    name = plain.MODEL.BACKBONE.NAME
+    assert name == f"build_{backbone}_backbone"
 
 
 def test_a_head_that_stock_detectron2_has_not_is_refused():
