@@ -12,6 +12,8 @@ without a GPU it trains on the CPU, in as many processes as --num-gpus says.
 """
 
 import argparse
+import multiprocessing
+import signal
 import sys
 from typing import Any
 
@@ -26,6 +28,9 @@ from ss_detectron.engine import Trainer, argument_parser, setup
 
 def main(args: argparse.Namespace) -> Any:
     """One process of the run: trains, or evaluates only."""
+    if multiprocessing.parent_process() is not None:
+        # Its end sends SIGINT here, which would be ignored in a run started by nohup or a script.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     cfg = setup(args)
     if not args.eval_only:
         trainer = Trainer(cfg)
