@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,14 @@ def start(*words, cwd: Path, script: Path = TOOL) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills what is left of a run, its children included."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -67,7 +75,7 @@ def finish(process: subprocess.Popen) -> str:
         try:
             output, _ = process.communicate(timeout=SECONDS)
         finally:
-            process.kill()
+            end(process)
     assert process.returncode == 0, output[-5000:]
     return output
 
@@ -248,6 +256,24 @@ def test_two_machines_train_together(options, tmp_path):
     assert "World size: 2" in outputs[0]
     assert (tmp_path / "machine0" / "out" / "model_final.pth").exists()
     assert not (tmp_path / "machine1" / "out" / "model_final.pth").exists()
+
+
+@pytest.mark.slow
+def test_terminating_a_run_ends_its_processes_where_sigint_is_ignored(options, tmp_path):
+    words = ["--config-file", "quick/shapes_retinanet_ss.yaml", "--num-gpus", 2, *options]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and shell scripts do
+    try:
+        process = start(*words, "OUTPUT_DIR", "out", "SOLVER.MAX_ITER", 100000, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            assert any("Starting training" in line for line in process.stdout)
+            process.terminate()
+            # Returns once nobody holds the other end of the pipe.
+            process.communicate(timeout=60)
+        finally:
+            end(process)
 
 
 # The command line --------------------------------------------------------------------------------
