@@ -32,6 +32,7 @@ from .layers import (
     backpropagation,
     convert_feedback,
     feedback_report,
+    reset_feedback,
 )
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "convert_feedback",
     "feedback_report",
     "find_config",
+    "reset_feedback",
 ]

@@ -35,7 +35,7 @@ from torch import nn
 from .checkpoint import FeedbackCheckpointer
 from .config import add_ss_config, find_config
 from .data import check_detection_datasets, register_coco_from_config
-from .layers import AsymmetricLayer, check_exclude, feedback_report, get_rule
+from .layers import AsymmetricLayer, check_exclude, feedback_report, get_rule, reset_feedback
 
 __all__ = ["Trainer", "argument_parser", "setup"]
 
@@ -72,17 +72,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     register_coco_from_config(cfg)
     cfg.freeze()
-    default_setup(cfg, args)
+    # Checked before default_setup, which overwrites the config.yaml of an earlier run.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
+    _check_options(cfg)
+    check_detection_datasets(cfg, training=not args.eval_only)
+    if not (args.resume and _has_checkpoint(cfg)):
+        _check_weights(cfg, args.eval_only)
+    default_setup(cfg, args)
     if on_cpu:
         logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
     if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1:
         # The processes of one machine share its cores.
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
-    _check_options(cfg)
-    check_detection_datasets(cfg, training=not args.eval_only)
-    if not (args.resume and _has_checkpoint(cfg)):
-        _check_weights(cfg.MODEL.WEIGHTS)
     return cfg
 
 
@@ -114,10 +115,7 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
         if comm.get_world_size() > 1:
             # Each rank initialised its weights by a seed of its own, and made feedback from them.
-            # The weights are rank 0's now, but buffers are not shared.
-            for module in model.modules():
-                if isinstance(module, AsymmetricLayer):
-                    module.reset_feedback()
+            reset_feedback(model)
         trainer = SimpleTrainer
         if cfg.SOLVER.AMP.ENABLED:
             trainer = _CPUAMPTrainer if on_cpu else AMPTrainer
@@ -267,12 +265,18 @@ def _check_options(cfg: CfgNode) -> None:
     feedback = cfg.MODEL.FEEDBACK
     for rule in (feedback.RULE or "backpropagation", feedback.LAST_LAYER_RULE):
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
+    if cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available() and comm.get_world_size() > 1:
+        raise ValueError(
+            "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
+            "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
+        )
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
         raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
 
 
-def _check_weights(weights: str) -> None:
+def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
     """Announces weights that will be fetched; refuses a local file that is not there."""
+    weights = cfg.MODEL.WEIGHTS
     if "://" in weights:
         logger.info(
             "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
@@ -284,6 +288,14 @@ def _check_weights(weights: str) -> None:
         raise FileNotFoundError(
             f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
             "another, or set MODEL.WEIGHTS '' to start from scratch"
+        )
+    elif not weights and eval_only:
+        logger.warning("MODEL.WEIGHTS is empty: this evaluates a network that was never trained.")
+    elif not weights and cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        logger.warning(
+            "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN, which does not learn: from "
+            "scratch, a network needs norms that do and nothing frozen, as in "
+            "retinanet_scratch_*.yaml."
         )
 
 

@@ -14,6 +14,7 @@ from .convert import (
     convert_feedback,
     convert_part,
     feedback_report,
+    reset_feedback,
 )
 from .feedback import (
     FEEDBACK_REGISTRY,
@@ -46,4 +47,5 @@ __all__ = [
     "convert_part",
     "feedback_report",
     "get_rule",
+    "reset_feedback",
 ]

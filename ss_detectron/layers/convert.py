@@ -31,6 +31,7 @@ __all__ = [
     "check_exclude",
     "convert_feedback",
     "feedback_report",
+    "reset_feedback",
 ]
 
 # By exact type: a subclass may compute something else, and only its author knows.
@@ -173,6 +174,19 @@ def feedback_report(model: nn.Module) -> FeedbackReport:
             reason = getattr(layer, "feedback_reason", None) or _obstacle(layer) or "not converted"
             report.append(FeedbackRow(name, Backpropagation.name, reason))
     return report
+
+
+def reset_feedback(model: nn.Module) -> None:
+    """
+    Derives all feedback state of ``model`` again from its weights as they are now; random draws
+    stay the same draws.
+
+    For several processes that start from weights of their own: DistributedDataParallel gives them
+    all rank 0's, and Detectron2 tells it not to share buffers, so call this after wrapping.
+    """
+    for module in model.modules():
+        if isinstance(module, AsymmetricLayer):
+            module.reset_feedback()
 
 
 @contextmanager

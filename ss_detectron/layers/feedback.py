@@ -261,7 +261,9 @@ class SignSymmetryFixedMagnitude(FeedbackRule):
 class SignSymmetryBatchwiseMagnitude(SignSymmetryFixedMagnitude):
     """
     B = abs(M) o sign(W) with M drawn anew after each update of W: batchwise random magnitude
-    (brSF). A layer called several times between two updates keeps its M.
+    (brSF). A layer called several times between two updates keeps its M. An update is known by the
+    weight's version, which torch's fused optimisers and assignments to ``weight.data`` leave as it
+    is: with these, M stays (frSF).
     """
 
     name = "sign_symmetry_batchwise_magnitude"
