@@ -159,6 +159,28 @@ def test_evaluation_alone_does_not_need_the_training_set(prepare, shapes):
 # Config and optimizer ----------------------------------------------------------------------------
 
 
+def test_a_refused_run_leaves_the_config_of_the_run_before(prepare):
+    prepare("OUTPUT_DIR", "run")
+    before = Path("run/config.yaml").read_text()
+    with pytest.raises(ValueError, match="unknown feedback rule"):
+        prepare("OUTPUT_DIR", "run", "MODEL.FEEDBACK.RULE", "magic")
+    assert Path("run/config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("opts", "flags", "expected"),
+    [
+        ((), (), set()),
+        (("MODEL.RESNETS.NORM", "FrozenBN"), (), {"FrozenBN, which does not learn"}),
+        ((), ("--eval-only",), {"a network that was never trained"}),
+    ],
+)
+def test_a_start_from_nothing_that_can_hardly_be_meant_is_warned_of(prepare, opts, flags, expected):
+    log = Path(prepare(*opts, flags=flags).OUTPUT_DIR, "log.txt").read_text()
+    warnings = {"FrozenBN, which does not learn", "a network that was never trained"}
+    assert {warning for warning in warnings if warning in log} == expected
+
+
 def test_without_a_gpu_the_device_is_the_cpu(prepare):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -218,7 +218,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     "runs",
-    [{"fa": 4}, pytest.param({"fa": 20, "brsf": 4}, marks=pytest.mark.slow)],
+    [{"fa": 20}, pytest.param({"fa": 20, "brsf": 4}, marks=pytest.mark.slow)],
     ids=["one_run", "two_runs_at_a_time"],
 )
 def test_two_processes_hold_the_same_weights_and_feedback(options, tmp_path, runs):
