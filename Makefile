@@ -22,7 +22,7 @@ READY := $(STAMPS)/package $(STAMPS)/detectron2-$(DETECTRON2_SOURCE)
 
 help:
 	@echo "make demo       train a small RetinaNet with sign-symmetry on the CPU and report on it"
-	@echo "make test       run the tests, less those marked slow"
+	@echo "make test       run the tests"
 	@echo "make lint       check the code with ruff"
 	@echo "make setup      only what demo and test need, in $(VENV)"
 	@echo "make clean      remove build leftovers, caches and the demo's output"
@@ -35,7 +35,7 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tools/install_detectron2.py --report
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

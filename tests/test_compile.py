@@ -108,7 +108,6 @@ def test_a_compiled_model_refuses_the_second_derivative():
         gradient.sum().backward()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_agrees():
     torch.manual_seed(0)

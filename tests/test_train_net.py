@@ -216,12 +216,8 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.mark.parametrize(
-    "runs",
-    [{"fa": 20}, pytest.param({"fa": 20, "brsf": 4}, marks=pytest.mark.slow)],
-    ids=["one_run", "two_runs_at_a_time"],
-)
-def test_two_processes_hold_the_same_weights_and_feedback(options, tmp_path, runs):
+def test_two_processes_hold_the_same_weights_and_feedback_in_two_runs_at_a_time(options, tmp_path):
+    runs = {"fa": 20, "brsf": 4}  # steps
     script = tmp_path / "compare.py"
     script.write_text(COMPARE)
     words = ["--config-file", "quick/shapes_retinanet_fa.yaml", "--num-gpus", 2, *options]
@@ -240,7 +236,6 @@ def test_two_processes_hold_the_same_weights_and_feedback(options, tmp_path, run
         assert ranks[0] == ranks[1]
 
 
-@pytest.mark.slow
 def test_two_machines_train_together(options, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -258,7 +253,6 @@ def test_two_machines_train_together(options, tmp_path):
     assert not (tmp_path / "machine1" / "out" / "model_final.pth").exists()
 
 
-@pytest.mark.slow
 def test_terminating_a_run_ends_its_processes_where_sigint_is_ignored(options, tmp_path):
     words = ["--config-file", "quick/shapes_retinanet_ss.yaml", "--num-gpus", 2, *options]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and shell scripts do
