@@ -54,7 +54,7 @@ def plot_training(metrics: list[dict[str, float]], title: str = "") -> Figure:
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, scores = figure.subplots(1, 2)
+    losses, scores = figure.subplots(1, 2, sharex=True)
     names = ("total_loss", *sorted({k for row in metrics for k in row if k.startswith("loss_")}))
     for name, colour in zip(names, COLOURS, strict=False):
         points = [(row["iteration"], row[name]) for row in metrics if name in row]

@@ -54,15 +54,19 @@ class FeedbackScale(NamedTuple):
     """Random feedback is U(-bound s, bound s); N(0, s^2) where this is None."""
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that magnitudes are computed in: the weight's, but float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _mean_norm(weight: Tensor, order: int) -> Tensor:
-    """(mean of abs(W)^order)^(1/order) in one pass; at least in float32, which sums well."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(weight, order, dtype=dtype)
+    """(mean of abs(W)^order)^(1/order) in one pass."""
+    norm = torch.linalg.vector_norm(weight, order, dtype=_wide(weight.dtype))
     return norm / weight.numel() ** (1 / order)
 
 
 def _constant(weight: Tensor, value: float) -> Tensor:
-    return torch.full((), value, device=weight.device)
+    return torch.full((), value, dtype=_wide(weight.dtype), device=weight.device)
 
 
 FEEDBACK_SCALES: dict[str, FeedbackScale] = {
