@@ -23,16 +23,11 @@ def read_version() -> str:
     return match.group(1)
 
 
-def read_readme() -> str:
-    readme = HERE / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
-
-
 setup(
     name="ss_detectron",
     version=read_version(),
     description="Sign-symmetry and feedback-alignment training for Detectron2",
-    long_description=read_readme(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -35,7 +35,8 @@ from torch import nn
 from .checkpoint import FeedbackCheckpointer
 from .config import add_ss_config, find_config
 from .data import check_detection_datasets, register_coco_from_config
-from .layers import AsymmetricLayer, check_exclude, feedback_report, get_rule, reset_feedback
+from .layers import check_exclude, feedback_report, get_rule, reset_feedback
+from .modeling import FeedbackRetinaNetHead
 
 __all__ = ["Trainer", "argument_parser", "setup"]
 
@@ -81,7 +82,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     if on_cpu:
         logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
-    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1:
+    if _on_cpu(cfg) and comm.get_world_size() > 1:
         # The processes of one machine share its cores.
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
     return cfg
@@ -102,23 +103,24 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's constructor, but for DistributedDataParallel on the CPU (which takes no
         # device_ids), mixed precision on the CPU, and the checkpointer.
         TrainerBase.__init__(self)
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()
+        for name in ("detectron2", "ss_detectron"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(name=name)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
 
-        on_cpu = cfg.MODEL.DEVICE == "cpu"
+        on_cpu = _on_cpu(cfg)
         device_ids = {"device_ids": None} if on_cpu else {}
         model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
         if comm.get_world_size() > 1:
             # Each rank initialised its weights by a seed of its own, and made feedback from them.
             reset_feedback(model)
-        trainer = SimpleTrainer
-        if cfg.SOLVER.AMP.ENABLED:
-            trainer = _CPUAMPTrainer if on_cpu else AMPTrainer
+        if cfg.SOLVER.AMP.ENABLED and on_cpu:
+            _autocast_on_cpu(model)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED and not on_cpu else SimpleTrainer
         self._trainer = trainer(model, data_loader, optimizer)
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -138,9 +140,11 @@ class Trainer(DefaultTrainer):
             ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect.
         """
         model = super().build_model(cfg)
-        check_exclude(model, cfg.MODEL.FEEDBACK.EXCLUDE)
-        rule = cfg.MODEL.FEEDBACK.RULE
-        converted = any(isinstance(m, AsymmetricLayer) for m in model.modules())
+        feedback = cfg.MODEL.FEEDBACK
+        check_exclude(model, feedback.EXCLUDE)
+        report = feedback_report(model)
+        converted = any(row.rule != "backpropagation" for row in report)
+        rule = feedback.RULE
         if rule and get_rule(rule).name != "backpropagation" and not converted:
             raise ValueError(
                 f"MODEL.FEEDBACK.RULE is {rule!r}, but no layer of this model follows it: "
@@ -149,7 +153,27 @@ class Trainer(DefaultTrainer):
                 "FeedbackRetinaNet with MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call "
                 "convert_feedback on the model"
             )
-        logger.info("Which layers learn by which rule:\n%s", feedback_report(model))
+        head = getattr(model, "head", None)
+        for key, value, default in (
+            ("MODEL.RETINANET.HEAD", cfg.MODEL.RETINANET.HEAD, "RetinaNetHead"),
+            ("MODEL.FEEDBACK.LAST_LAYER_RULE", feedback.LAST_LAYER_RULE, "backpropagation"),
+        ):
+            if value != default and not isinstance(head, FeedbackRetinaNetHead):
+                logger.warning(
+                    "%s is %r, but nothing in this model reads it: it has no %s.",
+                    key,
+                    value,
+                    FeedbackRetinaNetHead.__name__,
+                )
+        left = [row.name for row in report if row.reason == "not converted"]
+        if converted and left:
+            logger.warning(
+                "%d layers that no builder converted stay on backpropagation: %s%s",
+                len(left),
+                ", ".join(left[:5]),
+                ", ..." * (len(left) > 5),
+            )
+        logger.info("Which layers learn by which rule:\n%s", report)
         return model
 
     @classmethod
@@ -252,12 +276,22 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
 
 
-class _CPUAMPTrainer(SimpleTrainer):
-    """Mixed precision where Detectron2's AMPTrainer, which is CUDA's, cannot run: bfloat16."""
+def _autocast_on_cpu(model: nn.Module) -> None:
+    """
+    Mixed precision where Detectron2's AMPTrainer, which is CUDA's, cannot run: the forward pass
+    of training in bfloat16, which needs no gradient scaling.
+    """
+    forward = model.forward
 
-    def run_step(self) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            super().run_step()
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast
+
+
+def _on_cpu(cfg: CfgNode) -> bool:
+    return torch.device(cfg.MODEL.DEVICE).type == "cpu"
 
 
 def _check_options(cfg: CfgNode) -> None:
@@ -265,7 +299,7 @@ def _check_options(cfg: CfgNode) -> None:
     feedback = cfg.MODEL.FEEDBACK
     for rule in (feedback.RULE or "backpropagation", feedback.LAST_LAYER_RULE):
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
-    if cfg.MODEL.DEVICE == "cpu" and torch.cuda.is_available() and comm.get_world_size() > 1:
+    if _on_cpu(cfg) and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(
             "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
             "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
@@ -280,8 +314,8 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
     if "://" in weights:
         logger.info(
             "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
-            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. Weights "
-            "of the model zoo were trained by backpropagation.",
+            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. (Those of "
+            "Detectron2's model zoo were trained by backpropagation.)",
             weights,
         )
     elif weights and not os.path.isfile(weights.partition("?")[0]):

@@ -1,13 +1,14 @@
 """From a model with asymmetric feedback to what stock tools read: feedback is for training only."""
 
 import re
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import RetinaNet
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, RetinaNet
 from torch import Tensor, nn
 
 from .layers import convert_feedback
-from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead
+from .modeling import RETINANET_HEAD_REGISTRY, FeedbackRetinaNet
 
 __all__ = ["DenseRetinaNet", "plain_config", "plain_state_dict"]
 
@@ -22,15 +23,18 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     plain = get_cfg()
     source = cfg.clone()
     source.defrost()
-    arch = source.MODEL.META_ARCHITECTURE
-    if arch == FeedbackRetinaNet.__name__:
-        head = source.MODEL.RETINANET.HEAD
-        if head not in _stock_heads():
-            raise ValueError(f"stock Detectron2 has no counterpart of the head {head!r}")
+    if FeedbackRetinaNet.__name__ == source.MODEL.META_ARCHITECTURE:
+        head = RETINANET_HEAD_REGISTRY.get(source.MODEL.RETINANET.HEAD)
+        _check_known("head", head, source.MODEL.RETINANET.HEAD)
         source.MODEL.META_ARCHITECTURE = RetinaNet.__name__
     source.MODEL.BACKBONE.NAME = re.sub(
         r"^build_(ss|fa|feedback)_", "build_", source.MODEL.BACKBONE.NAME
     )
+    for what, registry, name in (
+        ("meta-architecture", META_ARCH_REGISTRY, source.MODEL.META_ARCHITECTURE),
+        ("backbone", BACKBONE_REGISTRY, source.MODEL.BACKBONE.NAME),
+    ):
+        _check_known(what, registry.get(name), name)
     _drop_unknown(source, plain)
     plain.merge_from_other_cfg(source)
     return plain
@@ -67,11 +71,10 @@ class DenseRetinaNet(nn.Module):
         return self.model.head([features[name] for name in self.model.head_in_features])
 
 
-def _stock_heads() -> set[str]:
-    def names(cls: type) -> set[str]:
-        return {cls.__name__}.union(*(names(sub) for sub in cls.__subclasses__()))
-
-    return {"RetinaNetHead"} | names(FeedbackRetinaNetHead)
+def _check_known(what: str, builder: Any, name: str) -> None:
+    """Raises ValueError unless ``builder`` is Detectron2's own, or a sibling in this package."""
+    if builder.__module__.partition(".")[0] not in ("detectron2", __package__):
+        raise ValueError(f"stock Detectron2 has no counterpart of the {what} {name!r}")
 
 
 def _drop_unknown(node: CfgNode, known: CfgNode) -> None:

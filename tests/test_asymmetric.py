@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ss_detectron import FEEDBACK_REGISTRY, FeedbackRule
 from ss_detectron.layers import (
     AsymmetricConv2d,
     AsymmetricConvTranspose2d,
@@ -20,7 +21,7 @@ from ss_detectron.layers import (
     convert_feedback,
 )
 
-RULES = ["bp", "ss", "frsf", "brsf", "fa", "fasi", "kp"]
+RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 STATE = {
     "frsf": ["feedback_magnitude"],
     "brsf": ["feedback_magnitude", "feedback_draws"],
@@ -202,6 +203,18 @@ def test_one_forward_pass_two_backward_passes_under_two_rules(rule):
     again = torch.autograd.grad(loss, x)[0]
     assert torch.equal(through_rule, expected[0]) and torch.equal(again, expected[0])
     torch.testing.assert_close(through_weight, expected[1])
+
+
+@pytest.mark.parametrize("after", RULES)
+@each_rule
+def test_the_rule_and_the_state_at_backward_time_count(rule, after):
+    layer = convert_feedback(nn.Linear(4, 3), rule)
+    x = torch.randn(2, 4, requires_grad=True)
+    y = layer(x)
+    convert_feedback(layer, after)
+    through = layer.weight if after == "bp" else layer.current_feedback()
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.ones(2, 3) @ through)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -401,3 +414,29 @@ def test_a_model_moved_to_the_gpu_agrees_with_the_cpu(rule):
     x = _images(dtype=torch.float64)
     for a, e in zip(_gradients(moved, x.cuda()), _gradients(model, x), strict=True):
         torch.testing.assert_close(a.cpu(), e, rtol=1e-9, atol=1e-9)
+
+
+def test_a_learned_rule_may_compute_its_feedback_from_its_state():
+    class Learned(FeedbackRule):
+        name = "learned_magnitude"
+        state_name = "feedback_magnitude"
+        learned = True
+
+        def initial_state(self, weight, fans):
+            return self.draw(weight, fans)
+
+        def feedback(self, weight, state, fans):
+            return weight.sign() * state.abs()
+
+    layer = convert_feedback(nn.Linear(4, 3), Learned)
+    x = torch.randn(2, 4, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(2, 3) @ layer.current_feedback())
+    assert torch.equal(layer.feedback_magnitude.grad, layer.weight.grad)
+    assert layer.feedback_magnitude.grad is not layer.weight.grad
+
+
+@each_rule
+def test_forward_runs_on_the_meta_device(rule):
+    model = _model(rule).to("meta")
+    assert model(_images().to("meta")).shape == _stock()(_images()).shape

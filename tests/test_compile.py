@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.layers import backpropagation, convert_feedback
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-RULES = ["bp", "ss", "frsf", "brsf", "fa", "fasi", "kp"]
+RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 
 
 class Net(nn.Module):

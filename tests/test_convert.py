@@ -14,17 +14,19 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
 from ss_detectron.layers import (
+    FEEDBACK_REGISTRY,
     AsymmetricConv2d,
     AsymmetricConvTranspose2d,
     AsymmetricLayer,
     AsymmetricLinear,
+    FeedbackRule,
     backpropagation,
     convert_feedback,
     feedback_report,
 )
 from ss_detectron.layers.convert import check_exclude, convert_part
 
-RULES = ["ss", "frsf", "brsf", "fa", "fasi", "kp"]
+RULES = [rule.short_name for name, rule in FEEDBACK_REGISTRY if name != "backpropagation"]
 each_rule = pytest.mark.parametrize("rule", RULES)
 
 
@@ -457,3 +459,31 @@ def test_lazy_configuration():
         )
     )
     assert _converted(model) == LAYERS[:-1]
+
+
+def test_settings_are_checked_whatever_the_rule():
+    model = nn.Conv2d(2, 3, 1)
+    with pytest.raises(ValueError, match="unknown feedback scale 'zzz'"):
+        convert_feedback(model, "bp", scale="zzz")
+
+
+@pytest.mark.parametrize("rule", [nn.ReLU, type("NoName", (FeedbackRule,), {})])
+def test_a_class_that_is_no_rule_is_refused(rule):
+    with pytest.raises(ValueError, match="no feedback rule|needs a name"):
+        convert_feedback(nn.Conv2d(2, 3, 1), rule)
+
+
+def test_a_layer_whose_forward_is_replaced_stays_and_is_reported():
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight) * 2
+    (row,) = feedback_report(convert_feedback(layer, "fa"))
+    assert type(layer) is nn.Linear
+    assert (row.rule, row.reason) == ("backpropagation", "its forward is replaced on the instance")
+
+
+def test_a_layer_parametrized_after_conversion_is_not_broken_by_converting_back():
+    layer = convert_feedback(nn.Linear(2, 2), "ss")
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match="undo that before converting back"):
+        convert_feedback(layer, "bp")
+    assert layer(torch.ones(1, 2)).shape == (1, 2)

@@ -10,11 +10,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.layers import AsymmetricLayer, convert_feedback
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
-RULES = ["bp", "ss", "frsf", "brsf", "fa", "fasi", "kp"]
+RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 STEPS = 3
 BATCH = 4
 

@@ -416,10 +416,47 @@ def test_loading_a_checkpoint_of_another_rule_warns_and_of_the_same_does_not(tmp
     assert "2 layers differ, such as 0" in warning
 
 
+def test_loading_feedback_made_with_other_settings_warns(tmp_path, caplog):
+    def model(gain):
+        return convert_feedback(nn.Sequential(nn.Linear(2, 2)), "fa", gain=gain)
+
+    FeedbackCheckpointer(model(0.5), str(tmp_path)).save("half")
+    with caplog.at_level(logging.WARNING, "ss_detectron"):
+        FeedbackCheckpointer(model(0.5)).load(str(tmp_path / "half.pth"))
+        assert not caplog.records
+        FeedbackCheckpointer(model(1.0)).load(str(tmp_path / "half.pth"))
+    assert "gain=0.5" in caplog.text and "gain=1" in caplog.text
+    assert "used as it is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("opts", "warning"),
+    [
+        (
+            ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+            "28 layers that no builder",
+        ),
+        (("MODEL.RETINANET.HEAD", "RetinaNetHead"), "6 layers that no builder converted"),
+        (
+            ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+            "MODEL.RETINANET.HEAD is 'FeedbackRetinaNetHead'",
+        ),
+        (
+            ("MODEL.RETINANET.HEAD", "RetinaNetHead", "MODEL.FEEDBACK.LAST_LAYER_RULE", "ss"),
+            "MODEL.FEEDBACK.LAST_LAYER_RULE is 'ss', but nothing",
+        ),
+    ],
+)
+def test_a_model_of_which_a_part_ignores_the_rule_is_warned_of(prepare, opts, warning):
+    cfg = prepare(*opts)
+    Trainer.build_model(cfg)
+    assert warning in Path(cfg.OUTPUT_DIR, "log.txt").read_text()
+
+
 def test_loading_stock_weights_says_what_trains_them_now(tmp_path, caplog):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
     DetectionCheckpointer(plain, str(tmp_path)).save("stock")
     caplog.set_level(logging.INFO, "ss_detectron")
     FeedbackCheckpointer(small_model("sign_symmetry")).load(str(tmp_path / "stock.pth"))
     assert "does not say which rule trained it" in caplog.text
-    assert "sign_symmetry (2 layers)" in caplog.text
+    assert "sign_symmetry(scale=mean_abs, gain=1) (2 layers)" in caplog.text

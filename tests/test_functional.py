@@ -439,3 +439,11 @@ def test_activation_checkpointing_changes_no_gradient(case, use_reentrant):
     )
     y.backward(grad)
     _assert_same((y.detach(), *(t.grad for t in leaves)), expected)
+
+
+def test_complex_weights_and_feedback_that_is_none_are_refused():
+    x, w = torch.ones(1, 2), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="complex"):
+        asymmetric_linear(x.cfloat(), w.cfloat(), feedback=w.cfloat())
+    with pytest.raises(ValueError, match="feedback is None"):
+        asymmetric_linear(x, w, feedback=None)

@@ -30,17 +30,17 @@ def main(args: argparse.Namespace) -> None:
     add_ss_config(cfg)
     cfg.merge_from_file(find_config(args.config_file))
     cfg.merge_from_list(args.opts)
-    cfg.MODEL.DEVICE = "cpu"
     if not Path(cfg.MODEL.WEIGHTS).is_file():
         sys.exit(f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS!r}: give the trained checkpoint's path")
     plain = plain_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"  # here, not in the exported config
 
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     args.output.mkdir(parents=True, exist_ok=True)
     weights = args.output / "model.pth"
     torch.save({"model": plain_state_dict(model)}, weights)
-    plain.MODEL.WEIGHTS = str(weights)
+    plain.MODEL.WEIGHTS = str(weights.resolve())
     (args.output / "config.yaml").write_text(plain.dump())
     written = [weights, args.output / "config.yaml"]
 

@@ -46,9 +46,12 @@ def main(run: Path, count: int, score_threshold: float) -> None:
     for name, figure in pictures.items():
         figure.savefig(run / name, dpi=150)
 
-    last = max((row for row in metrics if "bbox/AP" in row), key=lambda row: row["iteration"])
-    table = [(k.removeprefix("bbox/"), v) for k, v in last.items() if k.startswith("bbox/")]
-    print(f"\nCOCO box AP of {rule} on {cfg.DATASETS.TEST[0]}, %:\n")
+    # With several test sets, Detectron2 puts a set's name before its metrics.
+    evaluated = cfg.DATASETS.TEST[0]
+    prefix = "bbox/" if len(cfg.DATASETS.TEST) == 1 else f"{evaluated}/bbox/"
+    last = [row for row in metrics if prefix + "AP" in row][-1]
+    table = [(k.removeprefix(prefix), v) for k, v in last.items() if k.startswith(prefix)]
+    print(f"\nCOCO box AP of {rule} on {evaluated}, %:\n")
     print(tabulate(zip(*table, strict=True), headers="firstrow", floatfmt=".1f", tablefmt="pipe"))
     print("\nEverything lies in", run)
     for name, what in {

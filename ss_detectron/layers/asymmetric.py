@@ -26,7 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 class AsymmetricLayer(nn.Module):
-    """What the asymmetric layers share: the rule, its state, and how both are kept and loaded."""
+    """
+    What the asymmetric layers share: the rule, its state, and how both are kept and loaded.
+
+    Args:
+        *args, **kwargs: those of the stock layer.
+        rule: a rule's name or class.
+        scale, gain, seed, layer_name: see :class:`~ss_detectron.layers.feedback.FeedbackRule`. Two
+            layers with the same seed and name draw the same random feedback: layers that are built
+            by hand need names of their own.
+    """
 
     stock_class: type[nn.Module]
     """The class to go back to; conversion sets it to the module's own."""
@@ -80,8 +89,7 @@ class AsymmetricLayer(nn.Module):
 
     def current_feedback(self) -> Tensor:
         """B as a backward pass would use it now, of the weight's shape; detached."""
-        state = self.feedback_state
-        return self._feedback(self.weight.detach(), None if state is None else state.detach())
+        return self._feedback(self.weight, self.feedback_state).detach()
 
     def fans(self) -> Fans:
         """The layer's fan-in and fan-out, for the scales that depend on the shape alone."""
@@ -102,8 +110,13 @@ class AsymmetricLayer(nn.Module):
             self._mark_drawn()
 
     def _feedback(self, weight: Tensor, state: Tensor | None) -> Tensor:
-        # Called in backward: the rule that counts is the one in force then.
-        return weight if self.feedback_suspended else self.rule.feedback(weight, state, self.fans())
+        # Called in backward: what counts is the rule in force then, with its state. A compiler has
+        # to be shown the state it is to use, which is that of the forward pass.
+        if not isinstance(self, AsymmetricLayer) or self.feedback_suspended:
+            return weight
+        if not torch.compiler.is_compiling():
+            state = self.feedback_state
+        return self.rule.feedback(weight, state, self.fans())
 
     def _backward_through(self) -> dict[str, Any]:
         """The keyword arguments that make an asymmetric operation use this layer's rule."""
@@ -207,6 +220,11 @@ def _redraw_compiled(
     _redraw(weight, state, drawn, Fans(*fans[:2], bool(fans[2])), rule)
 
 
+def _convolution_fans(layer: nn.modules.conv._ConvNd) -> Fans:
+    area = layer.kernel_size[0] * layer.kernel_size[1]
+    return Fans(layer.in_channels // layer.groups * area, layer.out_channels * area, False)
+
+
 class AsymmetricConv2d(AsymmetricLayer, detectron2.layers.Conv2d):
     """
     :class:`torch.nn.Conv2d` and :class:`detectron2.layers.Conv2d` with asymmetric feedback.
@@ -214,15 +232,13 @@ class AsymmetricConv2d(AsymmetricLayer, detectron2.layers.Conv2d):
     Args:
         *args, **kwargs: those of ``detectron2.layers.Conv2d``: ``torch.nn.Conv2d``'s, ``norm`` and
             ``activation``. ``padding_mode`` holds, as in ``torch.nn.Conv2d``.
-        rule: a rule's name or class.
-        scale, gain, seed, layer_name: see :class:`~ss_detectron.layers.feedback.FeedbackRule`.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
     """
 
     stock_class = detectron2.layers.Conv2d
 
     def fans(self) -> Fans:
-        area = self.kernel_size[0] * self.kernel_size[1]
-        return Fans(self.in_channels // self.groups * area, self.out_channels * area, False)
+        return _convolution_fans(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out), norm and activation applied."""
@@ -242,6 +258,8 @@ class AsymmetricConv2d(AsymmetricLayer, detectron2.layers.Conv2d):
         )
         # A converted torch.nn.Conv2d has neither.
         norm, activation = getattr(self, "norm", None), getattr(self, "activation", None)
+        if x.numel() == 0 and self.training and isinstance(norm, nn.SyncBatchNorm):
+            raise AssertionError("SyncBatchNorm does not support empty inputs!")  # as stock
         if norm is not None:
             x = norm(x)
         if activation is not None:
@@ -255,14 +273,13 @@ class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
 
     Args:
         *args, **kwargs: those of ``torch.nn.ConvTranspose2d``.
-        rule, scale, gain, seed, layer_name: see :class:`AsymmetricConv2d`.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
     """
 
     stock_class = nn.ConvTranspose2d
 
     def fans(self) -> Fans:
-        area = self.kernel_size[0] * self.kernel_size[1]
-        return Fans(self.in_channels // self.groups * area, self.out_channels * area, False)
+        return _convolution_fans(self)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
@@ -294,7 +311,7 @@ class AsymmetricLinear(AsymmetricLayer, nn.Linear):
 
     Args:
         *args, **kwargs: those of ``torch.nn.Linear``.
-        rule, scale, gain, seed, layer_name: see :class:`AsymmetricConv2d`.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
     """
 
     stock_class = nn.Linear

@@ -30,6 +30,7 @@ __all__ = [
     "backpropagation",
     "check_exclude",
     "convert_feedback",
+    "convert_part",
     "feedback_report",
     "reset_feedback",
 ]
@@ -92,7 +93,8 @@ def convert_feedback(
     backpropagation and are in :func:`feedback_report`, with the reason.
 
     Args:
-        model: any module; convert it before wrapping it (DistributedDataParallel, torch.compile).
+        model: any module; convert it before wrapping it (DistributedDataParallel, torch.compile)
+            and before building its optimiser, which has to know learned feedback weights.
         rule: the name, short name or class of a rule, see :mod:`ss_detectron.layers.feedback`.
         scale: how large the feedback weight is, one of ``FEEDBACK_SCALES``.
         gain: multiplies the scale.
@@ -100,7 +102,8 @@ def convert_feedback(
             pattern that matches a module excludes every layer in it. Excluded layers stay as they
             are.
         seed: with each layer's name within ``model``, determines all random feedback, the same on
-            every rank whatever the ranks' own seeds.
+            every rank whatever the ranks' own seeds. Parts that are converted one by one and have
+            layers of the same names need different seeds.
 
     Returns:
         ``model`` itself.
@@ -193,7 +196,9 @@ def reset_feedback(model: nn.Module) -> None:
 def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
     """
     Within the context, backward passes of ``model`` run on backpropagation, also those of forward
-    passes made before it; rules and state stay. Learned feedback receives no gradient meanwhile.
+    passes made before it; rules and state stay. Learned feedback receives no gradient meanwhile
+    (under DistributedDataParallel, one of zero). A compiled model has to run its forward pass
+    within the context as well.
     """
     layers = [
         layer
@@ -257,6 +262,8 @@ def _obstacle(layer: nn.Module) -> str | None:
     if isinstance(layer, AsymmetricLayer):
         return None
     kind = type(layer)
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance"
     if kind not in _ASYMMETRIC:
         known = next((stock for stock in _ASYMMETRIC if isinstance(layer, stock)), None)
         if known is not None:
@@ -280,6 +287,11 @@ def _convert(layer: nn.Module, rule: FeedbackRule) -> None:
 def _restore(layer: nn.Module) -> None:
     if not isinstance(layer, AsymmetricLayer):
         return
+    if type(layer) not in _ASYMMETRIC.values():
+        raise ValueError(
+            f"the class of a converted layer became {type(layer).__name__}, perhaps by a "
+            "parametrization: undo that before converting back"
+        )
     layer.drop_state()
     stock_class = layer.stock_class
     for name in ("rule", "stock_class", "feedback_suspended"):

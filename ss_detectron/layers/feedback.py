@@ -25,6 +25,7 @@ scale draws it otherwise.
 
 import hashlib
 import math
+import numbers
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -39,7 +40,8 @@ class Fans(NamedTuple):
     """What a scale needs to know of the layer besides its weight."""
 
     fan_in: int
-    """Number of inputs of one output unit: C_in / groups * k_h * k_w."""
+    """C_in / groups * k_h * k_w: the inputs of one output unit (of a transposed convolution with a
+    stride, this convention counts more)."""
     fan_out: int
     """C_out * k_h * k_w (as torchvision and the authors count it, whatever the groups)."""
     is_linear: bool
@@ -104,6 +106,8 @@ class FeedbackRule:
         seed: with ``layer_name``, determines everything that is drawn at random.
         layer_name: the layer's name within the converted module.
 
+    ``str()`` gives the name and what it is set to.
+
     Raises:
         ValueError: unknown scale, or a gain that is not a positive number.
     """
@@ -126,12 +130,19 @@ class FeedbackRule:
             raise ValueError(
                 f"unknown feedback scale {scale!r}; choose one of {', '.join(FEEDBACK_SCALES)}"
             )
-        if not (isinstance(gain, (int, float)) and math.isfinite(gain) and gain > 0):
+        real = isinstance(gain, numbers.Real) and not isinstance(gain, bool)
+        if not (real and math.isfinite(gain) and gain > 0):
             raise ValueError(f"the feedback gain is {gain!r}; it must be a positive number")
         self.scale = scale
         self.gain = float(gain)
         self.seed = seed
         self.layer_name = layer_name
+
+    def __str__(self) -> str:
+        options = f"scale={self.scale}, gain={self.gain:g}"
+        if self.state_name is not None:
+            options += f", seed={self.seed}"
+        return f"{self.name}({options})"
 
     def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
         """
@@ -186,20 +197,26 @@ class FeedbackRule:
         return torch.empty_like(weight, requires_grad=False).copy_(drawn)
 
 
+def _check_rule(rule: type[FeedbackRule]) -> type[FeedbackRule]:
+    if not issubclass(rule, FeedbackRule):
+        raise ValueError(f"{rule.__name__} is no feedback rule: it must extend FeedbackRule")
+    if not rule.name:
+        raise ValueError(f"{rule.__name__} needs a name, a class attribute")
+    if rule.state_name is not None and not rule.state_name.startswith("feedback"):
+        raise ValueError(
+            f"{rule.__name__}.state_name is {rule.state_name!r}; it must begin with 'feedback', "
+            "so that a checkpoint shows what belongs to the rule"
+        )
+    return rule
+
+
 class _FeedbackRegistry(Registry):
     """fvcore's registry, keyed by the rules' own names; finds a rule by its short name too."""
 
     def register(self, obj=None):
         if obj is None:
             return self.register
-        if not obj.name:
-            raise ValueError(f"{obj.__name__} needs a name, a class attribute, to be registered")
-        if obj.state_name is not None and not obj.state_name.startswith("feedback"):
-            raise ValueError(
-                f"{obj.__name__}.state_name is {obj.state_name!r}; it must begin with 'feedback', "
-                "so that a checkpoint shows what belongs to the rule"
-            )
-        self._do_register(obj.name, obj)
+        self._do_register(_check_rule(obj).name, obj)
         return obj
 
     def get(self, name: str) -> type[FeedbackRule]:
@@ -221,7 +238,7 @@ def get_rule(rule: str | type[FeedbackRule]) -> type[FeedbackRule]:
     Raises:
         ValueError: no such rule; names those there are.
     """
-    return rule if isinstance(rule, type) else FEEDBACK_REGISTRY.get(rule)
+    return _check_rule(rule) if isinstance(rule, type) else FEEDBACK_REGISTRY.get(rule)
 
 
 @FEEDBACK_REGISTRY.register()

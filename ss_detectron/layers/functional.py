@@ -11,7 +11,8 @@ Functions.
 
 ``feedback`` says what B is. It is either a tensor of the weight's shape, or a callable
 ``feedback(weight, state) -> B`` that the *backward* pass calls, so that the rule in force then
-decides, whatever it was in the forward pass; ``state`` is passed on to it. A feedback weight that
+decides, whatever it was in the forward pass (a compiled graph keeps the rule it was compiled
+with); ``state`` is passed on to it. A feedback weight that
 is learned (Kolen-Pollack, Akrout et al. 2019, arXiv:1904.05391) is a tensor that requires a
 gradient: it receives the weight's own.
 """
@@ -152,7 +153,11 @@ def _given(weight: Tensor, state: Tensor | None) -> Tensor:
 def _feedback_source(
     feedback: Feedback, state: Tensor | None, weight: Tensor
 ) -> tuple[FeedbackFn, Tensor | None]:
+    if weight.is_complex():
+        raise ValueError("asymmetric feedback is defined for real weights; this one is complex")
     if not isinstance(feedback, Tensor):
+        if not callable(feedback):
+            raise ValueError(f"feedback is {feedback!r}; it must be a tensor or a function")
         return feedback, state
     if state is not None:
         raise ValueError("state goes with a callable feedback; a tensor is its own state")
@@ -189,7 +194,11 @@ def _pad_by_name(
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The type autocast computes in on the input's device, or None; it leaves float64 alone."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and input.dtype != torch.float64
+    ):
         return torch.get_autocast_dtype(device)
     return None
 
@@ -209,24 +218,27 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _saved_feedback(ctx, weight: Tensor, state: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """B as the rule in force now gives it, in the type of the arithmetic."""
+def _feedback_weight(ctx, weight: Tensor, state: Tensor | None) -> Tensor:
+    """B as the rule in force now gives it; W itself where nobody asks for B."""
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
+        return weight
     feedback = ctx.feedback(weight, state)
     if feedback.shape != weight.shape or feedback.device != weight.device:
         raise ValueError(
             f"the rule gave a feedback weight of shape {tuple(feedback.shape)} on "
             f"{feedback.device} for a weight of shape {tuple(weight.shape)} on {weight.device}"
         )
-    return feedback.to(dtype)
+    return feedback
 
 
-def _state_gradient(ctx, weight: Tensor, state: Tensor | None, grad_weight: Tensor):
+def _state_gradient(
+    ctx, weight: Tensor, feedback: Tensor, state: Tensor | None, grad_weight: Tensor
+) -> Tensor | None:
     """
     A learned feedback weight receives what the weight receives (a copy: optimisers and gradient
-    scalers change gradients in place), unless the weight is frozen or the rule in force for this
-    pass does not use it.
+    scalers change gradients in place), unless this pass runs on backpropagation.
     """
-    if not ctx.needs_input_grad[3] or ctx.feedback(weight, state) is not state:
+    if not ctx.needs_input_grad[3] or feedback is weight:
         return None
     return grad_weight.to(state.dtype, copy=True)
 
@@ -238,7 +250,6 @@ class _AsymmetricConvolution(torch.autograd.Function):
     def forward(ctx, input, weight, bias, state, feedback, dtype, options):
         stride, padding, dilation, transposed, output_padding, groups = options
         ctx.feedback, ctx.options = feedback, options
-        ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         # The weight itself is saved, not its cast copy: B is built from it, and it costs nothing.
         ctx.save_for_backward(input, weight, state)
@@ -257,27 +268,20 @@ class _AsymmetricConvolution(torch.autograd.Function):
         if unbatched:
             input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
         # The weight's gradient does not depend on which weight is passed; B alone serves both.
-        through = (
-            _saved_feedback(ctx, weight, state, input.dtype)
-            if need_input
-            else weight.to(input.dtype)
-        )
+        feedback = _feedback_weight(ctx, weight, state)
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output,
             input,
-            through,
+            feedback.to(input.dtype),
             [grad_output.shape[1]],
             *ctx.options,
             [need_input, need_weight, need_bias],
         )
-        if need_input:
-            grad_input = (grad_input.squeeze(0) if unbatched else grad_input).to(ctx.input_dtype)
+        if need_input and unbatched:
+            grad_input = grad_input.squeeze(0)
         grad_state = None
         if need_weight:
-            grad_weight = grad_weight.to(weight.dtype)
-            grad_state = _state_gradient(ctx, weight, state, grad_weight)
-        if need_bias:
-            grad_bias = grad_bias.to(ctx.bias_dtype)
+            grad_state = _state_gradient(ctx, weight, feedback, state, grad_weight)
         return grad_input, grad_weight, grad_bias, grad_state, None, None, None
 
 
@@ -292,7 +296,6 @@ class _AsymmetricLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, state, feedback, dtype):
         ctx.feedback = feedback
-        ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         ctx.save_for_backward(input, weight, state)
         return F.linear(input, cast_weight, bias)
@@ -303,13 +306,13 @@ class _AsymmetricLinear(torch.autograd.Function):
         input, weight, state = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = grad_state = None
+        feedback = _feedback_weight(ctx, weight, state)
         if need_input:
-            through = _saved_feedback(ctx, weight, state, input.dtype)
-            grad_input = (grad_output @ through).to(ctx.input_dtype)
+            grad_input = grad_output @ feedback.to(input.dtype)
         rows = _rows(grad_output)
         if need_weight:
-            grad_weight = (rows.t() @ _rows(input)).to(weight.dtype)
-            grad_state = _state_gradient(ctx, weight, state, grad_weight)
+            grad_weight = rows.t() @ _rows(input)
+            grad_state = _state_gradient(ctx, weight, feedback, state, grad_weight)
         if need_bias:
-            grad_bias = rows.sum(0).to(ctx.bias_dtype)
+            grad_bias = rows.sum(0)
         return grad_input, grad_weight, grad_bias, grad_state, None, None
