@@ -35,8 +35,9 @@ from torch import nn
 from .checkpoint import FeedbackCheckpointer
 from .config import add_ss_config, find_config
 from .data import check_detection_datasets, register_coco_from_config
-from .layers import check_exclude, feedback_report, get_rule, reset_feedback
-from .modeling import FeedbackRetinaNetHead
+from .layers import FeedbackReport, check_exclude, feedback_report, get_rule, reset_feedback
+from .layers.feedback import Backpropagation
+from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead
 
 __all__ = ["Trainer", "argument_parser", "setup"]
 
@@ -140,39 +141,8 @@ class Trainer(DefaultTrainer):
             ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect.
         """
         model = super().build_model(cfg)
-        feedback = cfg.MODEL.FEEDBACK
-        check_exclude(model, feedback.EXCLUDE)
         report = feedback_report(model)
-        converted = any(row.rule != "backpropagation" for row in report)
-        rule = feedback.RULE
-        if rule and get_rule(rule).name != "backpropagation" and not converted:
-            raise ValueError(
-                f"MODEL.FEEDBACK.RULE is {rule!r}, but no layer of this model follows it: "
-                f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r} and MODEL.META_ARCHITECTURE "
-                f"{cfg.MODEL.META_ARCHITECTURE!r}; use a build_feedback_* backbone and "
-                "FeedbackRetinaNet with MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call "
-                "convert_feedback on the model"
-            )
-        head = getattr(model, "head", None)
-        for key, value, default in (
-            ("MODEL.RETINANET.HEAD", cfg.MODEL.RETINANET.HEAD, "RetinaNetHead"),
-            ("MODEL.FEEDBACK.LAST_LAYER_RULE", feedback.LAST_LAYER_RULE, "backpropagation"),
-        ):
-            if value != default and not isinstance(head, FeedbackRetinaNetHead):
-                logger.warning(
-                    "%s is %r, but nothing in this model reads it: it has no %s.",
-                    key,
-                    value,
-                    FeedbackRetinaNetHead.__name__,
-                )
-        left = [row.name for row in report if row.reason == "not converted"]
-        if converted and left:
-            logger.warning(
-                "%d layers that no builder converted stay on backpropagation: %s%s",
-                len(left),
-                ", ".join(left[:5]),
-                ", ..." * (len(left) > 5),
-            )
+        _check_conversion(cfg, model, report)
         logger.info("Which layers learn by which rule:\n%s", report)
         return model
 
@@ -306,6 +276,40 @@ def _check_options(cfg: CfgNode) -> None:
         )
     if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
         raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
+
+
+def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:
+    """
+    Refuses MODEL.FEEDBACK keys to no effect at all, and warns of a model that follows them only
+    in part: stock and converting builders can be mixed.
+    """
+    feedback = cfg.MODEL.FEEDBACK
+    check_exclude(model, feedback.EXCLUDE)
+    asymmetric = any(row.rule != Backpropagation.name for row in report)
+    if feedback.RULE and get_rule(feedback.RULE) is not Backpropagation and not asymmetric:
+        raise ValueError(
+            f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it: "
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r} and MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}; use a build_feedback_* backbone and "
+            "FeedbackRetinaNet with MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call "
+            "convert_feedback on the model"
+        )
+    unread = []
+    if cfg.MODEL.RETINANET.HEAD != "RetinaNetHead" and not isinstance(model, FeedbackRetinaNet):
+        unread.append("MODEL.RETINANET.HEAD")
+    has_last_layers = isinstance(getattr(model, "head", None), FeedbackRetinaNetHead)
+    if get_rule(feedback.LAST_LAYER_RULE) is not Backpropagation and not has_last_layers:
+        unread.append("MODEL.FEEDBACK.LAST_LAYER_RULE")
+    if unread:
+        logger.warning("Nothing in this model reads %s.", " and ".join(unread))
+    left = [row.name for row in report if row.reason == "not converted"]
+    if asymmetric and left:
+        logger.warning(
+            "%d layers that no builder converted stay on backpropagation: %s%s",
+            len(left),
+            ", ".join(left[:5]),
+            ", ..." * (len(left) > 5),
+        )
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:

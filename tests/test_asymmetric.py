@@ -208,7 +208,7 @@ def test_one_forward_pass_two_backward_passes_under_two_rules(rule):
 @pytest.mark.parametrize("after", RULES)
 @each_rule
 def test_the_rule_and_the_state_at_backward_time_count(rule, after):
-    layer = convert_feedback(nn.Linear(4, 3), rule)
+    layer = AsymmetricLinear(4, 3, rule=rule)
     x = torch.randn(2, 4, requires_grad=True)
     y = layer(x)
     convert_feedback(layer, after)

@@ -436,14 +436,14 @@ def test_loading_feedback_made_with_other_settings_warns(tmp_path, caplog):
             ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
             "28 layers that no builder",
         ),
-        (("MODEL.RETINANET.HEAD", "RetinaNetHead"), "6 layers that no builder converted"),
+        (("MODEL.RETINANET.HEAD", "RetinaNetHead"), "4 layers that no builder converted"),
         (
             ("MODEL.META_ARCHITECTURE", "RetinaNet"),
-            "MODEL.RETINANET.HEAD is 'FeedbackRetinaNetHead'",
+            "Nothing in this model reads MODEL.RETINANET.HEAD.",
         ),
         (
             ("MODEL.RETINANET.HEAD", "RetinaNetHead", "MODEL.FEEDBACK.LAST_LAYER_RULE", "ss"),
-            "MODEL.FEEDBACK.LAST_LAYER_RULE is 'ss', but nothing",
+            "Nothing in this model reads MODEL.FEEDBACK.LAST_LAYER_RULE.",
         ),
     ],
 )

@@ -126,7 +126,7 @@ class AsymmetricLayer(nn.Module):
 
     def _redraw_if_updated(self) -> None:
         rule = self.rule
-        if not rule.redrawn:
+        if not rule.redrawn or self.weight.is_meta:
             return
         tensors = self.weight.detach(), self.feedback_state, self.feedback_drawn
         if torch.compiler.is_compiling():
