@@ -44,7 +44,8 @@ def test_the_readme_converts_a_model_as_it_says():
             self.roi_heads = nn.ModuleDict({"box_predictor": nn.Linear(4, 2)})
 
     model = Model()
-    exec(code("README.md", "feedback_report(model)"), {"build_model": lambda cfg: model, "cfg": None})
+    block = code("README.md", "feedback_report(model)")
+    exec(block, {"build_model": lambda cfg: model, "cfg": None})
     rules = {row.name: row.rule for row in feedback_report(model)}
     assert rules == {
         "backbone": "sign_symmetry",
