@@ -61,10 +61,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _mean_norm(weight: Tensor, order: int) -> Tensor:
-    """(mean of abs(W)^order)^(1/order) in one pass."""
-    norm = torch.linalg.vector_norm(weight, order, dtype=_wide(weight.dtype))
-    return norm / weight.numel() ** (1 / order)
+def _mean_abs(weight: Tensor) -> Tensor:
+    # torch's own 1-norm makes no copy, but takes three times as long on a CPU.
+    return weight.abs().mean(dtype=_wide(weight.dtype))
+
+
+def _root_mean_square(weight: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(weight, dtype=_wide(weight.dtype))
+    return norm / math.sqrt(weight.numel())
 
 
 def _constant(weight: Tensor, value: float) -> Tensor:
@@ -73,9 +77,9 @@ def _constant(weight: Tensor, value: float) -> Tensor:
 
 FEEDBACK_SCALES: dict[str, FeedbackScale] = {
     # The mean of abs(W) now: B has W's L1 norm, and less than its L2 norm.
-    "mean_abs": FeedbackScale(lambda weight, fans: _mean_norm(weight, 1)),
+    "mean_abs": FeedbackScale(lambda weight, fans: _mean_abs(weight)),
     # The root mean square of W now: B has W's L2 norm.
-    "rms": FeedbackScale(lambda weight, fans: _mean_norm(weight, 2)),
+    "rms": FeedbackScale(lambda weight, fans: _root_mean_square(weight)),
     # The authors' code (Xiao et al. 2019): constants of the layer's shape.
     "kaiming": FeedbackScale(
         lambda weight, fans: _constant(
