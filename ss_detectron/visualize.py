@@ -79,7 +79,7 @@ def draw_detections(
     results: list[dict[str, Any]],
     *,
     count: int = 6,
-    score_threshold: float = 0.5,
+    score_threshold: float = 0.4,
     title: str = "",
 ) -> Figure:
     """

@@ -71,6 +71,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run of tools/train_net.py")
     parser.add_argument("--count", type=int, default=6, help="number of images (default: 6)")
-    parser.add_argument("--score", type=float, default=0.5, help="least score drawn (default: 0.5)")
+    parser.add_argument("--score", type=float, default=0.4, help="least score drawn (default: 0.4)")
     args = parser.parse_args()
     main(args.run, args.count, args.score)
