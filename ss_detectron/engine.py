@@ -230,6 +230,9 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
     def _best_checking(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, None))
+        if math.isnan(value):
+            logger.warning("The evaluation gave no %s: no best checkpoint.", self._val_metric)
+            return
         if self.best_metric is not None and not self._compare(value, self.best_metric):
             logger.info(
                 "%s is %.3f, not better than %.3f at iteration %d.",

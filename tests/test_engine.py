@@ -334,11 +334,12 @@ def best_weight(folder: Path) -> float:
     return torch.load(folder / "model_best.pth")["model"]["weight"].item()
 
 
-def test_only_a_better_model_replaces_the_best_one(tmp_path):
+def test_only_a_better_model_replaces_the_best_one(tmp_path, caplog):
     hook = best_hook(tmp_path, weight=1.0)
     evaluate(hook, 9, None)
     evaluate(hook, 9, float("nan"))
     assert not (tmp_path / "model_best.pth").exists()
+    assert caplog.text.count("The evaluation gave no bbox/AP") == 2
     evaluate(hook, 9, 3.0)
     nn.init.constant_(hook._checkpointer.model.weight, 2.0)
     evaluate(hook, 19, 2.0)
