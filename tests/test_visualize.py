@@ -79,9 +79,7 @@ def test_the_tool_reports_on_a_run(tmp_path, shapes):
     add_ss_config(cfg)
     cfg.merge_from_file(find_config("quick/shapes_retinanet_ss.yaml"))
     (run / "config.yaml").write_text(cfg.dump())
-    (run / "metrics.json").write_text(
-        '{"iteration": 19, "total_loss": 1.0, "bbox/AP": 12.34, "bbox/AP50": 45.67}\n'
-    )
+    (run / "metrics.json").write_text('{"iteration": 9, "total_loss": 1.0}\n')
 
     def report():
         command = [sys.executable, "-W", "ignore", str(TOOL), str(run)]
@@ -92,6 +90,12 @@ def test_the_tool_reports_on_a_run(tmp_path, shapes):
     assert "coco_instances_results.json is not there" in unfinished.stderr
 
     (run / "inference" / "coco_instances_results.json").write_text("[]")
+    unevaluated = report()
+    assert unevaluated.returncode != 0
+    assert "has no bbox/AP" in unevaluated.stderr
+
+    with (run / "metrics.json").open("a") as file:
+        file.write('{"iteration": 19, "total_loss": 1.0, "bbox/AP": 12.34, "bbox/AP50": 45.67}\n')
     finished = report()
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"\|\s+12\.3 \|\s+45\.7 \|", finished.stdout)

@@ -49,8 +49,10 @@ def main(run: Path, count: int, score_threshold: float) -> None:
     # With several test sets, Detectron2 puts a set's name before its metrics.
     evaluated = cfg.DATASETS.TEST[0]
     prefix = "bbox/" if len(cfg.DATASETS.TEST) == 1 else f"{evaluated}/bbox/"
-    last = [row for row in metrics if prefix + "AP" in row][-1]
-    table = [(k.removeprefix(prefix), v) for k, v in last.items() if k.startswith(prefix)]
+    rows = [row for row in metrics if prefix + "AP" in row]
+    if not rows:
+        sys.exit(f"{needed[1]} has no {prefix}AP: the pictures are written, there is no table")
+    table = [(k.removeprefix(prefix), v) for k, v in rows[-1].items() if k.startswith(prefix)]
     print(f"\nCOCO box AP of {rule} on {evaluated}, %:\n")
     print(tabulate(zip(*table, strict=True), headers="firstrow", floatfmt=".1f", tablefmt="pipe"))
     print("\nEverything lies in", run)
