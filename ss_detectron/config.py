@@ -33,12 +33,62 @@ def add_ss_config(cfg: CfgNode) -> None:
     # FARetinaNetHead, FeedbackRetinaNetHead, or one's own in RETINANET_HEAD_REGISTRY.
     _C.MODEL.RETINANET.HEAD = "RetinaNetHead"
 
+    # The meta-architecture ImageClassifier: its classes, and which output of the backbone it
+    # classifies (empty: the last one).
+    _C.MODEL.IMAGE_CLASSIFIER = CfgNode()
+    _C.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES = 1000
+    _C.MODEL.IMAGE_CLASSIFIER.IN_FEATURE = ""
+
+    # What MODEL.WEIGHTS is not to bring: shell-style patterns of the model's parameters and
+    # modules, such as "linear" for another number of classes.
+    _C.MODEL.WEIGHTS_EXCEPT = []
+
     # SGD or AdamW, over Detectron2's own parameter groups.
     _C.SOLVER.OPTIMIZER = "SGD"
+    # With SGD, the options of Xiao et al. (2019). Batch Manhattan: only the gradient's sign counts.
+    _C.SOLVER.BATCH_MANHATTAN = False
+    # No-sign-change (Dale's law): a step carries no weight across zero; biases excluded.
+    _C.SOLVER.NO_SIGN_CHANGE = False
+    # The same for the last layers (those of MODEL.FEEDBACK.LAST_LAYER_RULE), which do not follow
+    # the two keys above. A BASE_LR of 0 is SOLVER.BASE_LR.
+    _C.SOLVER.LAST_LAYER = CfgNode()
+    _C.SOLVER.LAST_LAYER.BASE_LR = 0.0
+    _C.SOLVER.LAST_LAYER.BATCH_MANHATTAN = False
+    _C.SOLVER.LAST_LAYER.NO_SIGN_CHANGE = False
+    # Compiles SGD's step (torch.compile).
+    _C.SOLVER.COMPILED = False
+    # One step on SOLVER.IMS_PER_BATCH images takes this many passes over a part of them each, to
+    # save memory: their gradients are averaged. Batch statistics are those of a part.
+    _C.SOLVER.ACCUMULATION_STEPS = 1
 
     # One's own data sets in COCO's format, registered before training: triples of a name (for
     # DATASETS.TRAIN and TEST), an annotation file and an image folder.
     _C.DATASETS.COCO_INSTANCES = []
+    # One's own classification data sets, registered before training: pairs of a name and a folder
+    # that holds one folder of images per class.
+    _C.DATASETS.IMAGE_FOLDERS = []
+
+    # How images are made ready for classification; flipped as INPUT.RANDOM_FLIP says.
+    #   resized_crop  train: a random part of 8 to 100 % of the area, resized to SIZE (ImageNet);
+    #                 test: the shorter side resized to RESIZE, the centre of SIZE cut out
+    #   pad_crop      train: PAD black pixels around, a random part of SIZE cut out (CIFAR);
+    #                 test: the centre of SIZE cut out
+    #   resize        resized to SIZE x SIZE
+    _C.INPUT.CLASSIFICATION = CfgNode()
+    _C.INPUT.CLASSIFICATION.TRANSFORM = "resized_crop"
+    _C.INPUT.CLASSIFICATION.SIZE = 224
+    _C.INPUT.CLASSIFICATION.RESIZE = 256
+    _C.INPUT.CLASSIFICATION.PAD = 4
+
+    # What becomes of an image file for classification that cannot be read: "error" ends the run
+    # with its name, "skip" names it, goes on without it and counts it.
+    _C.DATALOADER.UNREADABLE_IMAGES = "error"
+
+    # The evaluation of classifiers: images per batch and process, and whether each class's error
+    # is reported.
+    _C.TEST.CLASSIFICATION = CfgNode()
+    _C.TEST.CLASSIFICATION.IMS_PER_BATCH = 64
+    _C.TEST.CLASSIFICATION.PER_CLASS = False
 
 
 def find_config(name: str) -> str:
