@@ -143,7 +143,7 @@ def convert_part(
             )
     exclude = _patterns(exclude)
     for name, layer in _layers(part):
-        full_name = f"{prefix}.{name}" if prefix else name
+        full_name = ".".join(filter(None, (prefix, name)))
         excluded_by = _match(full_name, exclude)
         overridden_by = _match(full_name, overrides)
         layer_rule = rule if overridden_by is None else overrides[overridden_by]
@@ -157,7 +157,8 @@ def convert_part(
             if overridden_by is not None:
                 layer.feedback_reason = "its own rule is backpropagation"
         elif _obstacle(layer) is None:
-            _convert(layer, layer_rule(scale, gain, seed, name))
+            # A part that is itself a layer has no name within itself.
+            _convert(layer, layer_rule(scale, gain, seed, name or prefix))
     return part
 
 

@@ -1,5 +1,5 @@
 """
-Detectron2's backbone builders with asymmetric feedback.
+Backbone builders with asymmetric feedback: Detectron2's own, and those of this package.
 
 ``build_ss_*`` builds sign-symmetric layers, ``build_fa_*`` feedback alignment, ``build_feedback_*``
 whatever MODEL.FEEDBACK.RULE says. Each calls the stock builder and converts what it returns.
@@ -20,6 +20,8 @@ from detectron2.modeling.backbone.fpn import (
 )
 
 from ..layers import convert_part
+from .alexnet import build_alexnet_backbone
+from .cifar_resnet import build_cifar_resnet_backbone
 from .feedback import feedback_options
 
 BackboneBuilder = Callable[[CfgNode, ShapeSpec], Backbone]
@@ -67,3 +69,11 @@ build_fa_retinanet_resnet_fpn_backbone = _register(build_retinanet_resnet_fpn_ba
 build_feedback_retinanet_resnet_fpn_backbone = _register(
     build_retinanet_resnet_fpn_backbone, "feedback", None
 )
+
+build_ss_cifar_resnet_backbone = _register(build_cifar_resnet_backbone, "ss", _SS)
+build_fa_cifar_resnet_backbone = _register(build_cifar_resnet_backbone, "fa", _FA)
+build_feedback_cifar_resnet_backbone = _register(build_cifar_resnet_backbone, "feedback", None)
+
+build_ss_alexnet_backbone = _register(build_alexnet_backbone, "ss", _SS)
+build_fa_alexnet_backbone = _register(build_alexnet_backbone, "fa", _FA)
+build_feedback_alexnet_backbone = _register(build_alexnet_backbone, "feedback", None)

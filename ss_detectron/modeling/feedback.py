@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 
 from ..layers import get_rule
 
-__all__ = ["feedback_config", "feedback_options"]
+__all__ = ["common_options", "feedback_config", "feedback_options"]
 
 
 def feedback_config(cfg: CfgNode, builder: str) -> CfgNode:
@@ -23,6 +23,16 @@ def feedback_config(cfg: CfgNode, builder: str) -> CfgNode:
     if "FEEDBACK" not in cfg.MODEL:
         raise ValueError(f"{builder} needs the keys MODEL.FEEDBACK: call add_ss_config(cfg) first")
     return cfg.MODEL.FEEDBACK
+
+
+def common_options(feedback: CfgNode) -> dict[str, Any]:
+    """MODEL.FEEDBACK's arguments of a conversion that do not depend on the rule."""
+    return {
+        "scale": feedback.SCALE,
+        "gain": feedback.GAIN,
+        "exclude": tuple(feedback.EXCLUDE),
+        "seed": feedback.SEED,
+    }
 
 
 def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict[str, Any]:
@@ -48,10 +58,4 @@ def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict
             f"{options.RULE!r}: change one of them, or use the generic build_feedback_* and "
             "FeedbackRetinaNetHead, which follow MODEL.FEEDBACK.RULE"
         )
-    return {
-        "rule": rule,
-        "scale": options.SCALE,
-        "gain": options.GAIN,
-        "exclude": tuple(options.EXCLUDE),
-        "seed": options.SEED,
-    }
+    return {"rule": rule, **common_options(options)}

@@ -100,6 +100,8 @@ class FARetinaNetHead(FeedbackRetinaNetHead):
 class FeedbackRetinaNet(RetinaNet):
     """Detectron2's RetinaNet with the head that MODEL.RETINANET.HEAD names."""
 
+    last_layers: ClassVar[tuple[str, ...]] = tuple(f"head.{name}" for name in LAST_LAYERS)
+
     @configurable
     def __init__(self, *, exclude: Iterable[str] = (), **kwargs: Any) -> None:
         """

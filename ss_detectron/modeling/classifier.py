@@ -1,0 +1,172 @@
+"""Image classification over any Detectron2 backbone."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.utils.events import get_event_storage, has_event_storage
+from torch import Tensor, nn
+
+from ..layers import convert_part
+from .feedback import common_options, feedback_config
+
+__all__ = ["ImageClassifier"]
+
+Batch = dict[str, Any] | list[dict[str, Any]]
+
+
+@META_ARCH_REGISTRY.register()
+class ImageClassifier(nn.Module):
+    """
+    A backbone, global average pooling where its output is a map, and a linear layer that follows
+    MODEL.FEEDBACK.LAST_LAYER_RULE.
+    """
+
+    last_layers: ClassVar[tuple[str, ...]] = ("linear",)
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        num_classes: int,
+        in_feature: str = "",
+        pixel_mean: Iterable[float],
+        pixel_std: Iterable[float],
+        last_layer_rule: str = "backpropagation",
+        scale: str = "mean_abs",
+        gain: float = 1.0,
+        exclude: Iterable[str] = (),
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            backbone: whose output is a map (N, C, H, W) or a vector (N, C) per image.
+            num_classes: of the images.
+            in_feature: which of the backbone's outputs; by default the last.
+            pixel_mean, pixel_std: per channel, in units of the pixels (0 to 255).
+            last_layer_rule: of the linear layer.
+            scale, gain, seed: see :func:`~ss_detectron.layers.convert_feedback`.
+            exclude: patterns of names in this model.
+
+        Raises:
+            ValueError: the backbone has no such output.
+        """
+        super().__init__()
+        shapes = backbone.output_shape()
+        in_feature = in_feature or list(shapes)[-1]
+        if in_feature not in shapes:
+            raise ValueError(
+                f"MODEL.IMAGE_CLASSIFIER.IN_FEATURE is {in_feature!r}, but the backbone's outputs "
+                f"are {', '.join(shapes)}"
+            )
+        self.backbone = backbone
+        self.in_feature = in_feature
+        self.num_classes = num_classes
+        self.linear = nn.Linear(shapes[in_feature].channels, num_classes)
+        for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+        convert_part(
+            self.linear,
+            last_layer_rule,
+            scale=scale,
+            gain=gain,
+            exclude=exclude,
+            seed=seed,
+            prefix="linear",
+            overrides={"linear": last_layer_rule},
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        feedback = feedback_config(cfg, cls.__name__)
+        return {
+            "backbone": build_backbone(cfg),
+            "num_classes": cfg.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES,
+            "in_feature": cfg.MODEL.IMAGE_CLASSIFIER.IN_FEATURE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "last_layer_rule": feedback.LAST_LAYER_RULE,
+            **common_options(feedback),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batch: Batch) -> Batch:
+        """
+        Args:
+            batch: {"image": (N, C, H, W), "label": (N,)} or Detectron2's list of
+                {"image": (C, H, W), "label": int}. Images are not normalised yet (0 to 255); only
+                training needs labels.
+
+        Returns:
+            in training {"loss_cls": the mean cross entropy}; in inference the classes'
+            probabilities, as {"probabilities": (N, num_classes)} or a list of
+            {"probabilities": (num_classes,)}, as ``batch`` is.
+
+        Raises:
+            ValueError: images of different sizes in one list, or a label out of range.
+        """
+        as_list = not isinstance(batch, dict)
+        stacked = _stack(batch) if as_list else batch
+        if self.training:
+            return self.losses(self.logits(stacked["image"]), self._labels(stacked))
+        if len(stacked["image"]):
+            probabilities = self.logits(stacked["image"]).float().softmax(1)
+        else:  # nothing in this batch could be read
+            probabilities = torch.empty(0, self.num_classes, device=self.device)
+        if as_list:
+            return [{"probabilities": row} for row in probabilities]
+        return {"probabilities": probabilities}
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, C, H, W), pixels from 0 to 255 -> (N, num_classes)."""
+        images = images.to(self.device, non_blocking=True).to(self.pixel_mean.dtype)
+        features = self.backbone((images - self.pixel_mean) / self.pixel_std)[self.in_feature]
+        if features.dim() == 4:
+            features = F.adaptive_avg_pool2d(features, 1).flatten(1)
+        return self.linear(features)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """
+        The mean cross entropy of (N, num_classes) with labels (N,); within a training run, the
+        batch's top-1 error in per cent is logged.
+        """
+        if has_event_storage():
+            wrong = (logits.detach().argmax(1) != labels).float().mean()
+            get_event_storage().put_scalar("train_top1_error", 100 * wrong.item())
+        return {"loss_cls": F.cross_entropy(logits, labels)}
+
+    def _labels(self, batch: dict[str, Any]) -> Tensor:
+        labels = batch["label"]
+        if labels.device.type == "cpu":  # on a GPU, looking would make it wait
+            wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten().tolist()
+            if wrong:
+                name = batch.get("file_name", {wrong[0]: "an image"})[wrong[0]]
+                raise ValueError(
+                    f"{name} has the label {int(labels[wrong[0]])}, but the model has "
+                    f"{self.num_classes} classes, 0 to {self.num_classes - 1} "
+                    "(MODEL.IMAGE_CLASSIFIER.NUM_CLASSES)"
+                )
+        return labels.to(self.device, non_blocking=True)
+
+
+def _stack(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """Detectron2's list of dicts as one batch."""
+    sizes = {tuple(entry["image"].shape) for entry in batch}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"a batch needs images of one shape, got {sorted(sizes)}: resize or crop them, as "
+            "INPUT.CLASSIFICATION.TRANSFORM does"
+        )
+    images = [entry["image"] for entry in batch]
+    stacked = {"image": torch.stack(images) if images else torch.empty(0)}
+    if batch and all("label" in entry for entry in batch):
+        stacked["label"] = torch.tensor([int(entry["label"]) for entry in batch])
+        stacked["file_name"] = [entry.get("file_name", "an image") for entry in batch]
+    return stacked
