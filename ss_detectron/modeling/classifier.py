@@ -10,7 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from ..layers import convert_part
+from ..layers import check_exclude, convert_part
 from .feedback import common_options, feedback_config
 
 __all__ = ["ImageClassifier"]
@@ -53,7 +53,8 @@ class ImageClassifier(nn.Module):
             exclude: patterns of names in this model.
 
         Raises:
-            ValueError: the backbone has no such output.
+            ValueError: the backbone has no such output, or a pattern of ``exclude`` matches no
+                layer.
         """
         super().__init__()
         shapes = backbone.output_shape()
@@ -79,6 +80,7 @@ class ImageClassifier(nn.Module):
             prefix="linear",
             overrides={"linear": last_layer_rule},
         )
+        check_exclude(self, exclude)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -147,9 +149,9 @@ class ImageClassifier(nn.Module):
         if labels.device.type == "cpu":  # on a GPU, looking would make it wait
             wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten().tolist()
             if wrong:
-                name = batch.get("file_name", {wrong[0]: "an image"})[wrong[0]]
+                names = batch.get("file_name") or [f"image {i}" for i in range(len(labels))]
                 raise ValueError(
-                    f"{name} has the label {int(labels[wrong[0]])}, but the model has "
+                    f"{names[wrong[0]]} has the label {int(labels[wrong[0]])}, but the model has "
                     f"{self.num_classes} classes, 0 to {self.num_classes - 1} "
                     "(MODEL.IMAGE_CLASSIFIER.NUM_CLASSES)"
                 )
@@ -168,5 +170,5 @@ def _stack(batch: list[dict[str, Any]]) -> dict[str, Any]:
     stacked = {"image": torch.stack(images) if images else torch.empty(0)}
     if batch and all("label" in entry for entry in batch):
         stacked["label"] = torch.tensor([int(entry["label"]) for entry in batch])
-        stacked["file_name"] = [entry.get("file_name", "an image") for entry in batch]
+        stacked["file_name"] = [e.get("file_name", f"image {i}") for i, e in enumerate(batch)]
     return stacked

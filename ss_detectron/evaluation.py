@@ -1,0 +1,136 @@
+"""Top-1 and top-5 error of classifiers."""
+
+import json
+import logging
+import os
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from tabulate import tabulate
+from torch import Tensor
+
+__all__ = ["ClassificationEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+class ClassificationEvaluator(DatasetEvaluator):
+    """
+    The share of images, in per cent, whose class is not the most probable one (top-1 error) and,
+    with more than five classes, not among the five most probable ones (top-5 error).
+
+    Counts are summed over all processes, so the result is exact however the images are shared out.
+    """
+
+    def __init__(
+        self, dataset_name: str, *, per_class: bool = False, output_dir: str | None = None
+    ) -> None:
+        """
+        Args:
+            dataset_name: a registered classification data set.
+            per_class: whether each class's top-1 error is reported as well.
+            output_dir: where classification_results.json is written, with the error of every
+                class; None for nowhere.
+        """
+        metadata = MetadataCatalog.get(dataset_name)
+        self._dataset_name = dataset_name
+        self._size = len(DatasetCatalog.get(dataset_name))
+        self._classes = list(metadata.thing_classes)
+        self._per_class = per_class
+        self._output_dir = output_dir
+        self.reset()
+
+    def reset(self) -> None:
+        # Per class: images, top-1 errors, top-5 errors.
+        self._counts = torch.zeros(len(self._classes), 3, dtype=torch.int64)
+
+    def process(
+        self,
+        inputs: dict[str, Any] | list[dict[str, Any]],
+        outputs: dict[str, Tensor] | list[dict[str, Tensor]],
+    ) -> None:
+        """
+        Args:
+            inputs: a batch of :class:`~ss_detectron.modeling.ImageClassifier`, with labels.
+            outputs: what it returned.
+
+        Raises:
+            ValueError: a label, or the number of probabilities, does not fit the data set.
+        """
+        if isinstance(inputs, dict):
+            labels, probabilities = inputs["label"].cpu(), outputs["probabilities"]
+        elif inputs:
+            labels = torch.tensor([int(entry["label"]) for entry in inputs])
+            probabilities = torch.stack([output["probabilities"] for output in outputs])
+        else:
+            return
+        classes = len(self._classes)
+        if probabilities.shape[1] != classes:
+            raise ValueError(
+                f"the model gives {probabilities.shape[1]} probabilities, but "
+                f"{self._dataset_name!r} has {classes} classes"
+            )
+        if ((labels < 0) | (labels >= classes)).any():
+            raise ValueError(
+                f"a label of {self._dataset_name!r} is not among 0 to {classes - 1}: "
+                f"{labels.tolist()}"
+            )
+        top = probabilities.topk(min(5, classes)).indices.cpu()
+        wrong = top != labels[:, None]
+        errors = torch.stack([torch.ones_like(labels), wrong[:, 0], wrong.all(1)], 1)
+        self._counts.index_add_(0, labels, errors.to(torch.int64))
+
+    def evaluate(self) -> OrderedDict | None:
+        """
+        Returns:
+            {"classification": {"top1_error": %, "top5_error": %, "top1_error-CLASS": %, ...}} in
+            the main process, None in the others.
+        """
+        counts = torch.stack(comm.all_gather(self._counts)).sum(0)
+        if not comm.is_main_process():
+            return None
+        seen, *_ = total = counts.sum(0).tolist()
+        if seen != self._size:
+            logger.warning(
+                "%s: %d of %d images were evaluated; the errors leave out the rest.",
+                self._dataset_name,
+                seen,
+                self._size,
+            )
+        if not seen:
+            logger.error("%s: no image was evaluated.", self._dataset_name)
+            return OrderedDict(classification={})
+
+        top1, top5 = (100 * wrong / seen for wrong in total[1:])
+        results = {"top1_error": top1}
+        if len(self._classes) > 5:
+            results["top5_error"] = top5
+        logger.info(
+            "%s, %d images, error in %%:\n%s",
+            self._dataset_name,
+            seen,
+            tabulate([results], headers="keys", floatfmt=".2f", tablefmt="pipe"),
+        )
+        # A class without an evaluated image has no error.
+        by_class = {
+            name: 100 * wrong / images
+            for name, (images, wrong, _) in zip(self._classes, counts.tolist(), strict=True)
+            if images
+        }
+        if self._per_class:
+            table = tabulate(by_class.items(), ("class", "%"), floatfmt=".2f", tablefmt="pipe")
+            logger.info("Top-1 error of each class:\n%s", table)
+        if self._output_dir:
+            os.makedirs(self._output_dir, exist_ok=True)
+            path = os.path.join(self._output_dir, "classification_results.json")
+            content = {"dataset": self._dataset_name, "images": seen, **results}
+            content["top1_error_by_class"] = by_class
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+        if self._per_class:
+            results |= {f"top1_error-{name}": error for name, error in by_class.items()}
+        return OrderedDict(classification=results)
