@@ -25,7 +25,7 @@ def plain_config(cfg: CfgNode) -> CfgNode:
     source.defrost()
     if FeedbackRetinaNet.__name__ == source.MODEL.META_ARCHITECTURE:
         head = RETINANET_HEAD_REGISTRY.get(source.MODEL.RETINANET.HEAD)
-        _check_known("head", head, source.MODEL.RETINANET.HEAD)
+        _check_known("head", head, source.MODEL.RETINANET.HEAD, ("detectron2", __package__))
         source.MODEL.META_ARCHITECTURE = RetinaNet.__name__
     source.MODEL.BACKBONE.NAME = re.sub(
         r"^build_(ss|fa|feedback)_", "build_", source.MODEL.BACKBONE.NAME
@@ -71,9 +71,11 @@ class DenseRetinaNet(nn.Module):
         return self.model.head([features[name] for name in self.model.head_in_features])
 
 
-def _check_known(what: str, builder: Any, name: str) -> None:
-    """Raises ValueError unless ``builder`` is Detectron2's own, or a sibling in this package."""
-    if builder.__module__.partition(".")[0] not in ("detectron2", __package__):
+def _check_known(
+    what: str, builder: Any, name: str, packages: tuple[str, ...] = ("detectron2",)
+) -> None:
+    """Raises ValueError unless ``builder`` is from one of these packages."""
+    if builder.__module__.partition(".")[0] not in packages:
         raise ValueError(f"stock Detectron2 has no counterpart of the {what} {name!r}")
 
 
