@@ -1,0 +1,247 @@
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from modeling_utils import assert_same, load_config, rules
+from torch import nn
+
+from ss_detectron.modeling import AlexNet, ImageClassifier
+
+SS, FA, BP = "sign_symmetry", "feedback_alignment", "backpropagation"
+SMALL = ["MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 10]
+
+
+def build(name: str = "cifar10_resnet18_ss.yaml", *options) -> ImageClassifier:
+    torch.manual_seed(0)
+    return build_model(load_config(name, *options))
+
+
+def make_batch(count: int = 2, size: int = 32, classes: int = 10) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, size, size), generator=generator).byte()
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    return {"image": images, "label": labels}
+
+
+def as_list(batch: dict) -> list[dict]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# The networks
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_resnet_has_as_many_parameters_as_torchvisions(depth):
+    width = ["MODEL.RESNETS.RES2_OUT_CHANNELS", 256 if depth == 50 else 64]
+    model = build("imagenet_resnet18_bp.yaml", "MODEL.RESNETS.DEPTH", depth, *width)
+    assert count(model) == count(getattr(torchvision.models, f"resnet{depth}")())
+    if depth == 18:
+        assert count(model) == 11_689_512
+
+
+def test_alexnet_has_torchvisions_parameters_but_for_the_norms():
+    model, reference = build("imagenet_alexnet_bp.yaml"), torchvision.models.alexnet()
+    hidden = [
+        m for m in reference.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias.numel()
+    ][:-1]
+    units = sum(layer.bias.numel() for layer in hidden)
+    # Each unit loses its bias and gains its norm's scale and shift.
+    assert count(model) == count(reference) - units + 2 * units == 61_110_184
+
+
+@torch.no_grad()
+def test_alexnet_is_torchvisions_where_the_norms_do_nothing():
+    model, reference = build("imagenet_alexnet_ss.yaml").eval(), torchvision.models.alexnet().eval()
+    pairs = [
+        (model.backbone.get_submodule(name), reference.features[index])
+        for name, index in zip(
+            ["conv1", "conv2", "conv3", "conv4", "conv5"], [0, 3, 6, 8, 10], strict=True
+        )
+    ]
+    pairs += [(model.backbone.fc6, reference.classifier[1])]
+    pairs += [(model.backbone.fc7, reference.classifier[4])]
+    norms = [layer.norm for layer, _ in pairs[:5]]
+    norms += [model.backbone.fc6_norm, model.backbone.fc7_norm]
+    for (layer, other), norm in zip(pairs, norms, strict=True):
+        layer.weight.copy_(other.weight)
+        norm.bias.copy_(other.bias)
+        norm.eps = 0.0
+    model.linear.load_state_dict(reference.classifier[6].state_dict())
+    images = torch.rand(2, 3, 224, 224) * 255
+    normalised = (images - model.pixel_mean) / model.pixel_std
+    torch.testing.assert_close(model.logits(images), reference(normalised), rtol=1e-4, atol=1e-5)
+
+
+def test_alexnet_takes_images_of_other_sizes():
+    for size in (63, 100, 256):
+        assert AlexNet()(torch.rand(2, 3, size, size))["fc7"].shape == (2, 4096)
+
+
+def test_frozen_convolutions_of_alexnet_do_not_learn():
+    model = build("imagenet_alexnet_ss.yaml", "MODEL.BACKBONE.FREEZE_AT", 2)
+    learning = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+    frozen = {n for n, _ in model.backbone.named_parameters()} - learning
+    assert frozen == {"conv1.weight", "conv2.weight"}
+    assert isinstance(model.backbone.conv2.norm, FrozenBatchNorm2d)
+    assert isinstance(model.backbone.conv3.norm, nn.BatchNorm2d)
+
+
+@torch.no_grad()
+def test_cifar_resnet_is_torchvisions_with_another_stem():
+    model = build().eval()
+    reference = torchvision.models.resnet18(num_classes=10).eval()
+    reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    reference.maxpool = nn.Identity()
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    for name, layer in ours.items():
+        other = (
+            name.replace("backbone.", "")
+            .replace("stem.conv1", "conv1")
+            .replace("shortcut", "downsample.0")
+        )
+        for stage in range(2, 6):
+            other = other.replace(f"res{stage}.", f"layer{stage - 1}.")
+        norm = other.replace("conv", "bn").replace("downsample.0", "downsample.1")
+        layer.weight.copy_(reference.get_submodule(other).weight)
+        layer.norm.running_mean.uniform_(-1, 1)
+        layer.norm.running_var.uniform_(1, 2)
+        reference.get_submodule(norm).load_state_dict(layer.norm.state_dict())
+    model.linear.load_state_dict(reference.fc.state_dict())
+    assert len(ours) == 20 and count(model) == count(reference)
+    images = torch.rand(2, 3, 32, 32) * 255
+    normalised = (images - model.pixel_mean) / model.pixel_std
+    torch.testing.assert_close(model.logits(images), reference(normalised), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_strides_of_the_cifar_resnet(depth):
+    names = ["stem", "res2", "res3", "res4", "res5"]
+    options = ["MODEL.RESNETS.DEPTH", depth, "MODEL.RESNETS.OUT_FEATURES", names]
+    backbone = build("cifar10_resnet18_bp.yaml", *options).backbone
+    features = backbone(torch.rand(1, 3, 32, 32))
+    for (name, shape), stride in zip(backbone.output_shape().items(), [1, 1, 2, 4, 8], strict=True):
+        assert shape.stride == stride
+        assert features[name].shape == (1, shape.channels, 32 // stride, 32 // stride)
+
+
+# The rules
+
+
+@pytest.mark.parametrize("network", ["resnet", "cifar_resnet", "alexnet"])
+@pytest.mark.parametrize(
+    "kind, rule, expected", [("ss", "", SS), ("fa", "", FA), ("feedback", "kp", "kolen_pollack")]
+)
+def test_builders_put_every_hidden_layer_on_their_rule(network, kind, rule, expected):
+    options = ["MODEL.BACKBONE.NAME", f"build_{kind}_{network}_backbone"]
+    model = build("imagenet_resnet18_bp.yaml", *options, "MODEL.FEEDBACK.RULE", rule)
+    found = rules(model)
+    assert found.pop("linear") == BP
+    assert set(found.values()) == {expected}
+    assert len(found) == (7 if network == "alexnet" else 20)
+    if network == "alexnet":
+        assert {"backbone.fc6", "backbone.fc7"} <= set(found)
+
+
+@pytest.mark.parametrize("kind, rule", [("ss", SS), ("fa", FA)])
+def test_last_layer_configs_put_the_last_layer_on_the_rule(kind, rule):
+    model = build(f"cifar10_resnet18_{kind}_lastlayer.yaml")
+    assert set(rules(model).values()) == {rule}
+
+
+def test_excluded_last_layer_stays_on_backpropagation():
+    name = "cifar10_resnet18_fa_lastlayer.yaml"
+    assert rules(build(name, "MODEL.FEEDBACK.EXCLUDE", ["linear"]))["linear"] == BP
+    with pytest.raises(ValueError, match="'liner' matches no layer"):
+        build(name, "MODEL.FEEDBACK.EXCLUDE", ["liner"])
+
+
+@pytest.mark.parametrize("name", ["imagenet_alexnet_fa.yaml", "cifar10_resnet18_fa_lastlayer.yaml"])
+def test_each_linear_layer_sends_its_error_through_its_feedback(name):
+    model = build(name, *SMALL)
+    sent = {}
+    for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
+        layer.register_full_backward_hook(lambda m, i, o: sent.update({m: (i[0], o[0])}))
+    model(make_batch(size=64))["loss_cls"].backward()
+    assert sent
+    for layer, (received, output) in sent.items():
+        on_rule = rules(model)[next(n for n, m in model.named_modules() if m is layer)] == FA
+        weight = layer.current_feedback() if on_rule else layer.weight
+        torch.testing.assert_close(received, output @ weight)
+
+
+# What comes out
+
+
+def test_loss_is_the_mean_cross_entropy_of_normalised_images():
+    model = build(*["cifar10_resnet18_bp.yaml"]).eval()
+    batch = make_batch(3)
+    normalised = (batch["image"].float() - model.pixel_mean) / model.pixel_std
+    logits = model.linear(model.backbone(normalised)["res5"].mean((2, 3)))
+    expected = -F.log_softmax(logits, 1)[range(3), batch["label"]].mean()
+    torch.testing.assert_close(
+        model.losses(model.logits(batch["image"]), batch["label"]), {"loss_cls": expected}
+    )
+    probabilities = model(batch)["probabilities"]
+    torch.testing.assert_close(probabilities, logits.exp() / logits.exp().sum(1, keepdim=True))
+
+
+def test_a_list_gives_what_a_batch_gives():
+    model, batch = build(), make_batch(3)
+    as_batch = model(batch)["loss_cls"]
+    assert_same(model(as_list(batch))["loss_cls"], as_batch)
+    model.eval()
+    probabilities = model(batch)["probabilities"]
+    listed = model([{"image": image} for image in batch["image"]])
+    assert_same(torch.stack([entry["probabilities"] for entry in listed]), probabilities)
+
+
+def test_error_of_a_training_batch_is_logged():
+    model, batch = build(), make_batch(4)
+    with EventStorage() as storage, torch.no_grad():
+        logits = model.logits(batch["image"])
+        labels = logits.argmax(1)
+        labels[0] = (labels[0] + 1) % 10
+        model.losses(logits, labels)
+    assert storage.latest()["train_top1_error"][0] == 25
+
+
+def test_empty_batch_has_no_probabilities():
+    model = build().eval()
+    assert model([]) == []
+    assert model({"image": torch.empty(0, 3, 32, 32)})["probabilities"].shape == (0, 10)
+
+
+def test_feature_can_be_chosen():
+    options = ["MODEL.RESNETS.OUT_FEATURES", ["res3", "res5"]]
+    assert build("cifar10_resnet18_bp.yaml", *options).in_feature == "res5"
+    options += ["MODEL.IMAGE_CLASSIFIER.IN_FEATURE", "res3"]
+    model = build("cifar10_resnet18_bp.yaml", *options)
+    assert model.linear.in_features == 128
+    assert model(make_batch())["loss_cls"].isfinite()
+    with pytest.raises(ValueError, match="IN_FEATURE is 'res4'.*outputs are res3, res5"):
+        build("cifar10_resnet18_bp.yaml", *options[:-1], "res4")
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_label_out_of_range_is_named(label):
+    model, batch = build(), make_batch(3)
+    batch["label"][1] = label
+    with pytest.raises(ValueError, match=rf"image 1 has the label {label}, but .* 10 classes"):
+        model(batch)
+    batch["file_name"] = ["a.png", "b.png", "c.png"]
+    with pytest.raises(ValueError, match=f"b.png has the label {label}"):
+        model(batch)
+    with pytest.raises(ValueError, match=f"b.png has the label {label}"):
+        model(as_list(batch))
+
+
+def test_images_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"one shape.*\(3, 32, 32\), \(3, 40, 32\)"):
+        build()([{"image": torch.zeros(3, 32, 32)}, {"image": torch.zeros(3, 40, 32)}])
