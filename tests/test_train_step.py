@@ -1,0 +1,195 @@
+"""A step over several batches is a step over one large batch."""
+
+import copy
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from ss_detectron import FEEDBACK_REGISTRY, convert_feedback
+from ss_detectron.train_step import AccumulatingTrainer
+
+RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
+STEPS, BATCH = 3, 8
+
+
+class Model(nn.Module):
+    """Without batch statistics; one of its losses is a sum of squares."""
+
+    def __init__(self, rule: str = "ss") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, 5)
+        ).double()
+        convert_feedback(self, rule)
+        self.calls = 0
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        out = self.layers(images)
+        return {"loss_a": out.square().sum(1).mean(), "loss_b": -out[:, 0].mean()}
+
+
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(STEPS, BATCH, 2, 6, 6, generator=generator, dtype=torch.float64)
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-3)
+
+
+def train(trainer: SimpleTrainer, steps: int = STEPS) -> list[dict[str, float]]:
+    """The logged losses of each step."""
+    rows = []
+    for trainer.iter in range(steps):
+        with EventStorage(trainer.iter) as storage:
+            trainer.run_step()
+            rows.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
+    return rows
+
+
+def stock(rule: str) -> tuple[nn.Module, list[dict[str, float]]]:
+    model = Model(rule)
+    return model, train(SimpleTrainer(model, list(images()), optimizer(model)))
+
+
+def parts(batches: torch.Tensor, passes: int) -> Iterator[torch.Tensor]:
+    for batch in batches:
+        yield from batch.chunk(passes)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_several_passes_train_as_one_large_batch(rule, passes):
+    expected, expected_losses = stock(rule)
+    model = Model(rule)
+    loader = list(parts(images(), passes))
+    losses = train(AccumulatingTrainer(model, loader, optimizer(model), passes=passes))
+    assert model.calls == STEPS * passes
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)
+    for row, other in zip(losses, expected_losses, strict=True):
+        assert row == pytest.approx(other)
+        assert set(row) == {"loss_a", "loss_b", "total_loss"}
+
+
+def test_a_single_loss_may_be_a_tensor():
+    class Single(Model):
+        def forward(self, images):
+            return super().forward(images)["loss_a"]
+
+    model = Single()
+    (row,) = train(AccumulatingTrainer(model, [images()[0]], optimizer(model)), 1)
+    assert row["total_loss"] == pytest.approx(Single()(images()[0]).item())
+
+
+def test_loss_that_is_not_finite_ends_the_run():
+    model = Model()
+    trainer = AccumulatingTrainer(model, list(images() * 1e200), optimizer(model), passes=2)
+    with pytest.raises(FloatingPointError, match="iteration=0"):
+        train(trainer, 1)
+
+
+class Typed(nn.Module):
+    """Records the type that a layer's output has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = convert_feedback(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "fa")
+        self.types = []
+
+    def forward(self, batch):
+        out = self.layer(batch)
+        self.types.append(out.dtype)
+        return {"loss": out.float().square().mean()}
+
+
+def test_mixed_precision_on_the_cpu_is_bfloat16_with_float32_weights():
+    batch = torch.randn(6, 4)
+    model, exact = Typed(), Typed()
+    trainer = AccumulatingTrainer(model, [batch], optimizer(model), mixed_precision=True)
+    train(trainer, 1)
+    exact(batch)["loss"].backward()
+    assert model.types == [torch.bfloat16] and exact.types == [torch.float32]
+    for (name, p), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32, name
+        torch.testing.assert_close(p.grad, other.grad, rtol=0.05, atol=0.02)
+
+
+def test_state_goes_from_and_to_detectron2s_trainer():
+    model = Model()
+    ours = AccumulatingTrainer(model, list(images()), optimizer(model))
+    theirs = SimpleTrainer(copy.deepcopy(model), list(images()), optimizer(model))
+    train(ours)
+    state = ours.state_dict()
+    assert set(state) == set(theirs.state_dict())
+    theirs.load_state_dict(state)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.iter == STEPS - 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_mixed_precision_on_a_gpu_scales_gradients_and_keeps_the_scale():
+    model = Typed().cuda()
+    loader = [torch.randn(6, 4, device="cuda")] * 4
+    trainer = AccumulatingTrainer(
+        model, loader, optimizer(model), passes=2, mixed_precision=True, device="cuda"
+    )
+    train(trainer, 2)
+    assert set(model.types) == {torch.float16}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    state = trainer.state_dict()
+    assert state["grad_scaler"]["scale"] > 1
+    trainer.load_state_dict(state)
+
+
+# Two processes
+
+
+def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
+    wrapped = DistributedDataParallel(Model(rule))
+    reductions = 0
+
+    def count(state, bucket):
+        nonlocal reductions
+        reductions += 1
+        return default_hooks.allreduce_hook(state, bucket)
+
+    wrapped.register_comm_hook(None, count)
+    mine = images().chunk(2, dim=1)[rank]
+    trainer = AccumulatingTrainer(
+        wrapped, list(parts(mine, passes)), optimizer(wrapped), passes=passes
+    )
+    losses = train(trainer)
+    if rank == 0:
+        result = {"model": wrapped.module.state_dict(), "losses": losses, "reductions": reductions}
+        torch.save(result, f"{folder}/result.pth")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("rule", ["ss", "kp"])
+def test_two_processes_train_as_one_and_exchange_gradients_once_a_step(rule, tmp_path):
+    expected, expected_losses = stock(rule)
+    mp.spawn(_worker, (str(tmp_path), rule, 2), nprocs=2)
+    result = torch.load(tmp_path / "result.pth", weights_only=True)
+    torch.testing.assert_close(result["model"], expected.state_dict(), rtol=1e-9, atol=1e-12)
+    for row, other in zip(result["losses"], expected_losses, strict=True):
+        assert row == pytest.approx(other)
+    # Small as the model is, DistributedDataParallel sends it in one bucket, at first in two.
+    assert STEPS <= result["reductions"] <= STEPS + 1
