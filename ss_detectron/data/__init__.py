@@ -1,16 +1,34 @@
 """Data sets: importing this package registers them with Detectron2 and creates no file."""
 
+from .check import check_classification_datasets, check_datasets
+from .cifar import CIFAR10_CLASSES, register_cifar10
 from .coco import check_detection_datasets, register_coco_from_config
+from .folders import register_image_folders_from_config, register_imagenet
+from .images import ClassificationMapper, UnreadableImageError, read_image
+from .loaders import build_classification_test_loader, build_classification_train_loader
 from .shapes import SHAPES_CLASSES, draw_shapes, ensure_shapes, generate_shapes, register_shapes
 
 __all__ = [
+    "CIFAR10_CLASSES",
     "SHAPES_CLASSES",
+    "ClassificationMapper",
+    "UnreadableImageError",
+    "build_classification_test_loader",
+    "build_classification_train_loader",
+    "check_classification_datasets",
+    "check_datasets",
     "check_detection_datasets",
     "draw_shapes",
     "ensure_shapes",
     "generate_shapes",
+    "read_image",
+    "register_cifar10",
     "register_coco_from_config",
+    "register_image_folders_from_config",
+    "register_imagenet",
     "register_shapes",
 ]
 
+register_cifar10()
+register_imagenet()
 register_shapes()

@@ -1,6 +1,5 @@
-"""COCO data sets of one's own by config keys alone, and a look at all data sets before training."""
+"""COCO data sets of one's own by config keys alone, and a look at them before training."""
 
-import difflib
 import json
 import logging
 import os
@@ -11,24 +10,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
 
+from .catalog import check_registered, own_entries, refuse_taken, used_datasets, where_to_put
+
 __all__ = ["check_detection_datasets", "register_coco_from_config"]
 
 logger = logging.getLogger(__name__)
-
-FORM = "[name, annotation file, image folder]"
-
-
-def _datasets_root() -> str:
-    return os.path.abspath(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
-
-
-def _locate(path: str) -> str:
-    """A path seen from the current folder or else from DETECTRON2_DATASETS, made absolute."""
-    if "://" in path:
-        return path
-    here = os.path.abspath(os.path.expanduser(path))
-    there = os.path.join(_datasets_root(), path)
-    return there if os.path.exists(there) and not os.path.exists(here) else here
 
 
 def register_coco_from_config(cfg: CfgNode) -> None:
@@ -42,33 +28,14 @@ def register_coco_from_config(cfg: CfgNode) -> None:
     Raises:
         ValueError: an entry has another form, or its name belongs to another data set already.
     """
-    for entry in cfg.DATASETS.COCO_INSTANCES:
-        if (
-            not isinstance(entry, (list, tuple))
-            or len(entry) != 3
-            or not all(isinstance(part, str) and part for part in entry)
-        ):
-            raise ValueError(
-                f"DATASETS.COCO_INSTANCES is a list of {FORM}, three strings each; got the entry "
-                f"{entry!r}."
-            )
-        name, json_file, image_root = entry[0], _locate(entry[1]), _locate(entry[2])
-        if name not in DatasetCatalog:
-            register_coco_instances(name, {}, json_file, image_root)
-            continue
-        # as_dict leaves out what is computed on access: the shapes are not generated for this.
-        known = MetadataCatalog.get(name).as_dict()
-        if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-            where = (
-                f"with '{known['json_file']}' and '{known.get('image_root')}'"
-                if "json_file" in known
-                else "by Detectron2 or another package"
-            )
-            raise ValueError(
-                f"The name '{name}' in DATASETS.COCO_INSTANCES is taken: a data set of that name "
-                f"is registered {where}, the entry asks for '{json_file}' and '{image_root}'. "
-                "Choose another name."
-            )
+    for name, *paths in own_entries(cfg, "COCO_INSTANCES"):
+        if name in DatasetCatalog:
+            # as_dict leaves out what is computed on access: the shapes are not generated for this.
+            known = MetadataCatalog.get(name).as_dict()
+            known = known.get("json_file"), known.get("image_root")
+            refuse_taken("COCO_INSTANCES", name, known, paths)
+        else:
+            register_coco_instances(name, {}, *paths)
 
 
 def check_detection_datasets(cfg: CfgNode, *, training: bool = True) -> None:
@@ -88,10 +55,8 @@ def check_detection_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         FileNotFoundError: an annotation file, an image folder or images are missing.
         ValueError: anything else; the message names the data set and what to change.
     """
-    names = dict.fromkeys([*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST])
-    for name in names:
-        if name not in DatasetCatalog:
-            raise ValueError(_not_registered(name))
+    names = used_datasets(cfg, training)
+    check_registered(names)
     classes = {}
     for name in names:
         metadata = MetadataCatalog.get(name)
@@ -106,29 +71,9 @@ def check_detection_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     _check_same_classes(classes)
 
 
-def _not_registered(name: str) -> str:
-    close = difflib.get_close_matches(name, DatasetCatalog.list())
-    hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return (
-        f"No data set named '{name}' is registered. {hint}A COCO data set of your own is "
-        f"registered by DATASETS.COCO_INSTANCES, a list of {FORM}."
-    )
-
-
 def _check_files(cfg: CfgNode, metadata: Metadata) -> None:
     files, folder = metadata.json_file, metadata.get("image_root")
-    entries = {entry[0]: entry for entry in cfg.DATASETS.get("COCO_INSTANCES", [])}
-    if metadata.name in entries:
-        _, json_file, image_root = entries[metadata.name]
-        remedy = (
-            f"DATASETS.COCO_INSTANCES names '{json_file}' and '{image_root}', looked for in the "
-            f"current folder '{os.getcwd()}' and in DETECTRON2_DATASETS '{_datasets_root()}'."
-        )
-    else:
-        remedy = (
-            "Put it there, or set DETECTRON2_DATASETS before the start to the folder that holds "
-            f"the data sets Detectron2 knows (now '{_datasets_root()}')."
-        )
+    remedy = where_to_put(cfg, "COCO_INSTANCES", metadata.name)
     where = f"Data set '{metadata.name}':"
     if "://" not in files and not os.path.isfile(files):
         raise FileNotFoundError(f"{where} there is no annotation file '{files}'. {remedy}")

@@ -1,0 +1,97 @@
+"""CIFAR-10 from its original archive."""
+
+import logging
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from iopath.common.file_io import file_lock
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+
+from .catalog import datasets_root
+
+__all__ = ["CIFAR10_CLASSES", "read_cifar10", "register_cifar10"]
+
+logger = logging.getLogger(__name__)
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+
+def read_cifar10(train: bool) -> CIFAR10:
+    """Read CIFAR-10 from ``cifar10`` below ``DETECTRON2_DATASETS``.
+
+    Where the unpacked archive is not there, torchvision unpacks the archive that is, or downloads
+    it. Of several processes one does so, the others wait.
+
+    Args:
+        train: the training or the test images.
+
+    Raises:
+        FileNotFoundError: it is not there and could not be downloaded.
+    """
+    folder = Path(datasets_root()) / "cifar10"
+    with suppress(RuntimeError):  # torchvision's, where files are missing or damaged
+        return CIFAR10(folder, train)
+    archive = folder / CIFAR10.filename
+    by_hand = (
+        f"put the archive '{CIFAR10.filename}' of {CIFAR10.url} (md5 {CIFAR10.tgz_md5}), or the "
+        f"folder '{CIFAR10.base_folder}' it holds, into '{folder}'"
+    )
+    try:
+        with file_lock(str(folder)):
+            if not check_integrity(archive, CIFAR10.tgz_md5):
+                logger.info(
+                    "CIFAR-10 is not in '%s': downloading %s (170 MB). Without a network, %s.",
+                    folder,
+                    CIFAR10.url,
+                    by_hand,
+                )
+            return CIFAR10(folder, train, download=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise FileNotFoundError(
+            f"CIFAR-10 is not in '{folder}', and fetching it from {CIFAR10.url} failed ({error}): "
+            f"{by_hand}, or set DETECTRON2_DATASETS to the folder that holds 'cifar10'."
+        ) from error
+
+
+class _CIFAR10Metadata(Metadata):
+    """Metadata whose files are fetched when they are first asked for."""
+
+    @property
+    def image_root(self) -> str:
+        return str(read_cifar10(train=False).root)
+
+
+def _load(split: str) -> list[dict]:
+    dataset = read_cifar10(split == "train")
+    return [
+        {"file_name": f"cifar10/{split}/{i}", "image_id": i, "label": label, "image": image}
+        for i, (image, label) in enumerate(zip(dataset.data, dataset.targets, strict=True))
+    ]
+
+
+def register_cifar10() -> None:
+    """Register ``cifar10_train`` and ``cifar10_test`` with Detectron2; nothing is fetched yet.
+
+    Their images are in memory: "image" is a (32, 32, 3) uint8 RGB array.
+    """
+    for split in ("train", "test"):
+        name = f"cifar10_{split}"
+        DatasetCatalog.register(name, lambda split=split: _load(split))
+        MetadataCatalog[name] = _CIFAR10Metadata(
+            name=name, evaluator_type="classification", thing_classes=list(CIFAR10_CLASSES)
+        )
