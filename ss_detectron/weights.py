@@ -1,0 +1,168 @@
+"""The names of weights: how those of a checkpoint become a model's, and how a log tells them."""
+
+import logging
+import re
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
+from torch import Tensor, nn
+
+__all__ = [
+    "Renaming",
+    "check_torchvision_resnet",
+    "describe",
+    "few",
+    "find_renaming",
+    "is_torchvision_resnet",
+    "largest_modules",
+    "rename_state",
+]
+
+logger = logging.getLogger(__name__)
+
+Renaming = Callable[[str], str]
+"""The name of a checkpoint's parameter or module -> its name in the model."""
+
+_TORCHVISION_RESNET = re.compile(
+    r"(conv1|bn1|fc|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.\w+"
+)
+# What becomes of them in Detectron2's, one after the other.
+_TORCHVISION_TO_DETECTRON2 = (
+    (r"^conv1\b", "stem.conv1"),
+    (r"^bn1\b", "stem.conv1.norm"),
+    (r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}"),
+    (r"\.bn(\d)\b", r".conv\1.norm"),
+    (r"\.downsample\.0\b", ".shortcut"),
+    (r"\.downsample\.1\b", ".shortcut.norm"),
+)
+# Of a pixel from 0 to 255, in RGB.
+_TORCHVISION_PIXELS = {
+    "PIXEL_MEAN": (123.675, 116.28, 103.53),
+    "PIXEL_STD": (58.395, 57.12, 57.375),
+}
+
+
+def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renaming:
+    """
+    What the names of a checkpoint become in a model: those of torchvision's ResNets Detectron2's,
+    a classifier's ``backbone.X`` a detector's ``backbone.bottom_up.X``. Where neither is called
+    for, they stay.
+
+    Args:
+        names: of the checkpoint's tensors.
+        model_names: of the model's.
+    """
+    if is_torchvision_resnet(names):
+        stem = re.compile(r"(|.*\.)stem\.conv1\.weight")
+        for match in filter(None, map(stem.fullmatch, model_names)):
+            return lambda name: _from_torchvision(name, resnet=match[1])
+    backbone = [name for name in names if name.startswith("backbone.")]
+    inside = "backbone.bottom_up."
+    fits = any(name.startswith(inside) or name in model_names for name in backbone)
+    if not fits and any(name.startswith(inside) for name in model_names):
+        return lambda name: re.sub(r"^backbone\b", "backbone.bottom_up", name)
+    return lambda name: name
+
+
+def rename_state(state: Mapping[str, Tensor], rename: Renaming) -> OrderedDict[str, Tensor]:
+    """A state dict under other names; its modules' versions, if it has them, come along."""
+    renamed = OrderedDict((rename(name), value) for name, value in state.items())
+    if hasattr(state, "_metadata"):
+        renamed._metadata = OrderedDict(
+            (rename(name) if name else name, value) for name, value in state._metadata.items()
+        )
+    return renamed
+
+
+def is_torchvision_resnet(names: Collection[str]) -> bool:
+    """Whether these are the names of a state dict of torchvision's ResNets."""
+    return "layer1.0.conv1.weight" in names and all(map(_TORCHVISION_RESNET.fullmatch, names))
+
+
+def _from_torchvision(name: str, resnet: str) -> str:
+    """``resnet``: what the names of the model's ResNet begin with."""
+    if re.match(r"fc\b", name):
+        return name.replace("fc", "linear", 1)
+    for pattern, replacement in _TORCHVISION_TO_DETECTRON2:
+        name = re.sub(pattern, replacement, name)
+    return resnet + name
+
+
+def check_torchvision_resnet(path: str, names: Iterable[str], model: nn.Module) -> None:
+    """
+    Says in the log what torchvision's ResNet weights expect of a model; a warning where the model
+    normalises its images otherwise.
+
+    Args:
+        path: of the weights.
+        names: theirs, as torchvision has them.
+        model: that they are to be loaded into.
+
+    Raises:
+        ValueError: the model's bottleneck blocks have their stride in another convolution, which
+            shows in no weight's shape.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, (BottleneckBlock, DeformBottleneckBlock))]
+    if any(".conv3." in n for n in names) and any(max(b.conv1.stride) > 1 for b in blocks):
+        raise ValueError(
+            f"{path} holds a ResNet of torchvision's, whose bottleneck blocks have their stride in "
+            "the 3x3 convolution. This model's have it in the first 1x1 convolution and would "
+            "compute something else from the same weights: set MODEL.RESNETS.STRIDE_IN_1X1 False"
+        )
+    differ = []
+    for key, expected in _TORCHVISION_PIXELS.items():
+        here = getattr(model, key.lower(), None)
+        if isinstance(here, Tensor):
+            # Configs give one or two decimals.
+            rounded = [round(value, 1) for value in here.flatten().tolist()]
+            if rounded != [round(value, 1) for value in expected]:
+                differ.append(f"{key} {rounded}")
+    logger.log(
+        logging.WARNING if differ else logging.INFO,
+        "%s holds a ResNet of torchvision's, which expects INPUT.FORMAT RGB, %s and "
+        "RESNETS.STRIDE_IN_1X1 False%s.",
+        path,
+        ", ".join(f"{key} {list(value)}" for key, value in _TORCHVISION_PIXELS.items()),
+        f"; this model has {' and '.join(differ)}" if differ else "",
+    )
+
+
+def largest_modules(names: Iterable[str], others: Iterable[str] = ()) -> dict[str, int]:
+    """
+    The largest modules that hold some of ``names`` and none of ``others`` (the parameter itself
+    where there is none) -> how many they hold.
+    """
+    shared = {module for name in others for module in _around(name)}
+    return Counter(next(m for m in _around(name) if m not in shared) for name in names)
+
+
+def describe(names: Iterable[str], others: Iterable[str] = ()) -> str:
+    """
+    ``names`` in a few words, by their :func:`largest_modules`:
+    "backbone (16: fpn_lateral3, fpn_output3, fpn_lateral4, ...), head (22)".
+    """
+    parents = defaultdict(dict)
+    for module, count in largest_modules(names, others).items():
+        parent, _, child = module.rpartition(".")
+        parents[parent][child] = count
+    said = []
+    for parent, children in parents.items():
+        if parent and len(children) > 1:
+            said.append(f"{parent} ({sum(children.values())}: {few(children)})")
+        else:
+            start = f"{parent}." if parent else ""
+            said += [f"{start}{child} ({count})" for child, count in children.items()]
+    return few(said, 6)
+
+
+def few(names: Iterable[str], count: int = 3) -> str:
+    """The first of ``names``, and dots if there are more."""
+    names = list(names)
+    return ", ".join(names[:count]) + ", ..." * (len(names) > count)
+
+
+def _around(name: str) -> list[str]:
+    """The names of the modules around, from the outermost on, and the name itself."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
