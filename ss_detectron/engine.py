@@ -16,7 +16,6 @@ from detectron2.data import (
 from detectron2.data.catalog import MetadataCatalog
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import (
-    AMPTrainer,
     DefaultTrainer,
     SimpleTrainer,
     TrainerBase,
@@ -26,18 +25,25 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
-from detectron2.solver import build_optimizer
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .checkpoint import FeedbackCheckpointer
 from .config import add_ss_config, find_config
-from .data import check_detection_datasets, register_coco_from_config
+from .data import (
+    build_classification_test_loader,
+    build_classification_train_loader,
+    check_datasets,
+    register_coco_from_config,
+    register_image_folders_from_config,
+)
+from .evaluation import ClassificationEvaluator
 from .layers import FeedbackReport, check_exclude, feedback_report, get_rule, reset_feedback
 from .layers.feedback import Backpropagation
-from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead
+from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
+from .solver import build_optimizer, check_solver
+from .train_step import AccumulatingTrainer
 
 __all__ = ["Trainer", "argument_parser", "setup"]
 
@@ -73,11 +79,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
     register_coco_from_config(cfg)
+    register_image_folders_from_config(cfg)
     cfg.freeze()
     # Checked before default_setup, which overwrites the config.yaml of an earlier run.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
     _check_options(cfg)
-    check_detection_datasets(cfg, training=not args.eval_only)
+    check_datasets(cfg, training=not args.eval_only)
     if not (args.resume and _has_checkpoint(cfg)):
         _check_weights(cfg, args.eval_only)
     default_setup(cfg, args)
@@ -119,13 +126,25 @@ class Trainer(DefaultTrainer):
         if comm.get_world_size() > 1:
             # Each rank initialised its weights by a seed of its own, and made feedback from them.
             reset_feedback(model)
-        if cfg.SOLVER.AMP.ENABLED and on_cpu:
-            _autocast_on_cpu(model)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED and not on_cpu else SimpleTrainer
-        self._trainer = trainer(model, data_loader, optimizer)
+        if cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.ACCUMULATION_STEPS > 1:
+            self._trainer = AccumulatingTrainer(
+                model,
+                data_loader,
+                optimizer,
+                passes=cfg.SOLVER.ACCUMULATION_STEPS,
+                mixed_precision=cfg.SOLVER.AMP.ENABLED,
+                device=torch.device(cfg.MODEL.DEVICE).type,
+            )
+        else:
+            self._trainer = SimpleTrainer(model, data_loader, optimizer)
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = FeedbackCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = FeedbackCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
+            trainer=weakref.proxy(self),
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -148,29 +167,29 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """
-        SOLVER.OPTIMIZER over Detectron2's parameter groups: its own SGD, or AdamW with the same
-        learning rates and weight decays. Gradient clipping as SOLVER.CLIP_GRADIENTS has it.
-        """
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        groups = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = torch.optim.AdamW(
-            groups, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, foreach=True
-        )
-        return maybe_add_gradient_clipping(cfg, optimizer)
+        """See :func:`~ss_detectron.solver.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's loader; its default sampler takes its seed from the config."""
+        """
+        The loader of DATASETS.TRAIN, endless. Detectron2's own for detection; its default sampler
+        takes its seed from the config. A batch has the images of one pass, see
+        SOLVER.ACCUMULATION_STEPS.
+        """
+        if _is_classification(cfg.DATASETS.TRAIN[0]):
+            loader = build_classification_train_loader(cfg)
+            _log_epochs(cfg, len(loader.dataset))
+            return loader
+        images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
+        if images % (passes * comm.get_world_size()):
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {images}, which {comm.get_world_size()} processes cannot "
+                f"share out in {passes} equal passes (SOLVER.ACCUMULATION_STEPS)"
+            )
+        options = {"total_batch_size": images // passes}
         if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-            return build_detection_train_loader(cfg)
+            return build_detection_train_loader(cfg, **options)
         dataset = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
@@ -179,9 +198,17 @@ class Trainer(DefaultTrainer):
             ),
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
+        _log_epochs(cfg, len(dataset))
         # Detectron2 0.6 draws a seed of its own here even where SEED is set.
         sampler = TrainingSampler(len(dataset), seed=cfg.SEED if cfg.SEED >= 0 else None)
-        return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler)
+        return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler, **options)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """The loader of one data set, each image once over all processes."""
+        if _is_classification(dataset_name):
+            return build_classification_test_loader(cfg, dataset_name)
+        return super().build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -192,23 +219,34 @@ class Trainer(DefaultTrainer):
             NotImplementedError: there is none for that type.
         """
         kind = MetadataCatalog.get(dataset_name).evaluator_type
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         if kind == "coco":
-            folder = os.path.join(cfg.OUTPUT_DIR, "inference")
             return COCOEvaluator(dataset_name, output_dir=folder)
+        if kind == "classification":
+            return ClassificationEvaluator(
+                dataset_name, per_class=cfg.TEST.CLASSIFICATION.PER_CLASS, output_dir=folder
+            )
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         raise NotImplementedError(
-            f"data set {dataset_name!r} has evaluator_type {kind!r}; this trainer evaluates 'coco' "
-            "and 'pascal_voc'. Override Trainer.build_evaluator for others."
+            f"data set {dataset_name!r} has evaluator_type {kind!r}; this trainer evaluates "
+            "'coco', 'pascal_voc' and 'classification'. Override Trainer.build_evaluator for "
+            "others."
         )
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
-        """Detectron2's hooks, and the best checkpoint by the first test set's box AP."""
+        """
+        Detectron2's hooks, and the best checkpoint by the first test set's box AP or top-1 error.
+        """
         built = super().build_hooks()
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             names = self.cfg.DATASETS.TEST
-            metric = "bbox/AP" if len(names) == 1 else f"{names[0]}/bbox/AP"
-            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric)
+            metric, mode = "bbox/AP", "max"
+            if _is_classification(names[0]):
+                metric, mode = "classification/top1_error", "min"
+            if len(names) > 1:
+                metric = f"{names[0]}/{metric}"
+            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, mode)
             # After the evaluation, before the writers.
             built.insert(len(built) - 1, best)
         return built
@@ -249,18 +287,22 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
 
 
-def _autocast_on_cpu(model: nn.Module) -> None:
-    """
-    Mixed precision where Detectron2's AMPTrainer, which is CUDA's, cannot run: the forward pass
-    of training in bfloat16, which needs no gradient scaling.
-    """
-    forward = model.forward
+def _log_epochs(cfg: CfgNode, images: int) -> None:
+    """Says what the schedule's iterations mean in epochs."""
+    solver = cfg.SOLVER
+    epochs = [step * solver.IMS_PER_BATCH / images for step in (solver.MAX_ITER, *solver.STEPS)]
+    logger.info(
+        "SOLVER.MAX_ITER: %d steps of %d images are %.4g epochs of %d images; SOLVER.STEPS: %s.",
+        solver.MAX_ITER,
+        solver.IMS_PER_BATCH,
+        epochs[0],
+        images,
+        f"after epochs {', '.join(f'{e:.4g}' for e in epochs[1:])}" if solver.STEPS else "none",
+    )
 
-    def autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
-            return forward(*args, **kwargs)
 
-    model.forward = autocast
+def _is_classification(dataset_name: str) -> bool:
+    return MetadataCatalog.get(dataset_name).get("evaluator_type") == "classification"
 
 
 def _on_cpu(cfg: CfgNode) -> bool:
@@ -277,8 +319,7 @@ def _check_options(cfg: CfgNode) -> None:
             "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
             "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
         )
-    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
-        raise ValueError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
+    check_solver(cfg)
 
 
 def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:
@@ -294,13 +335,15 @@ def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) ->
             f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it: "
             f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r} and MODEL.META_ARCHITECTURE "
             f"{cfg.MODEL.META_ARCHITECTURE!r}; use a build_feedback_* backbone and "
-            "FeedbackRetinaNet with MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call "
-            "convert_feedback on the model"
+            "ImageClassifier, or FeedbackRetinaNet with MODEL.RETINANET.HEAD "
+            "FeedbackRetinaNetHead, or call convert_feedback on the model"
         )
     unread = []
     if cfg.MODEL.RETINANET.HEAD != "RetinaNetHead" and not isinstance(model, FeedbackRetinaNet):
         unread.append("MODEL.RETINANET.HEAD")
-    has_last_layers = isinstance(getattr(model, "head", None), FeedbackRetinaNetHead)
+    has_last_layers = isinstance(model, ImageClassifier) or isinstance(
+        getattr(model, "head", None), FeedbackRetinaNetHead
+    )
     if get_rule(feedback.LAST_LAYER_RULE) is not Backpropagation and not has_last_layers:
         unread.append("MODEL.FEEDBACK.LAST_LAYER_RULE")
     if unread:
@@ -332,11 +375,13 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
         )
     elif not weights and eval_only:
         logger.warning("MODEL.WEIGHTS is empty: this evaluates a network that was never trained.")
-    elif not weights and cfg.MODEL.RESNETS.NORM == "FrozenBN":
+    elif (
+        not weights and "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    ):
         logger.warning(
             "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN, which does not learn: from "
             "scratch, a network needs norms that do and nothing frozen, as in "
-            "retinanet_scratch_*.yaml."
+            "retinanet_scratch_*.yaml and imagenet_*.yaml."
         )
 
 

@@ -2,27 +2,21 @@
 
 import json
 import math
-import os
 import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import get_cfg
+from run_utils import SECONDS, TOOL, end, finish, model_of, rows, start
 
 from ss_detectron import add_ss_config
 from ss_detectron.data import generate_shapes
-
-ROOT = Path(__file__).resolve().parents[1]
-TOOL = ROOT / "tools" / "train_net.py"
-SECONDS = 240  # a machine may be busy
 
 
 @pytest.fixture(scope="module")
@@ -46,46 +40,6 @@ def options(tmp_path_factory) -> list[str]:
         "SOLVER.CHECKPOINT_PERIOD": 1000,
     }
     return [str(word) for pair in changes.items() for word in pair]
-
-
-def start(*words, cwd: Path, script: Path = TOOL) -> subprocess.Popen:
-    """Starts the tool, or another script, where no GPU is to be seen."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, script, *map(str, words)],
-        cwd=cwd,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kills what is left of a run, its children included."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def finish(process: subprocess.Popen) -> str:
-    """What a run that succeeds has printed."""
-    with process:
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
-    assert process.returncode == 0, output[-5000:]
-    return output
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
-def model_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return torch.load(folder / name)["model"]
 
 
 # One run, and what it leaves ---------------------------------------------------------------------

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
 """
-Trains and evaluates detectors by backpropagation, sign-symmetry, feedback alignment and relatives.
+Trains and evaluates detectors and classifiers by backpropagation, sign-symmetry, feedback alignment
+and relatives.
 
+    tools/train_net.py --config-file imagenet_resnet18_ss.yaml --num-gpus 8
     tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 8
     tools/train_net.py --config-file retinanet_ss.yaml --num-gpus 8 --resume
     tools/train_net.py --config-file retinanet_ss.yaml --eval-only MODEL.WEIGHTS model_best.pth
@@ -37,7 +39,9 @@ def main(args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
-    checkpointer = FeedbackCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = FeedbackCheckpointer(
+        model, cfg.OUTPUT_DIR, weights_except=cfg.MODEL.WEIGHTS_EXCEPT
+    )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
     if comm.is_main_process():

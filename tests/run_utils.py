@@ -1,0 +1,55 @@
+"""Whole runs of the tools, as their users start them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "train_net.py"
+SECONDS = 240  # a machine may be busy
+
+
+def start(*words, cwd: Path, script: Path = TOOL) -> subprocess.Popen:
+    """Starts the tool, or another script, where no GPU is to be seen."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, words)],
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills what is left of a run, its children included."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a run that succeeds has printed."""
+    with process:
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        finally:
+            end(process)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def model_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(folder / name)["model"]
