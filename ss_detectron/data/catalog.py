@@ -103,5 +103,10 @@ def check_registered(names: Iterable[str]) -> None:
             )
 
 
+def shorten(names: list[str], length: int = 5) -> str:
+    """The first few of a list of names."""
+    return ", ".join(names[:length]) + ", ..." * (len(names) > length)
+
+
 def _quoted(paths: Iterable[str | None]) -> str:
     return " and ".join(f"'{path}'" for path in paths)

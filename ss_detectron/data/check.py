@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from .catalog import check_registered, used_datasets, where_to_put
+from .catalog import check_registered, shorten, used_datasets, where_to_put
 from .coco import check_detection_datasets
 from .folders import FolderMetadata, check_image_folder
 from .loaders import check_loader_options
@@ -105,7 +105,7 @@ def _check_same_classes(classes: dict[str, list[str]]) -> None:
         if names == reference:
             continue
         only = [
-            f"only '{name}' has {', '.join(found[:5])}{', ...' * (len(found) > 5)}"
+            f"only '{name}' has {shorten(found)}"
             for name, found in (
                 (first, [c for c in reference if c not in names]),
                 (other, [c for c in names if c not in reference]),
@@ -113,6 +113,7 @@ def _check_same_classes(classes: dict[str, list[str]]) -> None:
             if found
         ]
         raise ValueError(
-            f"Data sets '{first}' and '{other}' differ in their classes: "
-            f"{'; '.join(only) or 'they are in another order'}. All sets of a config need the same."
+            f"Data sets '{first}' and '{other}' differ in their classes "
+            f"({'; '.join(only) or 'they are in another order'}). All sets of a config need the "
+            "same."
         )

@@ -10,7 +10,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
 
-from .catalog import check_registered, own_entries, refuse_taken, used_datasets, where_to_put
+from .catalog import (
+    check_registered,
+    own_entries,
+    refuse_taken,
+    shorten,
+    used_datasets,
+    where_to_put,
+)
 
 __all__ = ["check_detection_datasets", "register_coco_from_config"]
 
@@ -127,7 +134,7 @@ def _check_images(where: str, folder: str | None, images: list[str]) -> None:
     if missing:
         raise FileNotFoundError(
             f"{where} names {len(images)} images, {len(missing)} of which are not in '{folder}': "
-            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
+            f"{shorten(missing, 3)}"
         )
 
 

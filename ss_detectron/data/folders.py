@@ -8,11 +8,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, is_image_file, make_dataset
 
-from .catalog import datasets_root, own_entries, refuse_taken
+from .catalog import datasets_root, own_entries, refuse_taken, shorten
 
 __all__ = [
     "FolderMetadata",
     "check_image_folder",
+    "load_image_folder",
     "register_image_folders_from_config",
     "register_imagenet",
 ]
@@ -38,12 +39,12 @@ class FolderMetadata(Metadata):
 
 
 def _register(name: str, path: str) -> None:
-    DatasetCatalog.register(name, lambda: _load(name))
+    DatasetCatalog.register(name, lambda: load_image_folder(MetadataCatalog.get(name).image_root))
     MetadataCatalog[name] = FolderMetadata(name=name, path=path, evaluator_type="classification")
 
 
-def _load(name: str) -> list[dict]:
-    folder = MetadataCatalog.get(name).image_root
+def load_image_folder(folder: str) -> list[dict]:
+    """Dataset dicts of a folder of class folders, read as torchvision's ImageFolder reads it."""
     _, labels = find_classes(folder)
     files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS)
     return [{"file_name": f, "image_id": i, "label": label} for i, (f, label) in enumerate(files)]
@@ -107,9 +108,8 @@ def check_image_folder(metadata: FolderMetadata, remedy: str) -> None:
     empty = [name for name in classes if not _holds_image(os.path.join(folder, name))]
     if empty:
         raise FileNotFoundError(
-            f"{where} {len(empty)} of the {len(classes)} class folders in '{folder}' hold no image "
-            f"({', '.join(IMG_EXTENSIONS)}): {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}. "
-            "Put images there or remove the folders."
+            f"{where} in '{folder}', {len(empty)} of {len(classes)} class folders hold no image "
+            f"({shorten(empty)}). Put images there ({', '.join(IMG_EXTENSIONS)}) or remove them."
         )
     if loose:
         logger.warning(

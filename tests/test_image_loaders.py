@@ -1,0 +1,356 @@
+import logging
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from image_utils import datasets_folder, image_config, pretend_processes, write_images
+from PIL import Image
+
+from ss_detectron.data import (
+    UnreadableImageError,
+    build_classification_test_loader,
+    build_classification_train_loader,
+    register_image_folders_from_config,
+)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    with datasets_folder(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+def pets(*, images=(4, 3), batch=2, workers=0, unreadable="error", names=("own_pets",), **options):
+    """The config of two classes of grey images, the n-th of them of the grey n."""
+    if not Path("pets").exists():
+        write_images(Path("pets"), size=(6, 5), cat=images[0], dog=images[1])
+    options = {"TRANSFORM": "resize", "SIZE": 4, **options}
+    cfg = image_config(["own_pets", "pets"], train=names, test=names, **options)
+    cfg.SOLVER.IMS_PER_BATCH = batch
+    cfg.TEST.CLASSIFICATION.IMS_PER_BATCH = batch
+    cfg.DATALOADER.NUM_WORKERS = workers
+    cfg.DATALOADER.UNREADABLE_IMAGES = unreadable
+    cfg.SEED = 5
+    register_image_folders_from_config(cfg)
+    return cfg
+
+
+def train_batches(cfg, number):
+    torch.manual_seed(1)
+    return list(islice(build_classification_train_loader(cfg), number))
+
+
+def test_batches(cfg):
+    return list(build_classification_test_loader(cfg, "own_pets"))
+
+
+test_batches.__test__ = False
+
+
+def greys(batches):
+    """Which images there are in batches, checking that each is whole and at its own name."""
+    found = []
+    for batch in batches:
+        assert set(batch) == {"image", "label", "file_name"}
+        assert batch["image"].dtype == torch.uint8 and batch["label"].dtype == torch.int64
+        assert batch["image"].shape[1:] == (3, 4, 4)
+        assert len(batch["image"]) == len(batch["label"]) == len(batch["file_name"])
+        columns = batch["image"], batch["label"], batch["file_name"]
+        for image, label, name in zip(*columns, strict=True):
+            grey = int(image[0, 0, 0])
+            assert (image == grey).all()
+            assert np.asarray(Image.open(name))[0, 0, 0] == grey
+            assert Path(name).parent.name == ("cat", "dog")[label]
+            found.append(grey)
+    return found
+
+
+def spoil(*names):
+    for name in names:
+        Path("pets", name).write_bytes(Path("pets", name).read_bytes()[:40])
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_image_once_per_epoch_over_all_processes(workers, processes, monkeypatch):
+    """10 images, in batches that divide an epoch and in an order that is new every time."""
+    cfg = pets(images=(6, 4), batch=2 * processes, workers=workers)
+    ranks = []
+    for _ in pretend_processes(monkeypatch, processes):
+        batches = train_batches(cfg, 20 // processes)
+        assert all(len(b["image"]) == 2 for b in batches)
+        ranks.append(greys(batches))
+    # What step after step takes, over all processes.
+    order = [grey for step in zip(*ranks, strict=True) for grey in step]
+    epochs = [tuple(order[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+    assert len({tuple(seen) for seen in ranks}) == processes
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seed_determines_all_batches(workers):
+    Path("pets").mkdir()
+    for name in ("cat", "dog"):
+        Path("pets", name).mkdir()
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"pets/{name}/{i}.png")
+
+    def batches(seed):
+        cfg = pets(workers=workers, TRANSFORM="resized_crop", SIZE=12)
+        cfg.SEED = seed
+        found = train_batches(cfg, 8)
+        return [b["file_name"] for b in found], torch.cat([b["image"] for b in found])
+
+    names, images = batches(3)
+    again, images_again = batches(3)
+    assert names == again and (images == images_again).all()
+    other_names, other_images = batches(4)
+    assert names != other_names and (images != other_images).any()
+    # An image is augmented anew in every epoch.
+    by_name = {}
+    for name, image in zip(sum(names, []), images, strict=True):
+        by_name.setdefault(name, []).append(image)
+    assert len(by_name) == 8
+    assert all((first != second).any() for first, second in by_name.values())
+
+
+def test_workers_do_not_depend_on_other_random_numbers():
+    cfg = pets(workers=1, TRANSFORM="resized_crop", SIZE=4)
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save("pets/cat/0000.png")
+    found = []
+    for seed in (1, 2):
+        loader = build_classification_train_loader(cfg)
+        torch.manual_seed(seed)
+        found.append(torch.cat([batch["image"] for batch in islice(loader, 8)]))
+    assert (found[0] == found[1]).all()
+
+
+def test_processes_augment_differently(monkeypatch):
+    cfg = pets(images=(1, 1), batch=2, workers=1, TRANSFORM="resized_crop")
+    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    for name in ("cat", "dog"):  # which of them comes when is to make no difference
+        Image.fromarray(pixels).save(f"pets/{name}/0000.png")
+    found = [
+        torch.cat([batch["image"] for batch in train_batches(cfg, 4)])
+        for _ in pretend_processes(monkeypatch, 2)
+    ]
+    assert (found[0] != found[1]).any()
+
+
+def test_without_a_seed_runs_differ(monkeypatch):
+    cfg = pets(images=(30, 30), batch=60)
+    cfg.SEED = -1
+    first, second = (greys(train_batches(cfg, 1)) for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(60)) and first != second
+
+
+def test_batches_are_those_of_one_pass(monkeypatch):
+    cfg = pets(batch=24)
+    cfg.SOLVER.ACCUMULATION_STEPS = 3
+    for _ in pretend_processes(monkeypatch, 2):
+        (batch,) = train_batches(cfg, 1)
+        assert batch["image"].shape == (4, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "passes"), [(5, 2, 1), (8, 2, 3), (4, 8, 1), (0, 1, 1), (4, 1, 0)]
+)
+def test_batches_that_cannot_be_shared_out_are_refused(images, processes, passes, monkeypatch):
+    cfg = pets(batch=images)
+    cfg.SOLVER.ACCUMULATION_STEPS = passes
+    list(zip([0], pretend_processes(monkeypatch, processes), strict=False))
+    message = f"IMS_PER_BATCH is {images}, which {processes} processes .* {passes} equal passes"
+    with pytest.raises(ValueError, match=f"{message} .SOLVER.ACCUMULATION_STEPS"):
+        build_classification_train_loader(cfg)
+
+
+def test_several_sets_are_one(caplog):
+    caplog.set_level(logging.INFO, "ss_detectron")
+    write_images(Path("more"), size=(6, 5), cat=1, dog=2)
+    cfg = pets(batch=10, names=("own_pets", "own_more"))
+    cfg.DATASETS.IMAGE_FOLDERS.append(["own_more", "more"])
+    register_image_folders_from_config(cfg)
+    loader = build_classification_train_loader(cfg)
+    assert len(loader.dataset) == 10
+    names = next(iter(loader))["file_name"]
+    assert Counter(Path(name).parts[-3] for name in names) == {"pets": 7, "more": 3}
+    assert "10 images for training in own_pets, own_more." in caplog.text
+
+
+def test_channels_are_in_the_order_of_the_format():
+    cfg = pets(batch=7)
+    Image.new("RGB", (5, 5), (1, 2, 3)).save("pets/cat/0000.png")
+    for cfg.INPUT.FORMAT, expected in (("RGB", [1, 2, 3]), ("BGR", [3, 2, 1])):
+        (batch,) = test_batches(cfg)
+        assert batch["image"][0, :, 0, 0].tolist() == expected
+
+
+# Evaluation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_takes_every_image_once_in_order(workers):
+    cfg = pets(images=(6, 5), batch=4, workers=workers)
+    loader = build_classification_test_loader(cfg, "own_pets")
+    assert len(loader) == 3
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(b["image"]) for b in batches] == [4, 4, 3]
+        assert greys(batches) == list(range(11))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("images", [(1, 1), (4, 3), (5, 4)])
+def test_evaluation_over_several_processes(images, processes, monkeypatch):
+    cfg = pets(images=images, batch=2)
+    ranks = []
+    for _ in pretend_processes(monkeypatch, processes):
+        loader = build_classification_test_loader(cfg, "own_pets")
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        ranks.append(greys(batches))
+    assert sum(ranks, []) == list(range(sum(images)))
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+
+
+def test_evaluation_leaves_random_numbers_alone():
+    cfg = pets()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    test_batches(cfg)
+    assert (torch.rand(3) == expected).all()
+
+
+# Unreadable images -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_ends_the_run_with_its_name(workers):
+    cfg = pets(workers=workers)
+    spoil("dog/0001.png")
+    message = r"dog/0001.png' cannot be read .* set DATALOADER.UNREADABLE_IMAGES to 'skip'"
+    with pytest.raises(UnreadableImageError, match=message):
+        train_batches(cfg, 7)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    with pytest.raises(UnreadableImageError, match=message):
+        test_batches(cfg)
+
+
+def test_another_image_takes_the_place_of_an_unreadable_one(caplog):
+    cfg = pets(images=(4, 3), batch=7, unreadable="skip")
+    spoil("cat/0001.png", "cat/0002.png", "dog/0002.png")
+    for batch in train_batches(cfg, 4):
+        # the following one: 3 for 1 and 2, and 0, the first, for the last
+        assert sorted(greys([batch])) == [0, 0, 3, 3, 3, 4, 5]
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warned) == 3  # each once in four epochs
+    for name in ("cat/0001.png", "cat/0002.png", "dog/0002.png"):
+        assert sum(f"{name}' cannot be read as an image" in text for text in warned) == 1
+    assert sorted(text[-40:] for text in warned) == sorted(
+        f"left out, the number {i} of those met by this process."[-40:] for i in (1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_leaves_unreadable_images_out(workers, caplog):
+    cfg = pets(images=(4, 3), batch=2, unreadable="skip", workers=workers)
+    spoil("cat/0001.png", "dog/0000.png", "dog/0001.png")
+    batches = test_batches(cfg)
+    assert [len(b["image"]) for b in batches] == [1, 2, 0, 1]
+    assert greys(batches) == [0, 2, 3, 6]
+    empty = batches[2]
+    assert empty["image"].shape == (0, 3, 4, 4) and empty["image"].dtype == torch.uint8
+    assert empty["label"].shape == (0,) and empty["label"].dtype == torch.int64
+    assert empty["file_name"] == []
+    if not workers:  # theirs are logged by themselves
+        assert caplog.text.count("cannot be read as an image") == 3
+
+
+@pytest.mark.parametrize("images", [(2, 1), (120, 30)])
+def test_training_without_any_readable_image_ends(images):
+    """In an error instead of an endless search, which gives up after 100 images."""
+    cfg = pets(images=images, unreadable="skip")
+    for file in Path("pets").rglob("*.png"):
+        file.write_bytes(b"")
+    number = min(sum(images), 100)
+    with pytest.raises(
+        UnreadableImageError, match=f"{number} images in a row cannot be read, from"
+    ):
+        train_batches(cfg, 1)
+    assert greys(test_batches(cfg)) == []
+
+
+def test_unknown_treatment_of_unreadable_images_is_refused():
+    with pytest.raises(ValueError, match="UNREADABLE_IMAGES is 'ignore'; choose 'error' or 'skip'"):
+        train_batches(pets(unreadable="ignore"), 1)
+
+
+# Data sets of one's own --------------------------------------------------------------------------
+
+
+def own(records):
+    DatasetCatalog.register("own_code", lambda: records)
+    MetadataCatalog.get("own_code").set(
+        evaluator_type="classification", thing_classes=["cat", "dog"]
+    )
+    return image_config(
+        train=("own_code",), test=("own_code",), TRANSFORM="pad_crop", SIZE=4, PAD=0
+    )
+
+
+def test_images_in_memory():
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    labels = np.array([0, 1, 1, 0, 1])  # NumPy's integers are fine
+    cfg = own(
+        [
+            {"file_name": f"own/{i}", "image": image, "label": label}
+            for i, (image, label) in enumerate(zip(images, labels, strict=True))
+        ]
+    )
+    (batch,) = build_classification_test_loader(cfg, "own_code")
+    assert (batch["image"].permute(0, 2, 3, 1).numpy() == images).all()
+    assert batch["label"].tolist() == labels.tolist() and batch["label"].dtype == torch.int64
+    assert batch["file_name"] == [f"own/{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("label", [2, -1, 1.0, "1", None, torch.tensor(1)])
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_that_do_not_fit_are_named(label, training):
+    cfg = own([{"file_name": "a.png", "label": 1}, {"file_name": "b.png", "label": label}])
+    with pytest.raises(
+        ValueError, match="'own_code': 'b.png' has the label .*from 0 to 1"
+    ) as error:
+        if training:
+            build_classification_train_loader(cfg)
+        else:
+            build_classification_test_loader(cfg, "own_code")
+    assert repr(label) in str(error.value) and "NUM_CLASSES is 2" in str(error.value)
+
+
+@pytest.mark.parametrize("record", [{"file_name": "a.png"}, {"label": 1, "image_id": 0}, {}])
+def test_images_without_name_or_label_are_refused(record):
+    with pytest.raises(ValueError, match="'own_code': an image needs 'file_name' and 'label'"):
+        build_classification_train_loader(own([record]))
+
+
+def test_sets_without_images_are_refused():
+    cfg = own([])
+    for build in (
+        lambda: build_classification_train_loader(cfg),
+        lambda: build_classification_test_loader(cfg, "own_code"),
+    ):
+        with pytest.raises(ValueError, match="'own_code' has no images"):
+            build()
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(ValueError, match="DATASETS.TRAIN names no data set"):
+        build_classification_train_loader(cfg)
