@@ -1,10 +1,4 @@
-import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +13,7 @@ from PIL import Image
 from pycocotools import mask
 from pycocotools.coco import COCO
 
-from ss_detectron.data import SHAPES_CLASSES, draw_shapes, ensure_shapes, generate_shapes, shapes
+from ss_detectron.data import SHAPES_CLASSES, draw_shapes, generate_shapes, shapes
 
 
 @pytest.fixture
@@ -38,60 +32,8 @@ def folder(tmp_path_factory):
     return generate_shapes(tmp_path_factory.mktemp("datasets"), train=60, val=20)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-
-
 def annotations(folder: Path, split: str = "train") -> dict:
     return json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
-
-
-def generator(root: Path, **settings) -> subprocess.Popen:
-    """A process that generates as soon as the file ``root/go`` is there."""
-    code = f"""
-import logging, os, time
-from ss_detectron.data import generate_shapes
-logging.basicConfig(level="INFO")
-open({str(root / "ready-")!r} + str(os.getpid()), "w").close()
-while not os.path.exists({str(root / "go")!r}):
-    time.sleep(0.005)
-generate_shapes({str(root)!r}, **{settings})
-"""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_same_seed_same_bytes(folder, tmp_path):
-    np.random.seed(1)  # the global generator has no part in it
-    again = generate_shapes(tmp_path, train=60, val=20)
-    assert digests(again) == digests(folder)
-    assert len(digests(folder)) == 60 + 20 + 2
-
-
-def test_a_picture_depends_on_seed_split_and_index_only(folder, tmp_path):
-    def pictures(folder):
-        return {k: v for k, v in digests(folder).items() if k.endswith("png")}
-
-    more = pictures(generate_shapes(tmp_path / "more", train=12, val=3))
-    fewer = pictures(generate_shapes(tmp_path / "fewer", train=5, val=3))
-    other = pictures(generate_shapes(tmp_path / "other", train=12, val=3, seed=1))
-    assert fewer.items() < more.items()
-    assert len(set(more.values())) == 15  # no picture of one split is in the other
-    assert not set(more.values()) & set(other.values())
 
 
 def test_annotations_are_consistent_and_inside_the_picture(folder):
@@ -121,7 +63,7 @@ def test_outlines_and_boxes_match_the_pixels(monkeypatch):
         pictures = []
         for level in (0, 255):
             plain = np.full((96, 96, 3), level)
-            monkeypatch.setattr(shapes, "_background", lambda rng, size, plain=plain: plain)
+            monkeypatch.setattr(shapes, "background", lambda rng, size, plain=plain: plain)
             picture, drawn = draw_shapes(np.random.default_rng(seed), 96)
             pictures.append(picture.astype(int))
         background = (pictures[1] - pictures[0]).mean(-1) / 255
@@ -217,79 +159,3 @@ def test_train_loader_reads_it(root):
             atol=0.01,
         )
         assert item["instances"].gt_classes.tolist() == [a["category_id"] - 1 for a in expected]
-
-
-def test_killed_generation_is_not_taken_for_complete(root, folder):
-    (root / "go").touch()
-    process = generator(root, train=2000, val=20)
-    wait_for(lambda: len(list((root / ".shapes.partial").glob("train/*.png"))) > 20, process)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
-    assert (root / ".shapes.partial").is_dir()
-    assert not (root / "shapes").exists()
-
-    assert digests(generate_shapes(train=60, val=20)) == digests(folder)
-    assert not (root / ".shapes.partial").exists()
-
-
-def test_one_of_two_processes_generates(root, folder, caplog):
-    caplog.set_level("INFO")
-    process = generator(root, train=60, val=20)
-    wait_for(lambda: list(root.glob("ready-*")), process)
-    (root / "go").touch()
-    generate_shapes(train=60, val=20)
-    theirs = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, theirs
-    assert (theirs + caplog.text).count("Generating") == 1
-    assert digests(root / "shapes") == digests(folder)
-
-
-def test_complete_folder_is_left_alone(root):
-    folder = generate_shapes(train=3, val=2)
-    times = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    assert generate_shapes(train=3, val=2) == ensure_shapes() == folder
-    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == times
-
-
-def test_foreign_folder_is_refused(root):
-    photo = root / "shapes" / "train" / "holiday.png"
-    photo.parent.mkdir(parents=True)
-    photo.write_bytes(b"not ours")
-    for call in (generate_shapes, ensure_shapes, lambda: DatasetCatalog.get("shapes_train")):
-        with pytest.raises(FileExistsError, match=f"'{root}/shapes' is not a complete folder"):
-            call()
-    assert photo.read_bytes() == b"not ours"
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"info": {"generator": "another"}}'])
-def test_folder_with_somebody_elses_annotations_is_refused(root, content):
-    for split in ("train", "val"):
-        file = root / "shapes" / "annotations" / f"instances_{split}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content)
-    with pytest.raises(FileExistsError, match="left as it is"):
-        ensure_shapes()
-
-
-def test_other_settings_are_refused_but_used_as_they_are(root):
-    folder = generate_shapes(train=3, val=2, size=64)
-    before = digests(folder)
-    with pytest.raises(FileExistsError, match="'size': 64.*wanted.*'size': 96"):
-        generate_shapes(train=3, val=2)
-    assert len(DatasetCatalog.get("shapes_train")) == 3
-    assert digests(folder) == before
-
-
-def test_another_version_of_the_generator_is_refused(root, monkeypatch):
-    generate_shapes(train=3, val=2)
-    monkeypatch.setattr(shapes, "VERSION", shapes.VERSION + 1)
-    with pytest.raises(FileExistsError, match=f"version {shapes.VERSION - 1} .* delete"):
-        ensure_shapes()
-
-
-@pytest.mark.parametrize("wrong", [{"train": 0}, {"val": 0}, {"size": 32}, {"seed": -1}])
-def test_impossible_settings_are_refused(root, wrong):
-    with pytest.raises(ValueError, match="{}={}".format(*next(iter(wrong.items())))):
-        generate_shapes(**wrong)
-    assert not (root / "shapes").exists()

@@ -7,10 +7,18 @@ from .folders import register_image_folders_from_config, register_imagenet
 from .images import ClassificationMapper, UnreadableImageError, read_image
 from .loaders import build_classification_test_loader, build_classification_train_loader
 from .shapes import SHAPES_CLASSES, draw_shapes, ensure_shapes, generate_shapes, register_shapes
+from .shapes_cls import (
+    SHAPES_CLS_CLASSES,
+    draw_shape,
+    ensure_shapes_cls,
+    generate_shapes_cls,
+    register_shapes_cls,
+)
 
 __all__ = [
     "CIFAR10_CLASSES",
     "SHAPES_CLASSES",
+    "SHAPES_CLS_CLASSES",
     "ClassificationMapper",
     "UnreadableImageError",
     "build_classification_test_loader",
@@ -18,17 +26,22 @@ __all__ = [
     "check_classification_datasets",
     "check_datasets",
     "check_detection_datasets",
+    "draw_shape",
     "draw_shapes",
     "ensure_shapes",
+    "ensure_shapes_cls",
     "generate_shapes",
+    "generate_shapes_cls",
     "read_image",
     "register_cifar10",
     "register_coco_from_config",
     "register_image_folders_from_config",
     "register_imagenet",
     "register_shapes",
+    "register_shapes_cls",
 ]
 
 register_cifar10()
 register_imagenet()
 register_shapes()
+register_shapes_cls()

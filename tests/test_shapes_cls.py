@@ -1,0 +1,238 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from ss_detectron import add_ss_config
+from ss_detectron.data import (
+    SHAPES_CLS_CLASSES,
+    build_classification_train_loader,
+    check_datasets,
+    draw_shape,
+    drawing,
+    generate_shapes_cls,
+    register_image_folders_from_config,
+    shapes_cls,
+)
+from ss_detectron.data.drawing import SUB, fill
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return generate_shapes_cls(tmp_path_factory.mktemp("datasets"), train=40, val=20)
+
+
+def config(**options):
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
+    cfg.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES = 10
+    cfg.DATASETS.TRAIN = ("shapes_cls_train",)
+    cfg.DATASETS.TEST = ("shapes_cls_val",)
+    cfg.INPUT.CLASSIFICATION.TRANSFORM = "resize"
+    cfg.INPUT.CLASSIFICATION.SIZE = 48
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return cfg
+
+
+def rng(index: int, split: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([0, split, index]))
+
+
+def silhouette(monkeypatch, index: int, category: int, size: int = 48):
+    """The part of each pixel that the shape covers: drawn on black and on white, the rest differs.
+
+    Returns:
+        (size, size) floats, 0 to 1, and the outline.
+    """
+    monkeypatch.setattr(shapes_cls, "MIN_CONTRAST", 0)  # or the background would choose the place
+    pictures = []
+    for level in (20, 235):  # so that no grain is cut off
+        plain = np.full((size, size, 3), level)
+        monkeypatch.setattr(shapes_cls, "background", lambda rng, size, plain=plain: plain)
+        picture, outline = draw_shape(rng(index), size, category)
+        pictures.append(picture.astype(int))
+    # Of the three channels one may be so bright that its grain is cut off.
+    return 1 - np.median(pictures[1] - pictures[0], -1) / 215, outline
+
+
+def classify(cover: np.ndarray) -> str:
+    """The class of a silhouette by its moments about the centroid, in units of its area.
+
+    The n-fold moment of a form that turns into itself by 1/n of a circle is the first but 0, and
+    turns with it n times as fast; y points down.
+    """
+    y, x = np.mgrid[: len(cover), : len(cover)] + 0.5
+    z = x + 1j * y
+    z = (z - (z * cover).sum() / cover.sum()) / np.sqrt(cover.sum())
+
+    def moment(n: int, radial: int = 0) -> complex:
+        return (cover * z**n * np.abs(z) ** radial).sum() / cover.sum()
+
+    if abs(moment(1, 2)) > 0.01:  # the centroid is off the middle, towards a triangle's base
+        direction = round(np.angle(moment(1, 2)) / (np.pi / 2)) % 4
+        return ("triangle_right", "triangle_down", "triangle_left", "triangle_up")[direction]
+    if abs(moment(2)) > 0.06:
+        return "bar_horizontal" if moment(2).real > 0 else "bar_vertical"
+    if abs(moment(4)) > 0.01:
+        return "diamond" if moment(4).real > 0 else "square"
+    return "pentagon" if abs(moment(5)) > 0.0025 else "circle"
+
+
+def test_every_shape_is_of_its_class(monkeypatch):
+    """Found out from the pixels alone."""
+    for category, name in enumerate(SHAPES_CLS_CLASSES):
+        for index in range(25):
+            cover, _ = silhouette(monkeypatch, index, category)
+            assert classify(cover) == name, index
+
+
+def test_place_size_and_turn_vary(monkeypatch):
+    """... and no shape is turned by more than 15 degrees."""
+    centres, areas, turns = [], [], []
+    for index in range(40):
+        _, outline = silhouette(monkeypatch, index, SHAPES_CLS_CLASSES.index("diamond"))
+        (x0, y0), (x1, y1) = outline[0], outline[2]  # right and left corner
+        turns.append(np.degrees(np.arctan2(y0 - y1, x0 - x1)))
+        areas.append(((x0 - x1) ** 2 + (y0 - y1) ** 2) / 2)
+        centres.append(outline.mean(0))
+    assert np.abs(turns).max() < 16 and np.min(turns) < -10 and np.max(turns) > 10
+    assert max(areas) > 2 * min(areas)
+    assert (np.ptp(centres, axis=0) > 15).all()
+
+
+def test_the_outline_is_that_of_the_pixels(monkeypatch):
+    for category in range(len(SHAPES_CLS_CLASSES)):
+        for index in range(5):
+            cover, outline = silhouette(monkeypatch, index, category)
+            assert outline.min() >= 0 and outline.max() <= 48
+            rows, columns = np.nonzero(cover > 0.01)
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            np.testing.assert_allclose([*outline.min(0), *outline.max(0)], box, atol=1.5)
+            x, y = outline.T
+            area = (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2
+            assert cover.sum() == pytest.approx(area, rel=0.03)
+
+
+def test_the_shape_stands_out():
+    """Its colour differs from what surrounds it, by the contrast that is asked for at least."""
+    for index in range(40):
+        category = index % 10
+        picture, outline = draw_shape(rng(index), 48, category)
+        mask, _ = fill((outline * SUB).astype(int), 48 * SUB)
+        inside = mask.reshape(48, SUB, 48, SUB).all((1, 3))
+        plain = drawing.background(rng(index), 48)
+        contrast = np.abs(picture[inside].mean(0) - plain[inside].mean(0)).sum()
+        assert contrast > shapes_cls.MIN_CONTRAST - 10  # grain, and values cut off at 255
+
+
+def test_colour_and_texture_say_nothing(monkeypatch):
+    """From the same random numbers, every class gets the same ones."""
+    monkeypatch.setattr(shapes_cls, "MIN_CONTRAST", 0)
+    for index in range(5):
+        colours, background = [], np.ones((48, 48), dtype=bool)
+        drawn = [draw_shape(rng(index), 48, category) for category in range(10)]
+        for picture, outline in drawn:
+            mask, _ = fill((outline * SUB).astype(int), 48 * SUB)
+            parts = mask.reshape(48, SUB, 48, SUB)
+            colours.append(np.median(picture[parts.all((1, 3))], 0))
+            background &= ~parts.any((1, 3))
+        assert np.ptp(colours, axis=0).max() <= 4  # of grain
+        assert background.sum() > 100
+        for picture, _ in drawn[1:]:
+            np.testing.assert_array_equal(picture[background], drawn[0][0][background])
+
+
+def test_pictures_are_those_of_version_1():
+    """A change of any pixel needs another version, as results no longer compare."""
+    pixels = hashlib.sha256()
+    for index in range(20):
+        pixels.update(draw_shape(rng(index), 48, index % 10)[0].tobytes())
+    assert shapes_cls.SHAPES_CLS.version == 1
+    assert pixels.hexdigest() == (
+        "89fe929411ff9521b75f49dcc81636fc4b3c24ce659bf375213f000cea1c3996"
+    )
+
+
+def test_every_class_has_as_many_pictures(folder):
+    for split, number in (("train", 4), ("val", 2)):
+        assert sorted(f.name for f in (folder / split).iterdir()) == list(SHAPES_CLS_CLASSES)
+        for name in SHAPES_CLS_CLASSES:
+            files = sorted(file.name for file in (folder / split / name).iterdir())
+            assert files == [f"{i + 1:06d}.png" for i in range(number)]
+
+
+def test_folders_hold_their_class(folder):
+    for i, split in enumerate(("train", "val")):
+        for category, name in enumerate(SHAPES_CLS_CLASSES):
+            expected, _ = draw_shape(rng(10 + category, i), 48, category)
+            np.testing.assert_array_equal(
+                np.asarray(Image.open(folder / split / name / "000002.png")), expected
+            )
+
+
+def test_labels_are_those_of_image_folder(root):
+    folder = generate_shapes_cls(train=20, val=10)
+    cfg = config()
+    cfg.DATASETS.IMAGE_FOLDERS = [["same_shapes", "shapes_cls/val"]]
+    register_image_folders_from_config(cfg)
+    try:
+        same = DatasetCatalog.get("same_shapes")
+        classes = MetadataCatalog.get("same_shapes").thing_classes
+    finally:
+        DatasetCatalog.remove("same_shapes")
+        MetadataCatalog.remove("same_shapes")
+    reference = ImageFolder(folder / "val")
+    records = DatasetCatalog.get("shapes_cls_val")
+    assert records == same
+    assert [(r["file_name"], r["label"]) for r in records] == reference.samples
+    assert [r["image_id"] for r in records] == list(range(10))
+    assert classes == reference.classes == MetadataCatalog.get("shapes_cls_val").thing_classes
+
+
+def test_it_is_there_from_an_empty_folder(root):
+    for split in ("train", "val"):
+        metadata = MetadataCatalog.get(f"shapes_cls_{split}")
+        assert metadata.evaluator_type == "classification"
+        assert metadata.thing_classes == list(SHAPES_CLS_CLASSES) == sorted(SHAPES_CLS_CLASSES)
+    assert not list(root.iterdir())  # registered, but not generated
+    check_datasets(config())
+    for split, number in (("train", 200), ("val", 50)):
+        records = DatasetCatalog.get(f"shapes_cls_{split}")
+        assert np.bincount([r["label"] for r in records]).tolist() == [number] * 10
+    with Image.open(records[0]["file_name"]) as picture:
+        assert picture.size == (48, 48) and picture.mode == "RGB"
+
+
+def test_train_loader_reads_it(root):
+    folder = generate_shapes_cls(train=20, val=10)
+    cfg = config()
+    cfg.SOLVER.IMS_PER_BATCH = 8
+    batch = next(iter(build_classification_train_loader(cfg)))
+    assert batch["image"].shape == (8, 3, 48, 48) and batch["image"].dtype == torch.uint8
+    for image, label, file in zip(
+        *(batch[k] for k in ("image", "label", "file_name")), strict=True
+    ):
+        with Image.open(file) as picture:
+            expected = np.asarray(picture)[..., ::-1]  # INPUT.FORMAT is BGR
+        np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
+        assert file.startswith(str(folder / "train" / SHAPES_CLS_CLASSES[label]))
+
+
+@pytest.mark.parametrize(("split", "number"), [("train", 25), ("val", 5)])
+def test_numbers_that_do_not_divide_among_the_classes_are_refused(root, split, number):
+    with pytest.raises(ValueError, match=f"{split}={number} .*multiples of 10"):
+        generate_shapes_cls(**{split: number})
+    assert not list(root.iterdir())
