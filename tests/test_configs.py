@@ -1,8 +1,8 @@
 import os
-import re
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
@@ -10,12 +10,15 @@ from detectron2.modeling import build_model
 from modeling_utils import load_config, rules
 
 from ss_detectron import add_ss_config, find_config
+from ss_detectron.solver import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 RULES = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
-EXPERIMENTS = sorted({re.sub(r"_(bp|ss|fa)\.yaml$", "", n) for n in NAMES if "Base-" not in n})
+EXPERIMENTS = sorted({n.removesuffix("_bp.yaml") for n in NAMES if n.endswith("_bp.yaml")})
+LAST_LAYERS = sorted(name for name in NAMES if name.endswith("_lastlayer.yaml"))
 RETINANETS = [name for name in EXPERIMENTS if "retinanet" in name]
+CLASSIFIERS = [name for name in EXPERIMENTS if "retinanet" not in name]
 
 
 def config(name: str) -> CfgNode:
@@ -56,6 +59,12 @@ def test_config_is_safe_yaml_with_known_keys(name):
     assert not differing(cfg, again) & set_here
 
 
+def test_every_config_is_a_base_a_sibling_or_a_last_layer_variant():
+    siblings = {f"{name}_{kind}.yaml" for name in EXPERIMENTS for kind in RULES}
+    bases = {name for name in NAMES if "Base-" in name}
+    assert set(NAMES) == siblings | bases | set(LAST_LAYERS)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
     siblings = {kind: config(f"{experiment}_{kind}.yaml") for kind in RULES}
@@ -74,17 +83,20 @@ def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
 def test_backpropagation_is_the_model_zoos_retinanet_in_every_other_key():
     zoo = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     ours = config("retinanet_bp.yaml")
-    assert differing(ours, zoo) == {
-        "DATASETS.COCO_INSTANCES",
+    changed = {
         "MODEL.BACKBONE.NAME",
         "MODEL.META_ARCHITECTURE",
-        "MODEL.RETINANET.HEAD",
+        "MODEL.FEEDBACK.RULE",
         "OUTPUT_DIR",
-        "SOLVER.OPTIMIZER",
         "SOLVER.REFERENCE_WORLD_SIZE",
-        *(f"MODEL.FEEDBACK.{key}" for key in ours.MODEL.FEEDBACK),
+        "MODEL.RETINANET.HEAD",
     }
-    assert ours.SOLVER.OPTIMIZER == "SGD"
+    # The other keys of this package have their defaults.
+    defaults = get_cfg()
+    add_ss_config(defaults)
+    added = differing(defaults, get_cfg())
+    assert differing(ours, zoo) == changed | added
+    assert not differing(ours, defaults) & (added - changed)
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -103,6 +115,58 @@ def test_model_of_config_has_every_layer_on_its_rule(experiment, kind):
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
         assert cfg.MODEL.PIXEL_STD != get_cfg().MODEL.PIXEL_STD
+
+
+@pytest.mark.parametrize("name", LAST_LAYERS)
+def test_last_layer_variant_differs_in_the_last_layers_rule_alone(name):
+    sibling = config(name.replace("_lastlayer", ""))
+    cfg = config(name)
+    assert cfg.MODEL.FEEDBACK.LAST_LAYER_RULE == sibling.MODEL.FEEDBACK.RULE
+    assert differing(cfg, sibling) == {"MODEL.FEEDBACK.LAST_LAYER_RULE", "OUTPUT_DIR"}
+    assert f"./output/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
+
+
+@pytest.mark.parametrize(
+    "experiment, rates, weight_decay",
+    [
+        ("imagenet_resnet18", {"bp": 0.1, "ss": 0.05, "fa": 0.05}, 1e-4),
+        ("imagenet_alexnet", dict.fromkeys(RULES, 0.01), 5e-4),
+        ("cifar10_resnet18", dict.fromkeys(RULES, 0.1), 1e-4),
+    ],
+)
+def test_published_settings(experiment, rates, weight_decay):
+    images = {"imagenet": 1_281_167, "cifar10": 50_000}[experiment.partition("_")[0]]
+    for kind, rate in rates.items():
+        cfg = config(f"{experiment}_{kind}.yaml")
+        solver = cfg.SOLVER
+        assert (rate, 0.9, 0.1) == (solver.BASE_LR, solver.MOMENTUM, solver.GAMMA)
+        assert solver.WEIGHT_DECAY == solver.WEIGHT_DECAY_NORM == weight_decay
+        assert (solver.IMS_PER_BATCH, solver.OPTIMIZER, solver.WARMUP_ITERS) == (256, "SGD", 0)
+        epochs = [step * 256 / images for step in (*solver.STEPS, solver.MAX_ITER)]
+        assert epochs == pytest.approx([10, 20, 30, 40, 50], abs=0.6 * 256 / images)
+        model = build_model(load_config(f"{experiment}_{kind}.yaml"))
+        report = rules(model)
+        assert report.pop("linear") == RULES["bp"]
+        assert set(report.values()) == {RULES[kind]}
+
+
+@pytest.mark.parametrize("name", sorted({*CLASSIFIERS} - {"quick/shapes_resnet18"}))
+@pytest.mark.parametrize("kind", RULES)
+def test_one_step_of_a_classification_config_at_full_size(name, kind):
+    cfg = load_config(f"{name}_{kind}.yaml", "SOLVER.IMS_PER_BATCH", 2)
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    size = cfg.INPUT.CLASSIFICATION.SIZE
+    images = torch.randint(0, 256, (2, 3, size, size)).byte()
+    loss = model({"image": images, "label": torch.tensor([3, 7])})["loss_cls"]
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite()
+    for parameter_name, p in model.named_parameters():
+        assert p.isfinite().all(), parameter_name
+        assert not torch.equal(p, before[parameter_name]), f"{parameter_name} did not learn"
 
 
 @pytest.mark.parametrize("kind", RULES)
