@@ -49,9 +49,10 @@ class SGD(torch.optim.SGD):
         batch_manhattan, no_sign_change: the options of the groups that do not set them.
         compiled: whether steps run under :func:`torch.compile`, which makes them one pass over the
             memory. The learning rate may change at every step; a change of another setting, or of
-            which parameters have a gradient, compiles anew. Steps that start the momentum run
-            uncompiled, and so do types of less than 32 bits: compiled code leaves out roundings in
-            between, which a sign can depend on.
+            which parameters have a gradient, compiles anew (torch warns when that has happened
+            too often, and goes on uncompiled). Uncompiled are also the steps in which a
+            parameter's momentum begins, and those with a parameter of less than 32 bits: compiled
+            code leaves out roundings in between, which a sign can depend on.
     """
 
     def __init__(
