@@ -63,19 +63,19 @@ def test_own_folder_by_config(form):
 def test_classes_and_files_are_those_of_torchvision(root):
     """Sorted names, extensions in any case, subfolders, links, names in any script."""
     write_images(root / "pets", b=2, a=1, Z=1)
-    for name in ("ä/1.JPEG", "ä/below/deep/2.Png", "ä/猫.webp", "ä/readme.txt"):
+    for name in ("ä/1.JPEG", "ä/猫.webp", "ä/readme.txt", "only/below/deep/2.Png"):
         (root / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / "pets/a/0000.png", root / "pets" / name)
     write_images(root / "elsewhere", d=2)
     (root / "pets/d").symlink_to(root / "elsewhere/d")
     (root / "pets/a/link.png").symlink_to(root / "elsewhere/d/0001.png")
-    check(image_config(["own_pets", "pets"], train=("own_pets",), classes=5))
+    check(image_config(["own_pets", "pets"], train=("own_pets",), classes=6))
     reference = ImageFolder(root / "pets")
     found = DatasetCatalog.get("own_pets")
     assert [(r["file_name"], r["label"]) for r in found] == reference.samples
     assert len(found) == 4 + 3 + 2 + 1
     assert [r["image_id"] for r in found] == list(range(10))
-    assert MetadataCatalog.get("own_pets").thing_classes == ["Z", "a", "b", "d", "ä"]
+    assert MetadataCatalog.get("own_pets").thing_classes == ["Z", "a", "b", "d", "only", "ä"]
 
 
 def test_paths_are_looked_for_here_then_in_the_datasets_folder(root):
