@@ -80,7 +80,7 @@ class ImageDataset(Dataset):
         if str(error) not in self.unreadable:
             self.unreadable.add(str(error))
             logger.warning(
-                "%s: left out, the number %d of those met by this process.",
+                "%s. Left out; so far, this process has met %d unreadable images.",
                 error,
                 len(self.unreadable),
             )
