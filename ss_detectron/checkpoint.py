@@ -139,8 +139,6 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             state = align_and_update_state_dicts(model, state, c2_conversion=is_caffe2)
         if saved and model.keys().isdisjoint(state):
             raise ValueError(self._nothing_fits(saved, model, by_heuristics))
-        if is_torchvision_resnet(saved):
-            check_torchvision_resnet(self._path, saved, self.model)
 
         unwanted = () if self._resuming else self.weights_except
         excepted = {name for name in model if _match(name, unwanted)}
@@ -148,6 +146,8 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             del state[name]
         if not by_heuristics:
             self._check_shapes(state, model)
+        if is_torchvision_resnet(saved):
+            check_torchvision_resnet(self._path, self.model)
         rules = checkpoint.get("feedback")
         if rules is not None:
             rules = {rename(layer): rule for layer, rule in rules.items()}

@@ -53,10 +53,10 @@ def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renam
         names: of the checkpoint's tensors.
         model_names: of the model's.
     """
-    if is_torchvision_resnet(names):
-        stem = re.compile(r"(|.*\.)stem\.conv1\.weight")
-        for match in filter(None, map(stem.fullmatch, model_names)):
-            return lambda name: _from_torchvision(name, resnet=match[1])
+    stems = [name for name in model_names if re.fullmatch(r"(.*\.)?stem\.conv1\.weight", name)]
+    if stems and is_torchvision_resnet(names):
+        resnet = stems[0].removesuffix("stem.conv1.weight")
+        return lambda name: _from_torchvision(name, resnet)
     backbone = [name for name in names if name.startswith("backbone.")]
     inside = "backbone.bottom_up."
     fits = any(name.startswith(inside) or name in model_names for name in backbone)
@@ -89,22 +89,21 @@ def _from_torchvision(name: str, resnet: str) -> str:
     return resnet + name
 
 
-def check_torchvision_resnet(path: str, names: Iterable[str], model: nn.Module) -> None:
+def check_torchvision_resnet(path: str, model: nn.Module) -> None:
     """
     Says in the log what torchvision's ResNet weights expect of a model; a warning where the model
     normalises its images otherwise.
 
     Args:
         path: of the weights.
-        names: theirs, as torchvision has them.
-        model: that they are to be loaded into.
+        model: that they are to be loaded into; their shapes fit.
 
     Raises:
         ValueError: the model's bottleneck blocks have their stride in another convolution, which
             shows in no weight's shape.
     """
     blocks = [m for m in model.modules() if isinstance(m, (BottleneckBlock, DeformBottleneckBlock))]
-    if any(".conv3." in n for n in names) and any(max(b.conv1.stride) > 1 for b in blocks):
+    if any(max(block.conv1.stride) > 1 for block in blocks):
         raise ValueError(
             f"{path} holds a ResNet of torchvision's, whose bottleneck blocks have their stride in "
             "the 3x3 convolution. This model's have it in the first 1x1 convolution and would "

@@ -322,15 +322,23 @@ def test_strides_are_no_matter_where_torchvision_has_no_bottleneck(tmp_path):
     load(classifier("bp", *R18, "MODEL.RESNETS.STRIDE_IN_1X1", True), path)
 
 
-def test_a_deeper_network_says_what_stayed_as_initialised(tmp_path, said):
-    _, path = torchvision_resnet(18, tmp_path)
-    load(classifier("bp", *R34), path)
+@pytest.mark.parametrize(
+    "saved, here, what",
+    [
+        (18, R34, "not in the checkpoint, left as initialised"),
+        (34, R18, "in the checkpoint, not in the model"),
+    ],
+)
+def test_a_network_of_another_depth_is_warned_of(saved, here, what, tmp_path, said):
+    _, path = torchvision_resnet(saved, tmp_path)
+    load(classifier("bp", *here), path)
     level, message = said()[-1]
     assert level == logging.WARNING
-    assert (
-        "left as initialised: backbone.res2.2 (10), backbone.res3 (20: 2, 3), "
+    assert message.startswith(f"{path}: loaded 102 tensors: backbone")
+    assert message.endswith(
+        f", linear (2); {what}: backbone.res2.2 (10), backbone.res3 (20: 2, 3), "
         "backbone.res4 (40: 2, 3, 4, ...), backbone.res5.2 (10)"
-    ) in message
+    )
 
 
 # What is refused ---------------------------------------------------------------------------------
