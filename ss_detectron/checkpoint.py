@@ -56,7 +56,8 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             model: possibly wrapped in DistributedDataParallel.
             save_dir, save_to_disk, **checkpointables: see DetectionCheckpointer.
             weights_except: what is not to be loaded: shell-style patterns of names of the model's
-                modules ("linear": all that is in it) and parameters. Resuming a run loads it.
+                modules ("linear": all that is in it) and parameters. A run that is resumed loads
+                all the same.
 
         Raises:
             ValueError: a pattern matches nothing in the model.
@@ -156,7 +157,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
         checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
-        # What the two lists hold is said here, once: Detectron2 is to find nothing more to say.
+        # Returned to fvcore, the two lists would be logged at length.
         self._say_what_was_loaded(
             loaded=[name for name in model if name in state],
             missing=[name for name in incompatible.missing_keys if name not in excepted],
