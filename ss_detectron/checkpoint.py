@@ -16,7 +16,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
 from .layers import AsymmetricLayer, feedback_report
-from .layers.convert import _match, _patterns
+from .layers.convert import as_patterns, first_match
 from .layers.feedback import Backpropagation
 from .weights import (
     check_torchvision_resnet,
@@ -63,12 +63,12 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             ValueError: a pattern matches nothing in the model.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
-        self.weights_except = _patterns(weights_except)
+        self.weights_except = as_patterns(weights_except)
         self._path = ""
         self._resuming = False
         names = self.model.state_dict()
         for pattern in self.weights_except:
-            if not any(_match(name, (pattern,)) for name in names):
+            if not any(first_match(name, (pattern,)) for name in names):
                 raise ValueError(
                     f"MODEL.WEIGHTS_EXCEPT: {pattern!r} matches no module and no parameter of "
                     f"{type(self.model).__name__}; it holds {describe(names)}"
@@ -142,7 +142,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             raise ValueError(self._nothing_fits(saved, model, by_heuristics))
 
         unwanted = () if self._resuming else self.weights_except
-        excepted = {name for name in model if _match(name, unwanted)}
+        excepted = {name for name in model if first_match(name, unwanted)}
         for name in excepted & state.keys():
             del state[name]
         if not by_heuristics:
@@ -152,7 +152,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         rules = checkpoint.get("feedback")
         if rules is not None:
             rules = {rename(layer): rule for layer, rule in rules.items()}
-            rules = {layer: rule for layer, rule in rules.items() if not _match(layer, unwanted)}
+            rules = {
+                layer: rule for layer, rule in rules.items() if not first_match(layer, unwanted)
+            }
         self._compare_rules(rules)
 
         checkpoint["model"] = state

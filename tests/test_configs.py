@@ -17,6 +17,7 @@ NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 RULES = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
 EXPERIMENTS = sorted({n.removesuffix("_bp.yaml") for n in NAMES if n.endswith("_bp.yaml")})
 LAST_LAYERS = sorted(name for name in NAMES if name.endswith("_lastlayer.yaml"))
+CLASSIFIER_OF = {"retinanet_R_18": "imagenet_resnet18", "retinanet_R_50": "imagenet_resnet50"}
 RETINANETS = [name for name in EXPERIMENTS if "retinanet" in name]
 CLASSIFIERS = [name for name in EXPERIMENTS if "retinanet" not in name]
 
@@ -70,10 +71,18 @@ def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
     siblings = {kind: config(f"{experiment}_{kind}.yaml") for kind in RULES}
     allowed = {"OUTPUT_DIR", "SOLVER.BASE_LR"}
     allowed |= {f"MODEL.FEEDBACK.{key}" for key in ("RULE", "SCALE", "GAIN")}
-    if "R_18" in experiment:  # whose backbone was trained by the same rule
+    if "_R_" in experiment:  # whose backbone was trained by the same rule
         allowed.add("MODEL.WEIGHTS")
         for kind, cfg in siblings.items():
-            assert cfg.MODEL.WEIGHTS.endswith(f"_{kind}/model_final.pth")
+            classifier = config(f"{CLASSIFIER_OF[experiment]}_{kind}.yaml")
+            assert f"{classifier.OUTPUT_DIR}/model_final.pth" == cfg.MODEL.WEIGHTS
+            # What a checkpoint does not show: the images and the strides it was trained with.
+            for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"):
+                assert flat(cfg)[key] == flat(classifier)[key]
+            resnet, trained = cfg.MODEL.RESNETS, classifier.MODEL.RESNETS
+            assert resnet.DEPTH == trained.DEPTH
+            if resnet.DEPTH >= 50:
+                assert resnet.STRIDE_IN_1X1 == trained.STRIDE_IN_1X1
     for kind, cfg in siblings.items():
         assert RULES[kind] == cfg.MODEL.FEEDBACK.RULE
         assert f"./output/{Path(experiment).name}_{kind}" == cfg.OUTPUT_DIR

@@ -31,6 +31,7 @@ from torch import nn
 
 from ss_detectron import backpropagation, convert_feedback, feedback_report
 from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.export import plain_config
 from ss_detectron.layers import AsymmetricLayer
 from ss_detectron.modeling import RETINANET_HEAD_REGISTRY
 
@@ -446,12 +447,7 @@ for name in sys.argv[2:]:
 
 
 def test_checkpoint_of_any_rule_predicts_the_same_in_plain_detectron2(tmp_path):
-    plain = get_cfg()
-    shared = small("ss", *STOCK)
-    del shared.MODEL["FEEDBACK"], shared.MODEL.RETINANET["HEAD"]
-    del shared.SOLVER["OPTIMIZER"], shared.DATASETS["COCO_INSTANCES"]
-    (tmp_path / "stock.yaml").write_text(shared.dump())
-    plain.merge_from_file(str(tmp_path / "stock.yaml"))
+    (tmp_path / "stock.yaml").write_text(plain_config(small("ss", *STOCK)).dump())
     torch.save([{"image": item["image"]} for item in make_batch()], tmp_path / "batch.pt")
 
     expected = {}

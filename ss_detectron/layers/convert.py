@@ -27,11 +27,13 @@ from .feedback import Backpropagation, FeedbackRule, get_rule
 __all__ = [
     "FeedbackReport",
     "FeedbackRow",
+    "as_patterns",
     "backpropagation",
     "check_exclude",
     "convert_feedback",
     "convert_part",
     "feedback_report",
+    "first_match",
     "reset_feedback",
 ]
 
@@ -112,7 +114,7 @@ def convert_feedback(
         ValueError: unknown rule or scale, a gain that is not positive, a wrapped model, or a
             pattern that matches no layer. The model is then unchanged.
     """
-    exclude = _patterns(exclude)
+    exclude = as_patterns(exclude)
     check_exclude(model, exclude)
     return convert_part(model, rule, scale=scale, gain=gain, exclude=exclude, seed=seed)
 
@@ -141,11 +143,11 @@ def convert_part(
             raise ValueError(
                 f"the model is wrapped in {wrapper.__name__}; convert it before wrapping it"
             )
-    exclude = _patterns(exclude)
+    exclude = as_patterns(exclude)
     for name, layer in _layers(part):
         full_name = ".".join(filter(None, (prefix, name)))
-        excluded_by = _match(full_name, exclude)
-        overridden_by = _match(full_name, overrides)
+        excluded_by = first_match(full_name, exclude)
+        overridden_by = first_match(full_name, overrides)
         layer_rule = rule if overridden_by is None else overrides[overridden_by]
         if excluded_by is not None:
             if not isinstance(layer, AsymmetricLayer):
@@ -222,8 +224,8 @@ def check_exclude(model: nn.Module, exclude: Iterable[str]) -> None:
         ValueError: a pattern of ``exclude`` matches no layer of ``model``.
     """
     names = [name for name, _ in _layers(model)]
-    for pattern in _patterns(exclude):
-        if not any(_match(name, (pattern,)) for name in names):
+    for pattern in as_patterns(exclude):
+        if not any(first_match(name, (pattern,)) for name in names):
             raise ValueError(
                 f"the exclude pattern {pattern!r} matches no layer of {type(model).__name__}; "
                 f"its layers are named like {', '.join(map(repr, names[:3] + names[-2:]))} "
@@ -231,12 +233,13 @@ def check_exclude(model: nn.Module, exclude: Iterable[str]) -> None:
             )
 
 
-def _patterns(exclude: Iterable[str]) -> tuple[str, ...]:
-    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """One pattern or several, as several."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _match(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that matches the name or that of a module around it."""
+def first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The first of shell-style patterns that matches the name or that of a module around it."""
     parts = name.split(".")
     around = [".".join(parts[: i + 1]) for i in range(len(parts))]
     for pattern in patterns:
