@@ -30,23 +30,22 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Where the corners are, in degrees from the centre, from right (0) to down (90), and how far from
-# it, in percent of the radius: that gives the classes similar areas. Alphabetical, as folders are.
+# The corners, in degrees around the centre, from right (0) to down (90). In the order of folders.
 _CORNERS = {
-    "bar_horizontal": ((27, 153, 207, 333), 115),
-    "bar_vertical": ((63, 117, 243, 297), 115),
-    "circle": (tuple(range(0, 360, 10)), 95),
-    "diamond": ((0, 90, 180, 270), 115),
-    "pentagon": ((54, 126, 198, 270, 342), 105),
-    "square": ((45, 135, 225, 315), 115),
-    "triangle_down": ((90, 230, 310), 125),
-    "triangle_left": ((180, 320, 400), 125),
-    "triangle_right": ((0, 140, 220), 125),
-    "triangle_up": ((270, 410, 490), 125),
+    "bar_falling": (18, 72, 198, 252),
+    "bar_horizontal": (27, 153, 207, 333),
+    "bar_rising": (108, 162, 288, 342),
+    "bar_vertical": (63, 117, 243, 297),
+    "diamond": (0, 90, 180, 270),
+    "square": (45, 135, 225, 315),
+    "triangle_down": (90, 230, 310),
+    "triangle_left": (180, 320, 400),
+    "triangle_right": (0, 140, 220),
+    "triangle_up": (270, 410, 490),
 }
 SHAPES_CLS_CLASSES = tuple(_CORNERS)
 
-MAX_TURN = 15  # degrees: a square and a diamond are 45 apart
+MAX_TURN = 15  # degrees; classes are at least 45 apart
 MIN_CONTRAST = 100  # summed over three channels of 0..255, against what the shape covers
 
 
@@ -62,15 +61,15 @@ def draw_shape(rng: np.random.Generator, size: int, category: int) -> tuple[np.n
         the picture, (size, size, 3) uint8 RGB, and the shape's outline, (n, 2) floats, x and y in
         pixels.
     """
-    degrees, percent = _CORNERS[SHAPES_CLS_CLASSES[category]]
+    corners = np.array(_CORNERS[SHAPES_CLS_CLASSES[category]])
     length = size * SUB
     picture = background(rng, size)
     painted = None
     while painted is None:  # until the colour stands out
-        radius = int(rng.integers(length * 3 // 16, length // 3)) * percent // 100
+        radius = int(rng.integers(length * 22 // 100, length * 40 // 100))
         cx, cy = rng.integers(radius, length - radius, 2)
         turn = rng.integers(-MAX_TURN, MAX_TURN + 1)
-        outline = polygon(cx, cy, radius, turn + np.array(degrees))
+        outline = polygon(cx, cy, radius, turn + corners)
         mask, _ = fill(outline, length)
         painted = paint(picture, mask, rng.integers(90, 256, 3), MIN_CONTRAST)
     return add_grain(rng, painted), outline / SUB
