@@ -191,6 +191,14 @@ def test_folder_with_somebody_elses_files_is_refused(case, root, content):
         case.ensure()
 
 
+def test_splits_of_different_runs_are_refused(root):
+    folder = generate_shapes(**CASES[0].few)
+    other = generate_shapes(root / "other", **CASES[0].few, seed=1)
+    (other / CASES[0].stamps[0]).replace(folder / CASES[0].stamps[0])
+    with pytest.raises(FileExistsError, match="left as it is"):
+        ensure_shapes()
+
+
 def test_one_data_set_is_not_taken_for_another(root):
     """A stamp names its data set, wherever it lies."""
     folder = generate_shapes_cls(**CASES[1].few)
