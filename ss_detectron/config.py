@@ -84,6 +84,10 @@ def add_ss_config(cfg: CfgNode) -> None:
     # with its name, "skip" names it, goes on without it and counts it.
     _C.DATALOADER.UNREADABLE_IMAGES = "error"
 
+    # Every how many iterations of training the alignment of feedback weights and gradients with
+    # backpropagation's is measured, which takes one more backward pass; 0 for never.
+    _C.TEST.ALIGNMENT_PERIOD = 0
+
     # The evaluation of classifiers: images per batch and process, and whether each class's error
     # is reported.
     _C.TEST.CLASSIFICATION = CfgNode()

@@ -29,6 +29,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from .alignment import AlignmentHook
 from .checkpoint import FeedbackCheckpointer
 from .config import add_ss_config, find_config
 from .data import (
@@ -114,7 +115,7 @@ class Trainer(DefaultTrainer):
         for name in ("detectron2", "ss_detectron"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -137,6 +138,8 @@ class Trainer(DefaultTrainer):
             )
         else:
             self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        # DefaultTrainer leaves its hooks out of this one.
+        self._trainer.after_backward = self.after_backward
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = FeedbackCheckpointer(
@@ -149,6 +152,16 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's scaling to another number of processes, of the last layers' rate as well."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg:
+            scaled.defrost()
+            scaled.SOLVER.LAST_LAYER.BASE_LR *= scaled.SOLVER.BASE_LR / cfg.SOLVER.BASE_LR
+            scaled.freeze()
+        return scaled
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -236,7 +249,8 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """
-        Detectron2's hooks, and the best checkpoint by the first test set's box AP or top-1 error.
+        Detectron2's hooks, the best checkpoint by the first test set's box AP or top-1 error, and
+        the measurement of the alignment.
         """
         built = super().build_hooks()
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
@@ -249,6 +263,8 @@ class Trainer(DefaultTrainer):
             best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, mode)
             # After the evaluation, before the writers.
             built.insert(len(built) - 1, best)
+        if self.cfg.TEST.ALIGNMENT_PERIOD:
+            built.insert(0, AlignmentHook(self.cfg.TEST.ALIGNMENT_PERIOD))
         return built
 
 
@@ -320,6 +336,11 @@ def _check_options(cfg: CfgNode) -> None:
             "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
         )
     check_solver(cfg)
+    if cfg.TEST.ALIGNMENT_PERIOD < 0:
+        raise ValueError(
+            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD}: choose a number of iterations, "
+            "or 0 for never"
+        )
 
 
 def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:

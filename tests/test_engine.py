@@ -263,6 +263,29 @@ def test_the_same_seed_gives_the_same_losses_twice(prepare):
     assert other[0] != first[0]
 
 
+@pytest.mark.parametrize("rule", ["brsf", "kp"])
+def test_measuring_the_alignment_does_not_change_training(rule, prepare, tmp_path):
+    options = ["MODEL.FEEDBACK.RULE", rule, "SOLVER.MAX_ITER", 2]
+    options += ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-3]
+    # A process's first convolutions may take another path than later ones, to the last bit.
+    train(prepare("OUTPUT_DIR", "first", *options))
+    measured, losses = train(
+        prepare("OUTPUT_DIR", "measured", "TEST.ALIGNMENT_PERIOD", 2, *options)
+    )
+    plain, expected = train(prepare("OUTPUT_DIR", "plain", *options))
+    assert losses == expected
+    state = plain.model.state_dict()
+    for name, value in measured.model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert measured.model.loss_normalizer == plain.model.loss_normalizer
+    text = (tmp_path / "measured" / "metrics.json").read_text()
+    logged = {r["iteration"]: r for r in map(json.loads, text.splitlines()) if len(r) > 5}
+    last = logged[1]
+    # Measured before the clipping, which turns a gradient; and nothing else before the last layer.
+    assert last["alignment/gradient_angle/head.cls_score"] < 0.1
+    assert 5 < last["alignment/gradient_angle"] < 120
+
+
 def test_mixed_precision_on_the_cpu_is_bfloat16_over_float32_weights(prepare):
     cfg = prepare("MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2)
     trainer = Trainer(cfg)

@@ -1,0 +1,356 @@
+import copy
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import SimpleTrainer, TrainerBase
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from modeling_utils import NARROW, assert_same, load_config, losses, make_batch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ss_detectron import FEEDBACK_REGISTRY, backpropagation, convert_feedback
+from ss_detectron.alignment import (
+    AlignmentHook,
+    backpropagation_gradients,
+    gradient_angles,
+    weight_alignment,
+)
+from ss_detectron.train_step import AccumulatingTrainer
+
+RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
+
+
+def net(rule: str, **options) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 5),
+    )
+    return convert_feedback(model, rule, **options)
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().sum(1).mean()
+
+
+# Weights
+
+
+def test_weight_alignment_of_known_vectors():
+    model = convert_feedback(nn.Sequential(nn.Linear(2, 2, bias=False)), "fa")
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, -4.0]]))
+        model[0].feedback_weight.copy_(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    found = weight_alignment(model)["0"]
+    assert found.angle == pytest.approx(math.degrees(math.acos(3 / (5 * math.sqrt(2)))))
+    assert found.norm_ratio == pytest.approx(math.sqrt(2) / 5)
+    assert found.sign_agreement == 0.5  # the 3, and the 0 in the place of a 0
+
+
+def test_backpropagation_is_aligned_with_itself():
+    model = net("bp")
+    assert list(weight_alignment(model)) == ["0", "3", "7"]
+    for found in weight_alignment(model).values():
+        assert found.angle == pytest.approx(0, abs=1e-5)
+        assert (found.norm_ratio, found.sign_agreement) == (1, 1)
+    loss = loss_of(model, images())
+    reference = backpropagation_gradients(model, loss)
+    loss.backward()
+    angles = gradient_angles(model, reference)
+    assert list(angles) == ["", "0", "3", "7"]
+    assert list(angles.values()) == pytest.approx([0] * 4, abs=1e-5)
+
+
+def test_random_feedback_starts_at_a_right_angle():
+    found = weight_alignment(net("fa"))["3"]  # 18,432 weights
+    assert 87 < found.angle < 93
+    assert 0.47 < found.sign_agreement < 0.53
+    signs = weight_alignment(net("ss", scale="rms"))["3"]
+    assert signs.sign_agreement == 1 and signs.norm_ratio == pytest.approx(1, rel=1e-3)
+    assert 0 < signs.angle < 60
+    # The angle between a uniform W and its sign: cos = mean(abs(W)) / rms(W) = sqrt(3) / 2.
+    assert signs.angle == pytest.approx(30, abs=1)
+
+
+def test_within_backpropagation_the_feedback_is_the_weight():
+    model = net("fa")
+    with backpropagation(model):
+        assert weight_alignment(model)["3"].angle == pytest.approx(0, abs=1e-5)
+
+
+def test_weight_that_is_zero_has_no_angle():
+    model = convert_feedback(nn.Sequential(nn.Linear(2, 2)), "fa")
+    nn.init.zeros_(model[0].weight)
+    assert math.isnan(weight_alignment(model)["0"].angle)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reference_is_what_a_stock_model_would_get(rule):
+    model = net(rule)
+    stock = copy.deepcopy(model)
+    convert_feedback(stock, "bp")
+    torch.manual_seed(3)
+    loss = loss_of(model, images())
+    reference = backpropagation_gradients(model, loss)
+    torch.manual_seed(3)  # of the dropout
+    loss_of(stock, images()).backward()
+    expected = {name: p.grad for name, p in stock.named_parameters()}
+    assert set(reference) == set(expected)
+    for name, gradient in reference.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+    loss.backward()
+    angles = gradient_angles(model, reference)
+    assert angles["7"] == pytest.approx(0, abs=1e-2)  # nothing is fed back before the last layer
+    assert (angles["0"] > 5) == (rule != "bp")
+    flat = [
+        torch.cat([g[name].flatten() for name in expected])
+        for g in ({n: p.grad for n, p in model.named_parameters() if n in expected}, expected)
+    ]
+    cosine = torch.cosine_similarity(*flat, dim=0).clamp(max=1)
+    assert angles[""] == pytest.approx(torch.rad2deg(cosine.acos()).item(), abs=0.05)
+
+
+def test_measuring_leaves_gradients_statistics_and_random_state_alone():
+    plain, measured = net("ss"), net("ss")
+    torch.manual_seed(5)
+    loss_of(plain, images()).backward()
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    loss = loss_of(measured, images())
+    backpropagation_gradients(measured, loss)
+    assert all(p.grad is None for p in measured.parameters())
+    loss.backward()
+    assert_same(torch.rand(1), drawn)
+    assert_same(measured.state_dict(), plain.state_dict())
+    for p, q in zip(measured.parameters(), plain.parameters(), strict=True):
+        assert_same(p.grad, q.grad)
+
+
+def test_parameters_that_do_not_learn_or_are_not_used_are_left_out():
+    model = net("kp")
+    model[0].weight.requires_grad_(False)
+    model.add_module("unused", nn.Linear(2, 2))
+    loss = model[7](model[:7](images())).sum()
+    reference = backpropagation_gradients(model, loss)
+    assert "0.weight" not in reference and not any("feedback" in name for name in reference)
+    assert not reference["unused.weight"].any()
+    loss.backward()
+    assert "unused" not in gradient_angles(model, reference)
+
+
+def test_gradient_that_overflowed_has_no_angle():
+    model = net("ss")
+    loss = loss_of(model, images())
+    reference = backpropagation_gradients(model, loss)
+    loss.backward()
+    model[3].weight.grad[0, 0, 0, 0] = math.inf
+    assert set(gradient_angles(model, reference)) == {"0", "7"}
+
+
+@pytest.mark.parametrize("rule", ["bp", "ss", "fa"])
+def test_retinanet_whose_head_runs_five_times(rule):
+    names = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
+    options = [*NARROW, "MODEL.FEEDBACK.RULE", names[rule]]
+    torch.manual_seed(0)
+    model = build_model(load_config("quick/shapes_retinanet_bp.yaml", *options))
+    stock = copy.deepcopy(model)
+    convert_feedback(stock, "bp")
+    total = sum(losses(model, make_batch()).values())
+    normalizer = model.loss_normalizer
+    reference = backpropagation_gradients(model, total)
+    assert model.loss_normalizer == normalizer
+    sum(losses(stock, make_batch()).values()).backward()
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(reference[name], parameter.grad, rtol=1e-3, atol=1e-5)
+    total.backward()
+    angles = gradient_angles(model, reference)
+    assert angles["head.cls_score"] < 0.1
+    assert (angles[""] < 0.1) == (rule == "bp")
+    assert (angles["head.cls_subnet.0"] < 0.1) == (rule == "bp")
+
+
+# The hook
+
+
+class Losses(nn.Module):
+    def __init__(self, rule: str = "ss", **options) -> None:
+        super().__init__()
+        self.net = net(rule, **options)
+
+    def forward(self, batch):
+        return {"loss": loss_of(self.net, batch), "other": self.net(batch).mean()}
+
+
+class Run(TrainerBase):
+    """A trainer around a training step, as DefaultTrainer is."""
+
+    linked = True
+
+    def __init__(self, rule="ss", period=0, passes=1, amp=False, wrap=lambda m: m, **options):
+        super().__init__()
+        self.model = wrap(Losses(rule, **options))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
+        batches = [images() * (i + 1) / 4 for i in range(8)]
+        if passes == 1 and not amp:
+            self._trainer = SimpleTrainer(self.model, batches, self.optimizer)
+        else:
+            self._trainer = AccumulatingTrainer(
+                self.model, batches, self.optimizer, passes=passes, mixed_precision=amp
+            )
+        self.rows = {}
+        if period:
+            self.register_hooks([AlignmentHook(period)])
+
+    def run_step(self):
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+
+    def after_step(self):
+        super().after_step()
+        for name, (value, iteration) in self.storage.latest().items():
+            if name.startswith("alignment/") and iteration == self.iter:
+                self.rows.setdefault(iteration, {})[name] = value
+
+    def go(self, steps: int = 4) -> "Run":
+        if self.linked:  # as this package's trainer is; Detectron2's is not
+            self._trainer.after_backward = self.after_backward
+        torch.manual_seed(7)
+        self.train(0, steps)
+        self.random_state = torch.get_rng_state()
+        return self
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("options", [{}, {"passes": 2}, {"amp": True}], ids=str)
+def test_training_is_the_same_bit_for_bit_with_and_without(rule, options):
+    plain = Run(rule, **options).go()
+    measured = Run(rule, period=2, **options).go()
+    assert_same(measured.model.state_dict(), plain.model.state_dict())
+    assert_same(measured.optimizer.state_dict(), plain.optimizer.state_dict())
+    assert_same(measured.random_state, plain.random_state)
+
+
+def test_what_is_logged_and_when():
+    run = Run("fa", period=3).go(7)
+    assert list(run.rows) == [0, 2, 5]
+    layers = ["net.0", "net.3", "net.7"]
+    kinds = ["gradient_angle", "weight_angle", "norm_ratio", "sign_agreement"]
+    names = [f"alignment/{kind}/{layer}" for kind in kinds for layer in layers]
+    for row in run.rows.values():
+        assert set(row) == {"alignment/gradient_angle", *names}
+        assert all(math.isfinite(value) for value in row.values())
+    assert 85 < run.rows[0]["alignment/weight_angle/net.3"] < 95
+
+
+def test_angles_are_those_of_the_weights_that_the_step_began_with():
+    run = Run("ss", period=1).go(1)
+    model = Losses("ss")
+    torch.manual_seed(7)
+    loss = sum(model(images() / 4).values())
+    reference = backpropagation_gradients(model, loss)
+    loss.backward()
+    for name, angle in gradient_angles(model, reference).items():
+        key = "/".join(filter(None, ("alignment/gradient_angle", name)))
+        assert run.rows[0][key] == pytest.approx(angle, abs=1e-4)
+    for name, found in weight_alignment(model).items():
+        assert run.rows[0][f"alignment/weight_angle/{name}"] == pytest.approx(found.angle)
+
+
+def test_detectron2s_default_trainer_is_measured_as_well(monkeypatch):
+    linked = Run("brsf", period=1).go(3)
+    monkeypatch.setattr(Run, "linked", False)
+    assert Run("brsf", period=1).go(3).rows == linked.rows
+
+
+def test_a_step_of_several_passes_is_measured_over_all_of_them():
+    run = Run("fa", period=1, passes=2).go(1)
+    model = Losses("fa")
+    torch.manual_seed(7)
+    reference = {}
+    for batch in (images() / 4, images() / 2):
+        loss = sum(model(batch).values())
+        for name, gradient in backpropagation_gradients(model, loss).items():
+            reference[name] = reference.get(name, 0) + gradient
+        loss.backward()
+    expected = gradient_angles(model, reference)[""]
+    assert run.rows[0]["alignment/gradient_angle"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_period_has_to_be_positive():
+    with pytest.raises(ValueError, match="alignment period is 0"):
+        AlignmentHook(0)
+
+
+# Two processes
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
+    model = DistributedDataParallel(Double())
+    run = Run.__new__(Run)
+    TrainerBase.__init__(run)
+    run.model, run.rows = model, {}
+    run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run._trainer = SimpleTrainer(model, [Double.batch()[rank::2]], run.optimizer)
+    run.register_hooks([AlignmentHook(1)])
+    run.go(1)
+    assert bool(run.rows) == (rank == 0)
+    if rank == 0:
+        with open(f"{folder}/row.json", "w") as file:
+            json.dump(run.rows[0], file)
+    dist.destroy_process_group()
+
+
+class Double(nn.Module):
+    """In double precision and without batch statistics, so that two halves are one whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)]
+        self.net = convert_feedback(nn.Sequential(*layers).double(), "fa")
+
+    def forward(self, batch):
+        return {"loss": self.net(batch).square().mean()}
+
+    @staticmethod
+    def batch() -> torch.Tensor:
+        return torch.randn(6, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_two_processes_measure_what_one_does(tmp_path):
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    row = json.loads((tmp_path / "row.json").read_text())
+    model = Double()
+    with EventStorage():
+        loss = model(Double.batch())["loss"]
+    reference = backpropagation_gradients(model, loss)
+    loss.backward()
+    for name, angle in gradient_angles(model, reference).items():
+        key = "/".join(filter(None, ("alignment/gradient_angle", name)))
+        assert row[key] == pytest.approx(angle, abs=1e-5)
+        assert (angle < 1e-4) == (name == "net.4")
