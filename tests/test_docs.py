@@ -92,3 +92,9 @@ def test_every_file_that_the_readme_names_is_there():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"(?:configs|tools|docs)/[\w/.-]+\.(?:yaml|py|md|png)", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_results_have_a_row_for_every_config():
+    rows = set(re.findall(r"\| `(\w+\.yaml)` \|", (ROOT / "docs" / "results.md").read_text()))
+    configs = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert rows == {name for name in configs if not name.startswith("Base-")}
