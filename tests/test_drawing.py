@@ -23,15 +23,15 @@ def test_fill_takes_the_cells_whose_centre_is_inside(centre):
 
 
 def test_paint_mixes_by_the_part_of_a_pixel_that_is_covered():
-    picture = np.full((3, 3, 3), 16)
+    picture = np.full((3, 3, 3), 17)
     mask = np.zeros((3 * SUB, 3 * SUB), dtype=bool)
     mask[SUB : 2 * SUB, SUB : 2 * SUB] = True  # the middle pixel
     mask[0, :SUB] = True  # one row of cells of the first
-    painted = paint(picture, mask, np.array([216, 16, 0]), 0)
-    assert painted[1, 1].tolist() == [216, 16, 0]
-    assert painted[0, 0].tolist() == [16 + 200 // SUB, 16, 12]
+    painted = paint(picture, mask, np.array([217, 17, 0]), 0)
+    assert painted[1, 1].tolist() == [217, 17, 0]
+    assert painted[0, 0].tolist() == [17 + 200 // SUB, 17, 12]  # 12.75 of the last, rounded down
     assert (painted != picture).any(-1).sum() == 2
-    assert (picture == 16).all()
+    assert (picture == 17).all()
 
 
 def test_paint_refuses_less_contrast():

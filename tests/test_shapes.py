@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -159,3 +160,19 @@ def test_train_loader_reads_it(root):
             atol=0.01,
         )
         assert item["instances"].gt_classes.tolist() == [a["category_id"] - 1 for a in expected]
+
+
+def test_smaller_pictures_are_refused(root):
+    with pytest.raises(ValueError, match="size=63 has to be at least 64"):
+        generate_shapes(size=63)
+
+
+def test_pictures_are_those_of_version_1():
+    """A change of any pixel or outline needs another version, as results no longer compare."""
+    content = hashlib.sha256()
+    for index in range(20):
+        picture, drawn = draw_shapes(np.random.Generator(np.random.PCG64([0, 0, index])), 96)
+        content.update(picture.tobytes())
+        content.update(json.dumps([(c, outline.tolist()) for c, outline in drawn]).encode())
+    assert shapes.SHAPES.version == 1
+    assert content.hexdigest() == "46d613db726a6f9a6fe874da15c1c1634c272b7348dfe24846b65f11a1958979"

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -217,6 +218,14 @@ def test_it_is_there_from_an_empty_folder(root):
         assert np.bincount([r["label"] for r in records]).tolist() == [number] * 10
     with Image.open(records[0]["file_name"]) as picture:
         assert picture.size == (48, 48) and picture.mode == "RGB"
+
+
+def test_missing_pictures_are_noticed(root):
+    folder = generate_shapes_cls(train=20, val=10)
+    shutil.rmtree(folder / "train" / "diamond")
+    with pytest.raises(FileNotFoundError, match="holds 18 pictures, 20 were generated: delete"):
+        DatasetCatalog.get("shapes_cls_train")
+    assert len(DatasetCatalog.get("shapes_cls_val")) == 10
 
 
 def test_train_loader_reads_it(root):

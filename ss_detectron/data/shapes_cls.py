@@ -153,8 +153,16 @@ class _ShapesClsMetadata(Metadata):
 
 
 def _load(name: str) -> list[dict]:
-    logger.info("%s was generated with %s.", name, SHAPES_CLS.read_stamp(ensure_shapes_cls()))
-    return load_image_folder(MetadataCatalog.get(name).image_root)
+    folder, split = ensure_shapes_cls(), MetadataCatalog.get(name).split
+    stamp = SHAPES_CLS.read_stamp(folder)
+    logger.info("%s was generated with %s.", name, stamp)
+    records = load_image_folder(str(folder / split))
+    if len(records) != stamp[split]:  # without a whole class, say, the labels would be others
+        raise FileNotFoundError(
+            f"'{folder / split}' holds {len(records)} pictures, {stamp[split]} were generated: "
+            f"delete '{folder}' to generate them again."
+        )
+    return records
 
 
 def register_shapes_cls() -> None:
