@@ -1,9 +1,6 @@
-"""Pictures of a training run: its detections beside the ground truth, and its curves."""
+"""Pictures of what a detector sees: its detections beside the ground truth."""
 
-import json
-import logging
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,63 +12,9 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["draw_detections", "plot_training", "read_metrics"]
+from .comparison.styles import COLOURS
 
-logger = logging.getLogger(__name__)
-
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """
-    The rows of a Detectron2 metrics.json, one dict per line, in the order of their iterations.
-
-    A line that was cut off, because the run was killed while writing, is reported and left out.
-    Rows that a resumed run wrote again count once, as it wrote them last.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
-    rows: dict[float, dict[str, float]] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("%s, line %d is not complete and is left out", path, number)
-            continue
-        rows[row["iteration"]] = {**rows.get(row["iteration"], {}), **row}
-    return [rows[iteration] for iteration in sorted(rows)]
-
-
-def plot_training(metrics: list[dict[str, float]], title: str = "") -> Figure:
-    """
-    The losses against the iteration and, where there was an evaluation, box AP beside them.
-
-    Args:
-        metrics: rows of :func:`read_metrics`.
-        title: above the figure.
-    """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, scores = figure.subplots(1, 2, sharex=True)
-    names = ("total_loss", *sorted({k for row in metrics for k in row if k.startswith("loss_")}))
-    for name, colour in zip(names, COLOURS, strict=False):
-        points = [(row["iteration"], row[name]) for row in metrics if name in row]
-        losses.plot(*zip(*points, strict=True), color=colour, label=name)
-    losses.set(xlabel="iteration", ylabel="training loss", yscale="log")
-    losses.legend()
-    keys = sorted({k for row in metrics for k in row if k.endswith(("bbox/AP", "bbox/AP50"))})
-    for key, colour in zip(keys, COLOURS, strict=False):
-        points = [(row["iteration"], row[key]) for row in metrics if key in row]
-        scores.plot(*zip(*points, strict=True), marker="o", color=colour, label=key)
-    scores.set(xlabel="iteration", ylabel="AP, %", ylim=(0, 100))
-    if keys:
-        scores.legend()
-    else:
-        scores.text(0.5, 0.5, "not evaluated", ha="center", transform=scores.transAxes)
-    figure.suptitle(title)
-    return figure
+__all__ = ["draw_detections"]
 
 
 def draw_detections(

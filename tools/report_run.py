@@ -15,8 +15,10 @@ from detectron2.config import get_cfg
 from tabulate import tabulate
 
 from ss_detectron import add_ss_config
+from ss_detectron.comparison import read_metrics
+from ss_detectron.comparison.plots import plot_training
 from ss_detectron.data import register_coco_from_config
-from ss_detectron.visualize import draw_detections, plot_training, read_metrics
+from ss_detectron.visualize import draw_detections
 
 
 def main(run: Path, count: int, score_threshold: float) -> None:

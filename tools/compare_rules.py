@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""
+Trains one config by several feedback rules and seeds, and compares them: comparison.md,
+comparison.json and figures.
+
+    tools/compare_rules.py --config-file quick/shapes_retinanet_ss.yaml --rules bp ss fa kp
+    tools/compare_rules.py --config-file quick/shapes_resnet18_ss.yaml --rules bp ss fa kp:1 \\
+        --seeds 3 --output output/shapes SOLVER.MAX_ITER 600
+    tools/compare_rules.py --config-file imagenet_resnet18_ss.yaml --rules bp ss fa --jobs 8
+
+Each run has a folder of its own. What is finished is not run again, and what was interrupted goes
+on, so the same command can be given as often as needed.
+
+A rule's config is the sibling of the config file that is named after it (..._ss.yaml and
+..._fa.yaml). A rule that has none changes MODEL.FEEDBACK.RULE in the sibling of its nearest
+relative: frsf and brsf in that of ss, fasi and kp in that of fa; and if there is none, in the
+config file itself.
+"""
+
+import argparse
+import logging
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from ss_detectron.comparison import compare, plan_runs
+from ss_detectron.comparison.plan import describe_plan
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="path or name")
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        default=["bp", "ss", "fa"],
+        metavar="RULE",
+        help="bp, ss, frsf, brsf, fa, fasi, kp; with :SEEDS for other seeds (default: bp ss fa)",
+    )
+    parser.add_argument(
+        "--seeds",
+        default="1",
+        help="how many: 3 is seeds 1, 2 and 3; or which: 4,5 or 7, (default: 1)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: output/compare_<name of the config>"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at a time (default: as many as the GPUs suffice for; without GPUs, one)",
+    )
+    parser.add_argument(
+        "--num-gpus-per-run", type=int, default=1, metavar="N", help="processes, without GPUs"
+    )
+    parser.add_argument(
+        "--alignment-period",
+        type=int,
+        metavar="N",
+        help="iterations between measurements of alignment, 0 for none (default: 10 to 20 in all)",
+    )
+    parser.add_argument(
+        "--metric", metavar="KEY", help="of metrics.json (default: box AP or top-1 error)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... for all runs")
+    args = parser.parse_args()
+    # The last rule can be followed by the first KEY.
+    keys = next((i for i, word in enumerate(args.rules) if "." in word), len(args.rules))
+    args.rules, args.opts = args.rules[:keys], args.rules[keys:] + args.opts
+    if options := [word for word in args.opts if word.startswith("--")]:
+        parser.error(f"{' '.join(options)}: give options before the first KEY VALUE")
+    if args.num_gpus_per_run < 1 or (args.jobs is not None and args.jobs < 1):
+        parser.error("--jobs and --num-gpus-per-run are 1 at least")
+    if args.jobs is None:
+        args.jobs = max(1, torch.cuda.device_count() // args.num_gpus_per_run)
+    if args.output is None:
+        args.output = Path("output", f"compare_{Path(args.config_file).stem}")
+    rules = [word.partition(":") for word in args.rules]
+    if len({rule for rule, _, _ in rules}) < len(rules):
+        parser.error("--rules names a rule twice")
+    try:
+        args.rules = {rule: parse_seeds(seeds or args.seeds) for rule, _, seeds in rules}
+    except ValueError:
+        parser.error("seeds are a number of seeds, such as 3, or a list, such as 4,5 or 7,")
+    return args
+
+
+def parse_seeds(text: str) -> list[int]:
+    """ "3" is 1, 2, 3; "4,5" and "7," are what they say."""
+    numbers = [int(word) for word in text.split(",") if word]
+    if min(numbers, default=0) < 1:
+        raise ValueError(text)
+    return list(dict.fromkeys(numbers)) if "," in text else list(range(1, numbers[0] + 1))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Plans, runs, reports; the exit code."""
+    try:
+        runs = plan_runs(
+            args.config_file, args.rules, args.output, args.opts, args.alignment_period
+        )
+    except (OSError, KeyError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.dry_run:
+        print(describe_plan(runs))
+        return 0
+    table, complete = compare(
+        runs,
+        args.output,
+        Path(__file__).with_name("train_net.py"),
+        jobs=args.jobs,
+        gpus_per_run=args.num_gpus_per_run,
+        metric=args.metric,
+        command=shlex.join(sys.argv),
+    )
+    if table:
+        print(f"\n{table}\n\nEverything lies in {args.output}: comparison.md, figures, runs.")
+    return 0 if complete and table else 1
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("ss_detectron").setLevel(logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # So that the runs end with this process.
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        sys.exit(main(parse_arguments()))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on")
