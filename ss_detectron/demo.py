@@ -60,7 +60,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The longer side of a picture in a panel, in pixels: others are enlarged or reduced to it.
+# The longer side of a picture in a panel, in pixels, at least and at most.
 MIN_SIDE, MAX_SIDE = 400, 1000
 MIN_WIDTH = 160  # of a panel, whose picture may be narrower
 MARGIN, LINE = 8, 18  # around pictures, and per line of text; in pixels
@@ -86,7 +86,8 @@ def load_config(name: str, options: Sequence[str] = (), weights: str | None = No
 
     Raises:
         FileNotFoundError: no such config, or no such checkpoint.
-        KeyError, ValueError: an unknown key, a value that does not fit.
+        KeyError, ValueError: an unknown key, in the file or in the options; a value that does not
+            fit.
     """
     file = find_config(name)
     cfg = get_cfg()
@@ -95,7 +96,10 @@ def load_config(name: str, options: Sequence[str] = (), weights: str | None = No
     final = Path(file).with_name("model_final.pth")
     if final.is_file():
         cfg.MODEL.WEIGHTS = str(final)
-    cfg.merge_from_list(list(options))
+    try:
+        cfg.merge_from_list(list(options))
+    except AssertionError as error:  # yacs's, of an unknown key
+        raise ValueError(str(error)) from error
     if weights is not None:
         cfg.MODEL.WEIGHTS = weights
     path = cfg.MODEL.WEIGHTS

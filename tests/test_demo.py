@@ -73,14 +73,14 @@ def config(runs: Path, name: str, *options):
 # What models see ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["RGB", "BGR"])
-def test_detections_are_those_of_the_model_above_the_threshold(runs, form):
+@pytest.mark.parametrize(("form", "configured"), [("RGB", 0.999), ("BGR", 0.0)])
+def test_detections_are_those_of_the_model_above_the_threshold(runs, form, configured):
     cfg = config(runs, "ss", "INPUT.FORMAT", form, "INPUT.MIN_SIZE_TEST", 128)
     stock = cfg.clone()
     stock.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
     everything = DefaultPredictor(stock)(picture()[:, :, ::-1])["instances"]
     assert len(everything) == 6
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.999  # more than is asked for
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = configured  # more or less than is asked for
     found = Detector(cfg, everything.scores[3:5].mean().item())(picture())
     assert len(found) == 4 and found.image_size == (96, 96)
     for field in ("pred_boxes", "scores", "pred_classes"):
@@ -147,10 +147,12 @@ def test_a_classifier_s_panel_names_its_most_probable_classes(runs, tmp_path):
 
 
 def test_a_title_is_the_checkpoint_s_rule_or_else_the_config_s(runs, tmp_path):
-    weights = [str(runs / name / "model_final.pth") for name in ("bp", "ss")]
+    weights = [str(runs / "bp" / "model_final.pth"), *(str(tmp_path / f"{i}.pth") for i in "12")]
     stock = {"model": torch.load(weights[0])["model"]}
-    torch.save(stock, tmp_path / "stock.pth")
-    weights.append(str(tmp_path / "stock.pth"))
+    rules = {"head.cls_score": "backpropagation", "head.bbox_pred": "backpropagation"}
+    rules["backbone.fpn_output3"] = "sign_symmetry(scale=rms, gain=0.5)"
+    torch.save({**stock, "feedback": rules}, weights[1])
+    torch.save(stock, weights[2])
     config_file = str(runs / "fa" / "config.yaml")
     predictors = [build_predictor(demo.load_config(config_file, [], path)) for path in weights]
     _, ss, fa = predictors
@@ -386,8 +388,11 @@ def test_the_tool_draws_one_panel_per_checkpoint(runs, tmp_path, monkeypatch, ru
     Image.fromarray(picture(2, 128)[:80]).convert("L").save(tmp_path / "b" / "ähnlich.jpg")
     configs = [runs / name / "config.yaml" for name in ("fa", "bp", "ss")]
     words = ["--config-file", *configs, "--input", tmp_path / "a", tmp_path / "b"]
-    out = tmp_path / "new" / "out"
-    printed = run(*words, "--score", 0.3, "--output", out, "INPUT.MIN_SIZE_TEST", 128)
+    out, options = tmp_path / "new" / "out", ["INPUT.MIN_SIZE_TEST", 128]
+    scores = Detector(config(runs, "fa", *options), 0.0)(picture(1)).scores
+    score = scores[1:3].mean().item()  # the first panel has two boxes
+    assert len(scores) == 6
+    printed = run(*words, "--score", score, "--output", out, *options)
     assert printed.count(" -> ") == 2
     drawn = [read_image(str(out / name), "RGB") for name in ("ähnlich.png", "ähnlich_2.png")]
     assert [d.shape for d in drawn] == [
@@ -399,8 +404,7 @@ def test_the_tool_draws_one_panel_per_checkpoint(runs, tmp_path, monkeypatch, ru
         "sign symmetry",
     ]
     for i, file in enumerate(configs):
-        cfg = demo.load_config(str(file), ["INPUT.MIN_SIZE_TEST", 128])
-        expected, _ = Detector(cfg, 0.3).draw(picture(1))
+        expected, _ = Detector(demo.load_config(str(file), options), score).draw(picture(1))
         left = 8 + i * 408
         np.testing.assert_array_equal(drawn[0][34 : 34 + 400, left : left + 400], expected)
     assert len({panel.picture.tobytes() for panel in panels[0]}) == 3

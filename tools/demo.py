@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
         targets = output_paths(files, args.output, ".mp4" if args.video else ".png")
         make_folder(args.output)
         predictors, labels = load(args)
-    except (AssertionError, KeyError, OSError, ValueError) as error:  # the first two are of yacs
+    except (KeyError, OSError, ValueError) as error:
         sys.exit(f"demo.py: {error}")
 
     unreadable = 0
