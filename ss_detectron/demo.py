@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import is_image_file
 
 from .checkpoint import FeedbackCheckpointer
+from .comparison.styles import COLOURS
 from .config import add_ss_config, find_config
 from .data import (
     ClassificationMapper,
@@ -39,7 +40,6 @@ from .data.catalog import check_registered
 from .layers import feedback_report
 from .layers.feedback import Backpropagation
 from .modeling import ImageClassifier
-from .visualize import COLOURS
 from .weights import few
 
 __all__ = [

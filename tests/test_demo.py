@@ -21,6 +21,7 @@ from PIL import Image
 
 from ss_detectron import demo
 from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.comparison.styles import COLOURS
 from ss_detectron.data import SHAPES_CLS_CLASSES, draw_shapes, generate_shapes
 from ss_detectron.demo import (
     Detector,
@@ -36,7 +37,6 @@ from ss_detectron.demo import (
     side_by_side,
     titles,
 )
-from ss_detectron.visualize import COLOURS
 
 TOOL = Path(__file__).parents[1] / "tools" / "demo.py"
 
