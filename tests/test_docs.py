@@ -9,7 +9,13 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, feedback_report, find_config
+from ss_detectron import (
+    FEEDBACK_REGISTRY,
+    add_ss_config,
+    convert_feedback,
+    feedback_report,
+    find_config,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +73,24 @@ def test_the_readme_names_builders_that_are_registered():
     rules = [row.rule for row in feedback_report(build_model(cfg))]
     assert rules.count("backpropagation") == 2  # the last layers
     assert set(rules) == {"backpropagation", "sign_symmetry"}
+
+
+def test_the_readme_measures_gradients_as_it_says(capsys):
+    torch.manual_seed(0)
+    net = convert_feedback(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), "fa")
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, batch):
+            return self.net(batch).sum()
+
+    names = {"model": Model(), "batch": torch.randn(3, 4)}
+    exec(code("README.md", "backpropagation_gradients"), names)
+    angle, weights = capsys.readouterr().out.split(" ", 1)
+    assert 0 < float(angle) < 180 and "WeightAlignment" in weights
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
