@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
         runs = plan_runs(
             args.config_file, args.rules, args.output, args.opts, args.alignment_period
         )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.dry_run:

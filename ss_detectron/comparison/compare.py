@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,11 @@ def write_report(
     Returns:
         the table in Markdown; empty where no run is finished.
     """
-    found = read_runs(run.folder for run in runs if (run.folder / "metrics.json").is_file())
+    started = {run.folder: run for run in runs if (run.folder / "metrics.json").is_file()}
+    found = [
+        replace(run, rule=started[run.folder].rule, config=started[run.folder].config)
+        for run in read_runs(started)
+    ]
     warn_of_differences(found)
     pictures = [file.name for file in draw_figures(found, output) if file.suffix == ".png"]
 

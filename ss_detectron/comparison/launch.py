@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def run_all(
 async def _run_all(
     runs: Sequence[PlannedRun], train_net: Path, jobs: int, gpus_per_run: int
 ) -> list[PlannedRun]:
+    # One thread waits for each process.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(jobs))
     free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
     for environment in environments(jobs, gpus_per_run):
         free.put_nowait(environment)
@@ -93,26 +96,28 @@ async def _execute(
         launch = {"command": shlex.join(command[1:]), "hardware": hardware(), "jobs": jobs}
         file.write(json.dumps(launch | environment) + "\n")
     with (folder / LOG).open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            *command,
+        process = subprocess.Popen(
+            command,
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            return await process.wait()
-        finally:
-            if process.returncode is None:
-                await _end(process)
+    try:
+        return await asyncio.to_thread(process.wait)
+    finally:
+        _end(process)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process, unless it has ended by itself, and whatever it has started."""
+    if process.returncode is not None:
+        return
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), timeout=10)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
         os.killpg(process.pid, signal.SIGKILL)
 
 

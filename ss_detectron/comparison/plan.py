@@ -94,7 +94,7 @@ def plan_runs(
 
     Raises:
         FileNotFoundError: no such config.
-        KeyError, ValueError: options, rules or seeds that do not fit.
+        ValueError: options, rules or seeds that do not fit.
     """
     if len(options) % 2:
         raise ValueError(f"KEY VALUE ... come in pairs; got {' '.join(options)}")
@@ -188,7 +188,10 @@ def _load(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_ss_config(cfg)
     cfg.merge_from_file(find_config(config_file))
-    cfg.merge_from_list(list(options))
+    try:
+        cfg.merge_from_list(list(options))
+    except AssertionError as error:  # yacs, of a key that is not there
+        raise ValueError(str(error)) from None
     return cfg
 
 
