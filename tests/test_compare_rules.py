@@ -215,10 +215,11 @@ behaviour = json.loads(behaviours.read_text()).get(folder.name) if behaviours.ex
 if behaviour == "fail":
     print("no memory left")
     sys.exit(3)
-if behaviour in ("r", "w"):  # the two runs wait for each other, but not for ever
-    signal.alarm(60)
+signal.alarm(60)  # what follows may wait, but not for ever
+if behaviour in ("r", "w"):  # two runs wait for each other
     open(folder.parent / "meeting", behaviour).close()
 if behaviour in ("INT", "TERM"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / "asked to end").touch()))
     (folder / "pid").write_text(str(os.getpid()))
     os.kill(os.getppid(), getattr(signal, "SIG" + behaviour))
     signal.pause()
@@ -299,13 +300,16 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, fake, no_gp
 def test_whatever_ends_the_comparison_ends_its_runs(name, error, tmp_path, fake, no_gpu):
     behave(fake, bp_seed1=name)
     runs = plan(tmp_path)
-    # As the tool has it.
+    # As the tool has them; a test run in the background of a script has SIGINT ignored.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(error):
             run_all(runs, fake)
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_int)
+    assert (runs[0].folder / "asked to end").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int((runs[0].folder / "pid").read_text()), 0)
     assert [call["name"] for call in calls(tmp_path)] == ["bp_seed1"]
@@ -342,8 +346,9 @@ def test_hardware_names_the_machine_and_its_software(monkeypatch):
 
 def result(folder, rule, seed, value, time, metric="bbox/AP", **options) -> Path:
     logged = [
-        {"iteration": 19, "time": time, metric: 1.0, "alignment/gradient_angle": 80.0},
-        {"iteration": 39, "time": 3 * time, metric: value, "alignment/gradient_angle": 10.0 * seed},
+        {"iteration": 19, "time": 9 * time, metric: 1.0, "alignment/gradient_angle": 80.0},
+        {"iteration": 39, "time": time},
+        {"iteration": 59, "time": 2 * time, metric: value, "alignment/gradient_angle": 10.0 * seed},
     ]
     return write_run(folder / f"{rule}{seed}", logged, rule, SEED=seed, **options)
 

@@ -225,6 +225,13 @@ def test_runs_whose_rule_is_not_known_go_by_their_folders(tmp_path):
     assert [group.name for group in groups] == ["other", "a/output", "b/output"]
 
 
+def test_a_folder_that_is_only_named_after_a_rule_is_no_run_of_it(tmp_path):
+    write_run(tmp_path / "a", ROWS, "ss")
+    write_rows(tmp_path / "sign_symmetry", ROWS)
+    groups = group_runs(read_runs([tmp_path / "a", tmp_path / "sign_symmetry"]))
+    assert [len(group.runs) for group in groups] == [1, 1]
+
+
 def test_runs_of_other_experiments_are_warned_of(tmp_path, caplog):
     write_run(tmp_path / "a", ROWS)
     write_run(tmp_path / "b", ROWS, SOLVER__MAX_ITER=800)

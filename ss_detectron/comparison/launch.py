@@ -65,12 +65,10 @@ async def _run_all(
     async def run_one(number: int, run: PlannedRun) -> None:
         environment = await free.get()
         try:
-            place = f"{number} of {len(runs)}"
-            logger.info(
-                "%s %s (%s)", run.name, "goes on" if run.has_checkpoint() else "starts", place
-            )
+            place, resume = f"{number} of {len(runs)}", run.has_checkpoint()
+            logger.info("%s %s (%s)", run.name, "goes on" if resume else "starts", place)
             words = ["--config-file", run.config_file, "--num-gpus", str(gpus_per_run)]
-            words += ["--resume"] * run.has_checkpoint()
+            words += ["--resume"] * resume
             command = [sys.executable, str(train_net), *words, *run.options]
             code = await _execute(command, run.folder, environment, jobs)
         finally:
