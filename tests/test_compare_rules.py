@@ -468,6 +468,8 @@ def test_a_folder_of_another_config_stops_the_comparison_but_not_the_report(
     assert "BP" in text and "SS" not in text
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert "Not finished, and not in the table: fa_seed1" in page
+    # Nor is it complete with all the others finished.
+    assert compare(runs[:2], tmp_path / "out", fake) == (text, False)
 
 
 def test_nothing_finished_gives_no_table(tmp_path, fake, no_gpu, caplog):

@@ -71,11 +71,11 @@ def test_the_colours_are_fixed():
 
 
 def test_other_names_have_stable_looks_that_differ():
-    names = ["mine", "yours", "theirs", "ours", "sign_symmetry"]
+    names = [*(f"run {i}" for i in range(7)), "sign_symmetry"]
     looks = [style_of(name, names) for name in names]
     assert looks == [style_of(name, reversed(names)) for name in names]
-    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 5
-    assert style_of("mine").colour == style_of("mine", ["sign_symmetry"]).colour
+    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 8
+    assert style_of("run 1").colour == style_of("run 1", ["sign_symmetry"]).colour
     many = [f"run {i}" for i in range(20)]  # more than there are colours
     assert {style_of(name, many).colour for name in many}.isdisjoint(
         style.colour for style in RULE_STYLES.values()
@@ -274,7 +274,7 @@ def test_classification_is_top_1_and_top_5_error_against_epochs(tmp_path, drawn)
     for rule in ("bp", "ss"):
         write_run(tmp_path / rule, classification(50.0), rule, CLASSIFICATION)
     runs = read_runs(tmp_path.iterdir(), images_per_epoch=2000)
-    assert stems(draw_figures(runs, tmp_path / "figures")) == ["losses", "error"]
+    assert stems(draw_figures(runs, tmp_path / "figures", formats=["png"])) == ["losses", "error"]
     assert drawn == [
         (["total_loss", "train_top1_error"], True),
         (["classification/top1_error", "classification/top5_error"], True),
@@ -283,7 +283,7 @@ def test_classification_is_top_1_and_top_5_error_against_epochs(tmp_path, drawn)
 
 def test_where_epochs_are_not_known_iterations_are_drawn_and_that_is_said(tmp_path, drawn, caplog):
     write_run(tmp_path / "bp", classification(50.0), "bp", CLASSIFICATION)
-    draw_figures(read_runs([tmp_path / "bp"]), tmp_path / "figures")
+    draw_figures(read_runs([tmp_path / "bp"]), tmp_path / "figures", formats=["png"])
     assert [epochs for _, epochs in drawn] == [False, False]
     assert "error is drawn against iterations" in caplog.text
     assert f"not known of {tmp_path}/bp" in caplog.text
@@ -312,11 +312,17 @@ def test_a_metric_that_some_runs_lack_is_drawn_of_the_others(tmp_path, drawn, ca
     write_run(tmp_path / "fa", losses(1.0, 2.0), "fa")
     write_run(tmp_path / "cls", classification(50.0), "bp", CLASSIFICATION)
     runs = read_runs(tmp_path / name for name in ("bp", "fa", "cls"))
-    assert stems(draw_figures(runs, tmp_path / "x")) == ["losses", "error", "detection"]
+    assert stems(draw_figures(runs, tmp_path / "x", formats=["png"])) == [
+        "losses",
+        "error",
+        "detection",
+    ]
     assert f"{tmp_path}/fa has no bbox/AP; left out" in caplog.text
     assert f"{tmp_path}/bp has no classification/top1_error and no classif" in caplog.text
 
-    assert stems(draw_figures(runs, tmp_path / "y", metrics=["bbox/AP", "nonsense"])) == [
+    assert stems(
+        draw_figures(runs, tmp_path / "y", metrics=["bbox/AP", "nonsense"], formats=["png"])
+    ) == [
         "losses",
         "bbox_AP",
     ]
@@ -326,7 +332,7 @@ def test_a_metric_that_some_runs_lack_is_drawn_of_the_others(tmp_path, drawn, ca
 def test_a_run_that_ended_early_is_drawn_and_named(tmp_path, caplog):
     write_run(tmp_path / "1", losses(1.0, 2.0, 3.0), SEED=1)
     write_run(tmp_path / "2", losses(1.0), SEED=2)
-    draw_figures(read_runs(tmp_path / name for name in "12"), tmp_path / "figures")
+    draw_figures(read_runs(tmp_path / name for name in "12"), tmp_path / "x", formats=["png"])
     assert f"{tmp_path}/2 ends at iteration 19, others of its rule go on to 59" in caplog.text
 
 
