@@ -24,6 +24,7 @@ class ClassificationEvaluator(DatasetEvaluator):
     with more than five classes, not among the five most probable ones (top-5 error).
 
     Counts are summed over all processes, so the result is exact however the images are shared out.
+    An image whose probabilities are not finite counts as an error, and they are reported.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class ClassificationEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        # Per class: images, top-1 errors, top-5 errors.
-        self._counts = torch.zeros(len(self._classes), 3, dtype=torch.int64)
+        # Per class: images, top-1 errors, top-5 errors, images without finite probabilities.
+        self._counts = torch.zeros(len(self._classes), 4, dtype=torch.int64)
 
     def process(
         self,
@@ -80,8 +81,9 @@ class ClassificationEvaluator(DatasetEvaluator):
                 f"{labels.tolist()}"
             )
         top = probabilities.topk(min(5, classes)).indices.cpu()
-        wrong = top != labels[:, None]
-        errors = torch.stack([torch.ones_like(labels), wrong[:, 0], wrong.all(1)], 1)
+        broken = ~probabilities.isfinite().all(1).cpu()
+        wrong = (top != labels[:, None]) | broken[:, None]
+        errors = torch.stack([torch.ones_like(labels), wrong[:, 0], wrong.all(1), broken], 1)
         self._counts.index_add_(0, labels, errors.to(torch.int64))
 
     def evaluate(self) -> OrderedDict | None:
@@ -93,7 +95,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         counts = torch.stack(comm.all_gather(self._counts)).sum(0)
         if not comm.is_main_process():
             return None
-        seen, *_ = total = counts.sum(0).tolist()
+        seen, *wrong, broken = counts.sum(0).tolist()
         if seen != self._size:
             logger.warning(
                 "%s: %d of %d images were evaluated; the errors leave out the rest.",
@@ -105,7 +107,15 @@ class ClassificationEvaluator(DatasetEvaluator):
             logger.error("%s: no image was evaluated.", self._dataset_name)
             return OrderedDict(classification={})
 
-        top1, top5 = (100 * wrong / seen for wrong in total[1:])
+        if broken:
+            logger.warning(
+                "%s: the model gave no finite probabilities for %d of %d images; they count as "
+                "errors.",
+                self._dataset_name,
+                broken,
+                seen,
+            )
+        top1, top5 = (100 * errors / seen for errors in wrong)
         results = {"top1_error": top1}
         if len(self._classes) > 5:
             results["top5_error"] = top5
@@ -117,8 +127,8 @@ class ClassificationEvaluator(DatasetEvaluator):
         )
         # A class without an evaluated image has no error.
         by_class = {
-            name: 100 * wrong / images
-            for name, (images, wrong, _) in zip(self._classes, counts.tolist(), strict=True)
+            name: 100 * errors / images
+            for name, (images, errors, *_) in zip(self._classes, counts.tolist(), strict=True)
             if images
         }
         if self._per_class:

@@ -122,6 +122,19 @@ def test_images_that_were_not_evaluated_are_reported(caplog):
     assert "no image was evaluated" in caplog.text
 
 
+def test_a_model_that_gives_no_numbers_is_wrong_and_said_to_be(caplog):
+    register([0, 0, 1], 8)
+    lost = torch.full((8,), float("nan"))  # by its rank, class 0 would be the most probable
+    partly = ranking(8, 0)
+    partly[3] = float("inf")
+    found = evaluate([0, 0, 1], [lost, partly, ranking(8, 1)])["classification"]
+    assert found == {"top1_error": pytest.approx(200 / 3), "top5_error": pytest.approx(200 / 3)}
+    assert f"{NAME}: the model gave no finite probabilities for 2 of 3 images" in caplog.text
+    caplog.clear()
+    evaluate([0, 0, 1], [ranking(8, 0)] * 3)
+    assert not caplog.text
+
+
 def test_what_does_not_fit_the_data_set_is_refused():
     register([0, 1], 3)
     evaluator = ClassificationEvaluator(NAME)
