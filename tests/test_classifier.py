@@ -89,6 +89,8 @@ def test_frozen_convolutions_of_alexnet_do_not_learn():
     learning = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
     frozen = {n for n, _ in model.backbone.named_parameters()} - learning
     assert frozen == {"conv1.weight", "conv2.weight"}
+    # As in Detectron2's ResNet, nothing is frozen below 1.
+    assert all(p.requires_grad for p in AlexNet(freeze_at=-1).parameters())
     assert isinstance(model.backbone.conv2.norm, FrozenBatchNorm2d)
     assert isinstance(model.backbone.conv3.norm, nn.BatchNorm2d)
 

@@ -69,7 +69,7 @@ class AlexNet(Backbone):
 
     def _freeze(self, count: int) -> None:
         convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
-        for layer in convolutions[:count]:
+        for layer in convolutions[: max(count, 0)]:
             for parameter in layer.parameters():
                 parameter.requires_grad = False
             FrozenBatchNorm2d.convert_frozen_batchnorm(layer)
