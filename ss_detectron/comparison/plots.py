@@ -286,7 +286,8 @@ def plot_training(metrics: Sequence[dict[str, float]], title: str = "") -> Figur
                 panel.plot(*zip(*points, strict=True), marker=marker, color=colour, label=key)
             if keys:
                 panel.legend()
-        losses.set(xlabel="iteration", ylabel="training loss", yscale="log")
+        losses.set(xlabel="iteration", ylabel="training loss")
+        _logarithmic(losses)
         scores.set(xlabel="iteration", ylabel="AP, %", ylim=(0, 100))
         if not drawn[1][1]:
             scores.text(0.5, 0.5, "not evaluated", ha="center", transform=scores.transAxes)
