@@ -38,8 +38,8 @@ class SGD(torch.optim.SGD):
     2. weight decay, momentum and the update, as torch has them;
     3. no-sign-change (Dale's law): a weight that the update carries to zero or across it becomes
        1e-10 with the sign it had (float16, which has no 1e-10: its smallest normal number). A
-       weight at exactly zero counts as positive: it goes where its first update takes it, but to
-       1e-10 at least. (The authors' code sets it to 1e-10 whatever the update.)
+       weight at exactly zero counts as positive: an update that does not raise it makes it 1e-10.
+       (The authors' code makes it 1e-10 whatever the update.)
 
     ``param.grad`` is left as it is. State and state dict are torch's own SGD's, and each loads the
     other's; a checkpoint without the two options leaves them as they are.
