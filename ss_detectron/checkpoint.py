@@ -196,8 +196,8 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             remedy = "it is another network: change MODEL or MODEL.WEIGHTS"
         else:
             remedy = (
-                "with another number of classes, set NUM_CLASSES of the model to the checkpoint's, "
-                f'or MODEL.WEIGHTS_EXCEPT "{modules}" to start anew there'
+                "set MODEL to what the checkpoint was made with (for another number of classes, "
+                f'its NUM_CLASSES), or MODEL.WEIGHTS_EXCEPT "{modules}" to start anew there'
             )
         raise ValueError(
             f"{self._path} does not fit this model, in which {len(differ)} of its tensors have "

@@ -381,8 +381,8 @@ def test_another_number_of_classes_is_refused_with_the_remedy(tmp_path):
     assert str(refusal.value) == (
         f"{path} does not fit this model, in which 2 of its tensors have another shape "
         "(linear.weight: (10, 256) in the file, (7, 256) here, linear.bias: (10,) in the file, "
-        "(7,) here): with another number of classes, set NUM_CLASSES of the model to the "
-        "checkpoint's, or MODEL.WEIGHTS_EXCEPT \"['linear']\" to start anew there"
+        "(7,) here): set MODEL to what the checkpoint was made with (for another number of "
+        "classes, its NUM_CLASSES), or MODEL.WEIGHTS_EXCEPT \"['linear']\" to start anew there"
     )
     assert_same(tensors(model), before)
     load(model, path, weights_except=["linear"])
