@@ -151,12 +151,49 @@ def test_published_settings(experiment, rates, weight_decay):
         assert (rate, 0.9, 0.1) == (solver.BASE_LR, solver.MOMENTUM, solver.GAMMA)
         assert solver.WEIGHT_DECAY == solver.WEIGHT_DECAY_NORM == weight_decay
         assert (solver.IMS_PER_BATCH, solver.OPTIMIZER, solver.WARMUP_ITERS) == (256, "SGD", 0)
+        # The magnitudes of the authors' code, and an evaluation after every epoch.
+        assert (cfg.MODEL.FEEDBACK.SCALE, cfg.MODEL.FEEDBACK.GAIN) == ("kaiming", 1)
+        assert pytest.approx(images / 256, abs=0.6) == cfg.TEST.EVAL_PERIOD
         epochs = [step * 256 / images for step in (*solver.STEPS, solver.MAX_ITER)]
         assert epochs == pytest.approx([10, 20, 30, 40, 50], abs=0.6 * 256 / images)
         model = build_model(load_config(f"{experiment}_{kind}.yaml"))
         report = rules(model)
         assert report.pop("linear") == RULES["bp"]
         assert set(report.values()) == {RULES[kind]}
+
+
+@pytest.mark.parametrize(
+    "experiment, transform, size, flip, mean, std",
+    [
+        # Means and deviations are those of pixels from 0 to 1 in common use.
+        (
+            "imagenet_resnet18",
+            "resized_crop",
+            224,
+            "horizontal",
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+        ),
+        (
+            "cifar10_resnet18",
+            "pad_crop",
+            32,
+            "horizontal",
+            (0.4914, 0.4822, 0.4465),
+            (0.2023, 0.1994, 0.2010),
+        ),
+        ("quick/shapes_resnet18", "resize", 48, "none", None, None),  # left and right are classes
+    ],
+)
+def test_images_are_made_ready_as_in_the_source(experiment, transform, size, flip, mean, std):
+    cfg = config(f"{experiment}_ss.yaml")
+    options = cfg.INPUT.CLASSIFICATION
+    assert (transform, size) == (options.TRANSFORM, options.SIZE)
+    assert (options.RESIZE, options.PAD, cfg.INPUT.FORMAT) == (256, 4, "RGB")
+    assert flip == cfg.INPUT.RANDOM_FLIP
+    if mean is not None:
+        assert pytest.approx([255 * m for m in mean]) == cfg.MODEL.PIXEL_MEAN
+        assert pytest.approx([255 * s for s in std]) == cfg.MODEL.PIXEL_STD
 
 
 @pytest.mark.parametrize("name", sorted({*CLASSIFIERS} - {"quick/shapes_resnet18"}))

@@ -7,7 +7,6 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import _cached_log_stream, setup_logger
 from torch import nn
@@ -197,9 +196,11 @@ def test_a_config_for_eight_gpus_scales_to_one():
         STEPS=(60000, 80000),
         WARMUP_ITERS=1000,
     )
-    scaled = DefaultTrainer.auto_scale_workers(solver, 1).SOLVER
+    solver.SOLVER.LAST_LAYER.BASE_LR = 0.02
+    scaled = Trainer.auto_scale_workers(solver, 1).SOLVER
     assert scaled.IMS_PER_BATCH == 2
     assert pytest.approx(0.00125) == scaled.BASE_LR
+    assert pytest.approx(0.0025) == scaled.LAST_LAYER.BASE_LR
     assert scaled.MAX_ITER == 720000
     assert scaled.STEPS == (480000, 640000)
     assert scaled.WARMUP_ITERS == 8000
@@ -252,6 +253,17 @@ def train(cfg: CfgNode) -> tuple[Trainer, list[float]]:
     trainer.resume_or_load(resume=False)
     trainer.train()
     return trainer, [value for value, _ in trainer.storage.history("total_loss").values()]
+
+
+def test_a_pass_takes_its_part_of_the_images(prepare):
+    passes = {"SOLVER.IMS_PER_BATCH": 6, "SOLVER.ACCUMULATION_STEPS": 3}
+    options = [word for pair in passes.items() for word in pair]
+    for sampler in ("TrainingSampler", "RepeatFactorTrainingSampler"):
+        cfg = prepare(*options, "DATALOADER.SAMPLER_TRAIN", sampler)
+        loader = Trainer.build_train_loader(cfg)
+        assert len(next(iter(loader))) == 2
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 6, .* 4 equal passes"):
+        Trainer.build_train_loader(prepare(*options[:-1], 4))
 
 
 def test_the_same_seed_gives_the_same_losses_twice(prepare):
