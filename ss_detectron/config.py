@@ -85,7 +85,9 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.DATALOADER.UNREADABLE_IMAGES = "error"
 
     # Every how many iterations of training the alignment of feedback weights and gradients with
-    # backpropagation's is measured, which takes one more backward pass; 0 for never.
+    # backpropagation's is measured, which takes one more backward pass; 0 for never. Detectron2
+    # writes the latest values to metrics.json every 20 iterations: a period below 40 is not there
+    # in full.
     _C.TEST.ALIGNMENT_PERIOD = 0
 
     # The evaluation of classifiers: images per batch and process, and whether each class's error
