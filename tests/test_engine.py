@@ -171,7 +171,11 @@ def test_a_refused_run_leaves_the_config_of_the_run_before(prepare):
     [
         ((), (), set()),
         (("MODEL.RESNETS.NORM", "FrozenBN"), (), {"FrozenBN, which does not learn"}),
-        ((), ("--eval-only",), {"a network that was never trained"}),
+        (
+            ("DATASETS.TEST", ("tiny_val",)),
+            ("--eval-only",),
+            {"a network that was never trained"},
+        ),
     ],
 )
 def test_a_start_from_nothing_that_can_hardly_be_meant_is_warned_of(prepare, opts, flags, expected):

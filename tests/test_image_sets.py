@@ -138,10 +138,15 @@ def test_unregistered_name_comes_with_close_ones_and_the_remedy(call):
         call(image_config(test=("imagenet_vall",)), training=False)
 
 
-def test_training_needs_a_data_set():
+def test_training_and_evaluation_need_a_data_set_each():
+    write_images(Path("pets"), cat=1, dog=1)
+    folder, name = ["own_pets", "pets"], ("own_pets",)
     with pytest.raises(ValueError, match="DATASETS.TRAIN names no data set"):
-        check(image_config())
-    check(image_config(), training=False)
+        check(image_config(folder, test=name))
+    with pytest.raises(ValueError, match="DATASETS.TEST names no data set"):
+        check(image_config(folder, train=name), training=False)
+    check(image_config(folder, train=name))
+    check(image_config(folder, test=name), training=False)
 
 
 def test_evaluation_does_not_need_the_train_set():

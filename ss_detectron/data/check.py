@@ -20,14 +20,16 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
 
     Args:
         cfg: a config whose own data sets are registered already.
-        training: False for evaluation only, which does not need ``DATASETS.TRAIN``.
+        training: False for evaluation only, which needs ``DATASETS.TEST`` and not
+            ``DATASETS.TRAIN``.
 
     Raises:
         FileNotFoundError: files or folders are missing.
         ValueError: anything else; the message names what is wrong and what to change.
     """
-    if training and not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN names no data set.")
+    key = "TRAIN" if training else "TEST"
+    if not cfg.DATASETS[key]:
+        raise ValueError(f"DATASETS.{key} names no data set.")
     names = used_datasets(cfg, training)
     check_registered(names)
     architecture = cfg.MODEL.META_ARCHITECTURE
