@@ -52,7 +52,13 @@ setup(
         "pycocotools>=2.0.2",
         "fvcore>=0.1.5",
     ],
-    extras_require={"opencv": ["opencv-python"]},
+    extras_require={
+        "opencv": ["opencv-python"],
+        # What tools/benchmark.py compares with.
+        "bench": ["biotorch==0.0.16"],
+        # DATALOADER.DECODER dali.
+        "dali": ["nvidia-dali-cuda120"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

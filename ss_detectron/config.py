@@ -39,6 +39,13 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES = 1000
     _C.MODEL.IMAGE_CLASSIFIER.IN_FEATURE = ""
 
+    # Convolutions on tensors laid out as (N, H, W, C) in memory, which is faster on GPUs with
+    # SOLVER.AMP and on many CPUs.
+    _C.MODEL.CHANNELS_LAST = False
+    # Compiles the forward and backward passes (torch.compile): of a classifier the whole, of
+    # RetinaNet the backbone and the head.
+    _C.MODEL.COMPILED = False
+
     # What MODEL.WEIGHTS is not to bring: shell-style patterns of the model's parameters and
     # modules, such as "linear" for another number of classes.
     _C.MODEL.WEIGHTS_EXCEPT = []
@@ -79,7 +86,13 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.INPUT.CLASSIFICATION.SIZE = 224
     _C.INPUT.CLASSIFICATION.RESIZE = 256
     _C.INPUT.CLASSIFICATION.PAD = 4
+    # In training, decodes a JPEG of which resized_crop needs fewer pixels at a half, a quarter or
+    # an eighth of its size. Evaluation always decodes every pixel.
+    _C.INPUT.CLASSIFICATION.REDUCED_DECODING = True
 
+    # What decodes and crops the images for the training of classifiers: "pillow", or "dali"
+    # (NVIDIA DALI, the extra ss-detectron[dali]; on a GPU it decodes there).
+    _C.DATALOADER.DECODER = "pillow"
     # What becomes of an image file for classification that cannot be read: "error" ends the run
     # with its name, "skip" names it, goes on without it and counts it.
     _C.DATALOADER.UNREADABLE_IMAGES = "error"

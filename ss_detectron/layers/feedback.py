@@ -176,7 +176,8 @@ class FeedbackRule:
 
     def sign(self, weight: Tensor, fans: Fans) -> Tensor:
         """s sign(W). A weight that is exactly zero gets no feedback."""
-        return torch.sign(weight).mul_(self.magnitude(weight, fans))
+        magnitude = self.magnitude(weight, fans)
+        return torch.sign(weight).mul_(magnitude)
 
     def draw(
         self, weight: Tensor, fans: Fans, index: int = 0, device: str | torch.device = "cpu"
