@@ -6,8 +6,13 @@ For y = W * x + b and an error dE/dy that arrives from above,
     dE/dW, dE/db               as stock, from the same dE/dy,
 
 where the feedback weight B has W's shape (Lillicrap et al. 2016; Liao, Leibo and Poggio 2016,
-arXiv:1510.05067; Xiao et al. 2019, arXiv:1811.03567). These are the package's only autograd
-Functions.
+arXiv:1510.05067; Xiao et al. 2019, arXiv:1811.03567). The weight's gradient does not depend on
+which weight the backward pass is given, so there are two ways to the same gradients:
+
+* a convolution is the stock one, and of what autograd saved for its backward pass the weight alone
+  is exchanged for B. All of it runs in torch, autocast included; Python is asked only for B.
+* an autograd Function with B in the weight's place: for linear layers, and wherever the exchange
+  cannot be (in a graph being compiled, under hooks that others have for saved tensors).
 
 ``feedback`` says what B is. It is either a tensor of the weight's shape, or a callable
 ``feedback(weight, state) -> B`` that the *backward* pass calls, so that the rule in force then
@@ -18,10 +23,12 @@ gradient: it receives the weight's own.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules.utils import _pair
 
 __all__ = ["asymmetric_conv2d", "asymmetric_conv_transpose2d", "asymmetric_linear"]
@@ -65,6 +72,10 @@ def asymmetric_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, padding, stride, dilation)
+    if _exchangeable(input):
+        tied = _tie(weight, state, feedback)
+        output = F.conv2d(input, tied, bias, stride, padding, dilation, groups)
+        return _exchange_weight(output, input, weight, state, feedback)
     return _AsymmetricConvolution.apply(
         input,
         weight,
@@ -106,6 +117,12 @@ def asymmetric_conv_transpose2d(
         RuntimeError: a second derivative is asked for.
     """
     feedback, state = _feedback_source(feedback, state, weight)
+    if _exchangeable(input):
+        tied = _tie(weight, state, feedback)
+        output = F.conv_transpose2d(
+            input, tied, bias, stride, padding, output_padding, groups, dilation
+        )
+        return _exchange_weight(output, input, weight, state, feedback)
     return _AsymmetricConvolution.apply(
         input,
         weight,
@@ -191,6 +208,103 @@ def _pad_by_name(
     return input, (total[0] // 2, total[1] // 2)
 
 
+def _refuse_second_derivative() -> None:
+    # autograd runs a backward with gradients enabled only under create_graph=True. (A compiler
+    # traces it so too; a compiled graph then refuses the second derivative by itself.)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "asymmetric feedback has no second derivative: B stands in for the weight in backward "
+            "without being a function of the loss. Call backward without create_graph=True, or "
+            "convert the model back first: convert_feedback(model, 'backpropagation')."
+        )
+
+
+def _feedback_weight(weight: Tensor, state: Tensor | None, feedback: FeedbackFn) -> Tensor:
+    """B as the rule in force now gives it."""
+    given = feedback(weight, state)
+    if given.shape != weight.shape or given.device != weight.device:
+        raise ValueError(
+            f"the rule gave a feedback weight of shape {tuple(given.shape)} on {given.device} "
+            f"for a weight of shape {tuple(weight.shape)} on {weight.device}"
+        )
+    return given
+
+
+def _state_gradient(
+    weight: Tensor, feedback: Tensor, state: Tensor, grad_weight: Tensor
+) -> Tensor | None:
+    """
+    A learned feedback weight receives what the weight receives (a copy: optimisers and gradient
+    scalers change gradients in place), unless this pass runs on backpropagation.
+    """
+    return None if feedback is weight else grad_weight.to(state.dtype, copy=True)
+
+
+# The exchange ------------------------------------------------------------------------------------
+
+
+def _exchangeable(input: Tensor) -> bool:
+    """Whether what autograd saves of a convolution of ``input`` may be exchanged."""
+    return (
+        input.dim() == 4
+        and (input.is_cpu or input.is_cuda)
+        and not torch.compiler.is_compiling()
+        # Checkpointing and offloading of activations: a saved tensor takes one pair of hooks.
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        # Derivatives other than those of a backward pass, which the Function refuses.
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _exchange_weight(
+    output: Tensor, input: Tensor, weight: Tensor, state: Tensor | None, feedback: FeedbackFn
+) -> Tensor:
+    """``output`` of a stock convolution, with B in the place of the weight saved for backward."""
+    if output.requires_grad and input.requires_grad:
+        version = weight._version
+
+        def feedback_weight(dtype: torch.dtype) -> Tensor:
+            _refuse_second_derivative()
+            if weight._version != version:  # autograd's own check ends with the exchange
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: a weight of shape {tuple(weight.shape)}, between the "
+                    "forward and the backward pass"
+                )
+            return _feedback_weight(weight, state, feedback).to(dtype)
+
+        # Of the weight, or its cast copy under autocast, the type alone is kept.
+        output.grad_fn._raw_saved_weight.register_hooks(attrgetter("dtype"), feedback_weight)
+    return output
+
+
+def _tie(weight: Tensor, state: Tensor | None, feedback: FeedbackFn) -> Tensor:
+    """The weight, whose gradient a learned feedback weight receives as well."""
+    if state is None or not (state.requires_grad and weight.requires_grad):
+        return weight
+    return _Tie.apply(weight, state, feedback)
+
+
+class _Tie(torch.autograd.Function):
+    """(W, B) -> W; its gradient -> both."""
+
+    @staticmethod
+    def forward(ctx, weight, state, feedback):
+        ctx.feedback = feedback
+        ctx.save_for_backward(weight, state)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad_weight):
+        weight, state = ctx.saved_tensors
+        given = _feedback_weight(weight, state, ctx.feedback)
+        return grad_weight, _state_gradient(weight, given, state, grad_weight), None
+
+
+# The Functions -----------------------------------------------------------------------------------
+
+
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The type autocast computes in on the input's device, or None; it leaves float64 alone."""
     device = input.device.type
@@ -207,40 +321,11 @@ def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | N
     return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
 
 
-def _refuse_second_derivative() -> None:
-    # autograd runs a backward with gradients enabled only under create_graph=True. (A compiler
-    # traces it so too; a compiled graph then refuses the second derivative by itself.)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "asymmetric feedback has no second derivative: B stands in for the weight in backward "
-            "without being a function of the loss. Call backward without create_graph=True, or "
-            "convert the model back first: convert_feedback(model, 'backpropagation')."
-        )
-
-
-def _feedback_weight(ctx, weight: Tensor, state: Tensor | None) -> Tensor:
-    """B as the rule in force now gives it; W itself where nobody asks for B."""
+def _feedback_in_backward(ctx, weight: Tensor, state: Tensor | None) -> Tensor:
+    """B; W itself where nobody asks for B."""
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
         return weight
-    feedback = ctx.feedback(weight, state)
-    if feedback.shape != weight.shape or feedback.device != weight.device:
-        raise ValueError(
-            f"the rule gave a feedback weight of shape {tuple(feedback.shape)} on "
-            f"{feedback.device} for a weight of shape {tuple(weight.shape)} on {weight.device}"
-        )
-    return feedback
-
-
-def _state_gradient(
-    ctx, weight: Tensor, feedback: Tensor, state: Tensor | None, grad_weight: Tensor
-) -> Tensor | None:
-    """
-    A learned feedback weight receives what the weight receives (a copy: optimisers and gradient
-    scalers change gradients in place), unless this pass runs on backpropagation.
-    """
-    if not ctx.needs_input_grad[3] or feedback is weight:
-        return None
-    return grad_weight.to(state.dtype, copy=True)
+    return _feedback_weight(weight, state, ctx.feedback)
 
 
 class _AsymmetricConvolution(torch.autograd.Function):
@@ -263,12 +348,12 @@ class _AsymmetricConvolution(torch.autograd.Function):
     def backward(ctx, grad_output):
         _refuse_second_derivative()
         input, weight, state = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_input, need_weight, need_bias, need_state = ctx.needs_input_grad[:4]
         unbatched = input.dim() == 3
         if unbatched:
             input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
         # The weight's gradient does not depend on which weight is passed; B alone serves both.
-        feedback = _feedback_weight(ctx, weight, state)
+        feedback = _feedback_in_backward(ctx, weight, state)
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output,
             input,
@@ -280,8 +365,8 @@ class _AsymmetricConvolution(torch.autograd.Function):
         if need_input and unbatched:
             grad_input = grad_input.squeeze(0)
         grad_state = None
-        if need_weight:
-            grad_state = _state_gradient(ctx, weight, feedback, state, grad_weight)
+        if need_weight and need_state:
+            grad_state = _state_gradient(weight, feedback, state, grad_weight)
         return grad_input, grad_weight, grad_bias, grad_state, None, None, None
 
 
@@ -304,15 +389,16 @@ class _AsymmetricLinear(torch.autograd.Function):
     def backward(ctx, grad_output):
         _refuse_second_derivative()
         input, weight, state = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_input, need_weight, need_bias, need_state = ctx.needs_input_grad[:4]
         grad_input = grad_weight = grad_bias = grad_state = None
-        feedback = _feedback_weight(ctx, weight, state)
+        feedback = _feedback_in_backward(ctx, weight, state)
         if need_input:
             grad_input = grad_output @ feedback.to(input.dtype)
         rows = _rows(grad_output)
         if need_weight:
             grad_weight = rows.t() @ _rows(input)
-            grad_state = _state_gradient(ctx, weight, feedback, state, grad_weight)
+        if need_weight and need_state:
+            grad_state = _state_gradient(weight, feedback, state, grad_weight)
         if need_bias:
             grad_bias = rows.sum(0)
         return grad_input, grad_weight, grad_bias, grad_state, None, None
