@@ -1,6 +1,7 @@
 """The rules in closed form: what B is, what is drawn and when, and what changes it."""
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -290,6 +291,8 @@ def test_a_copy_of_batchwise_magnitude_goes_on_as_the_original(copier, updated, 
     [
         torch.optim.SGD,
         lambda p: torch.optim.SGD(p, foreach=True),
+        lambda p: torch.optim.SGD(p, fused=True),
+        lambda p: torch.optim.AdamW(p, fused=True),
         torch.optim.Adam,
         torch.optim.AdamW,
         torch.optim.RMSprop,
@@ -303,6 +306,52 @@ def test_batchwise_magnitude_notices_the_update_of(optimizer):
     before = layer.feedback_magnitude.clone()
     layer(layer.example)
     assert not torch.equal(layer.feedback_magnitude, before)
+
+
+@pytest.mark.parametrize("scale", ["kaiming", "xavier"])
+@pytest.mark.parametrize("shape", [(1300, 1000), (1, 1_300_000), (3, 2)])
+def test_batchwise_magnitudes_are_those_of_the_scales_distribution(scale, shape):
+    weight = torch.empty(shape)
+    fans = Fans(shape[1], shape[0], False)
+    rule = get_rule("brsf")(scale, 2.0, layer_name="x")
+    drawn = [torch.full_like(weight, math.nan) for _ in range(3)]
+    for index, out in enumerate(drawn):
+        rule.draw_magnitudes(out, weight, fans, index)
+    assert all((out >= 0).all() for out in drawn)
+    if weight.numel() < 1e6:
+        return
+    s = rule.magnitude(weight, fans)
+    for out in drawn:
+        # Half-normal, or uniform from 0: mean, second moment and median.
+        if scale == "kaiming":
+            expected = (2 / math.pi) ** 0.5, 1.0, 0.67449
+        else:
+            expected = 3**0.5 / 2, 1.0, 3**0.5 / 2
+            assert out.max() < 3**0.5 * s
+        actual = out.mean() / s, out.square().mean() / s**2, out.median() / s
+        torch.testing.assert_close(torch.stack(actual), torch.tensor(expected), rtol=5e-3, atol=0)
+    # Independent from draw to draw, and between the parts of a draw.
+    pairs = [(a.flatten(), b.flatten()) for a, b in itertools.combinations(drawn, 2)]
+    for a, b in [*pairs, *(a.flatten().chunk(2) for a in drawn)]:
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 5e-3
+
+
+def test_batchwise_magnitudes_depend_on_neither_memory_format_nor_type():
+    weight = torch.empty(5, 4, 3, 3)
+    rule = get_rule("brsf")("kaiming", layer_name="x")
+    drawn = []
+    for like in (
+        weight,
+        weight.to(memory_format=torch.channels_last),
+        weight.double(),
+        weight.bfloat16(),
+    ):
+        out = torch.empty_like(like)
+        rule.draw_magnitudes(out, like, Fans(36, 45, False), 1)
+        drawn.append(out)
+    assert torch.equal(drawn[1], drawn[0])
+    torch.testing.assert_close(drawn[2].float(), drawn[0])
+    torch.testing.assert_close(drawn[3].float(), drawn[0], rtol=2**-8, atol=0)
 
 
 # Kolen-Pollack.
@@ -371,7 +420,7 @@ def test_the_draws_never_change():
     with torch.no_grad():
         layer.weight.add_(1)
     layer(torch.ones(1, 1, 1, 2))
-    assert values(layer.feedback_magnitude) == [0.8092, 0.0751, 0.0812, 0.0694]
+    assert values(layer.feedback_magnitude) == [0.1165, 0.579, 0.3509, 1.5621]
 
 
 @pytest.mark.parametrize("rule", RULES.values())
@@ -517,8 +566,8 @@ def test_a_redrawn_rule_of_ones_own_needs_no_registration():
         def initial_state(self, weight, fans):
             return torch.ones_like(weight)
 
-        def redraw(self, weight, fans, index):
-            return torch.full_like(weight, (-1) ** index)
+        def redraw(self, state, weight, fans, index):
+            state.fill_((-1) ** index)
 
     layer = convert_feedback(nn.Conv2d(1, 1, 1), Flipping)
     for index in range(4):

@@ -1,10 +1,12 @@
 """The asymmetric operations against stock torch: forward, each gradient, types, misuse."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ss_detectron.layers import (
@@ -14,6 +16,14 @@ from ss_detectron.layers import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+@pytest.fixture(autouse=True, params=["exchange", "function"])
+def way(request):
+    """Each test runs both ways: hooks of others' make a convolution take the Function."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with nullcontext() if request.param == "exchange" else hooks:
+        yield request.param
 
 
 class Case(NamedTuple):
@@ -360,6 +370,44 @@ def test_feedback_is_the_one_in_force_at_backward(case):
 
 
 @each_operation
+def test_a_convolution_runs_on_stock_autograd_where_it_can(case, way):
+    x, w, b, fb, _ = case.tensors()
+    name = type(case.asymmetric(x.requires_grad_(), w, b, feedback=fb).grad_fn).__name__
+    exchanged = way == "exchange" and case.stock is not F.linear
+    assert name.startswith("ConvolutionBackward" if exchanged else "_Asymmetric")
+
+
+@each_operation
+def test_feedback_is_made_once_a_backward_pass_and_only_for_an_input_that_wants_it(case):
+    x, w, b, fb, grad = case.tensors()
+    made = []
+
+    def feedback(weight, state):
+        made.append(weight)
+        return fb
+
+    for leaves in ((w, b), (x, w, b), (x,)):
+        for t in (x, w, b):
+            t.requires_grad_(any(t is leaf for leaf in leaves))
+        y = case.asymmetric(x, w, b, **case.options, feedback=feedback)
+        for _ in range(2):
+            torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        assert len(made) == (0 if leaves[0] is w else 2)
+        made.clear()
+
+
+@each_operation
+def test_derivatives_other_than_a_backward_passs_are_refused(case):
+    x, w, b, fb, _ = case.tensors()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.grad(lambda x: case.asymmetric(x, w, b, **case.options, feedback=fb).sum())(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            case.asymmetric(dual, w, b, **case.options, feedback=fb)
+
+
+@each_operation
 def test_second_derivative_is_refused(case):
     x, w, b, fb, grad = case.tensors()
     x.requires_grad_()
@@ -402,7 +450,9 @@ def test_input_of_another_type_is_refused_as_by_stock(case):
 
 
 @each_operation
-def test_weight_changed_between_forward_and_backward_is_refused_as_by_stock(case):
+def test_weight_changed_between_forward_and_backward_is_refused_as_by_stock(case, way):
+    if way == "function":
+        pytest.skip("hooks for saved tensors end autograd's check, of stock operations too")
     x, w, b, fb, grad = case.tensors()
     x.requires_grad_()
     w.requires_grad_()

@@ -4,6 +4,7 @@ Forward and state-dict keys are the stock layers'; a rule that keeps state adds 
 parameter whose name begins with ``feedback``.
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ import detectron2.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .feedback import Fans, FeedbackRule, get_rule
 from .functional import asymmetric_conv2d, asymmetric_conv_transpose2d, asymmetric_linear
@@ -74,6 +76,7 @@ class AsymmetricLayer(nn.Module):
         if rule.redrawn:
             # The weight's version that the state was drawn for, and how many draws there were.
             # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
+            _count_fused_updates()
             self.feedback_drawn = torch.tensor([self.weight._version, 0], device="cpu")
 
     def drop_state(self) -> None:
@@ -190,12 +193,25 @@ class AsymmetricLayer(nn.Module):
         return f"{super().extra_repr()}, rule={self.rule.name}"
 
 
+@functools.cache
+def _count_fused_updates() -> None:
+    """Makes torch's fused optimisers count up the versions of what they update, as others do."""
+
+    def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                updated = [p for p in group["params"] if p.grad is not None]
+                torch.autograd.graph.increment_version(updated)
+
+    register_optimizer_step_post_hook(count)
+
+
 def _redraw(weight: Tensor, state: Tensor, drawn: Tensor, fans: Fans, rule: FeedbackRule) -> None:
     """Draws the state anew if the weight has been updated since the last draw."""
     if drawn[0] == weight._version:
         return
     drawn[1] += 1
-    state.copy_(rule.redraw(weight, fans, int(drawn[1])))
+    rule.redraw(state, weight, fans, int(drawn[1]))
     drawn[0] = weight._version
 
 

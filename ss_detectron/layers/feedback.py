@@ -23,9 +23,11 @@ of :data:`FEEDBACK_SCALES`. Random feedback is drawn from N(0, s^2), except wher
 scale draws it otherwise.
 """
 
+import functools
 import hashlib
 import math
 import numbers
+import random
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -166,8 +168,11 @@ class FeedbackRule:
         """
         return None
 
-    def redraw(self, weight: Tensor, fans: Fans, index: int) -> Tensor:
-        """The state's ``index``-th draw after the initial one, for a rule that is ``redrawn``."""
+    def redraw(self, state: Tensor, weight: Tensor, fans: Fans, index: int) -> None:
+        """
+        Fills ``state`` with its ``index``-th draw after the initial one, for a rule that is
+        ``redrawn``.
+        """
         raise NotImplementedError(f"rule {self.name!r} draws its state once")
 
     def magnitude(self, weight: Tensor, fans: Fans) -> Tensor:
@@ -179,18 +184,14 @@ class FeedbackRule:
         magnitude = self.magnitude(weight, fans)
         return torch.sign(weight).mul_(magnitude)
 
-    def draw(
-        self, weight: Tensor, fans: Fans, index: int = 0, device: str | torch.device = "cpu"
-    ) -> Tensor:
+    def draw(self, weight: Tensor, fans: Fans) -> Tensor:
         """
-        Random feedback of magnitude s, of W's shape, type and device. The same for the same seed,
-        layer name and index on every rank: it comes from a generator of its own, on the CPU
-        unless told otherwise, that no other random state touches.
+        Random feedback of magnitude s, of W's shape, type and device. The same for the same seed
+        and layer name on every rank: it comes from a generator of its own, on the CPU, that no
+        other random state touches.
         """
-        label = f"{self.seed}/{self.layer_name}/{index}".encode()
-        seed = int.from_bytes(hashlib.sha256(label).digest()[:8], "big") >> 1
-        generator = torch.Generator(device).manual_seed(seed)
-        drawn = torch.empty(weight.shape, device=device)
+        generator = torch.Generator().manual_seed(_hash(f"{self.seed}/{self.layer_name}/0"))
+        drawn = torch.empty(weight.shape)
         bound = FEEDBACK_SCALES[self.scale].uniform_bound(fans)
         if bound is None:
             drawn.normal_(generator=generator)
@@ -200,6 +201,52 @@ class FeedbackRule:
         drawn = drawn.to(weight.device, magnitude.dtype).mul_(magnitude)
         # empty_like keeps the weight's memory format, which the convolution wants of B as well.
         return torch.empty_like(weight, requires_grad=False).copy_(drawn)
+
+    def draw_magnitudes(self, out: Tensor, weight: Tensor, fans: Fans, index: int) -> None:
+        """
+        Fills ``out``, of W's shape, with the absolute values of random feedback of magnitude s, at
+        the cost of copying: each part of ``out`` is a window, at a random place, of one table of
+        4 million random numbers (Salimans et al. 2017, arXiv:1703.03864, share noise likewise).
+        The places depend on seed, layer name and ``index`` alone.
+        """
+        bound = FEEDBACK_SCALES[self.scale].uniform_bound(fans)
+        magnitude = self.magnitude(weight, fans)
+        if bound is not None:
+            magnitude = magnitude * bound
+        table = _magnitude_table(self.seed, bound is not None, weight.device)
+        places = random.Random(_hash(f"{self.seed}/{self.layer_name}/{index}"))
+        for part in _parts(out):
+            start = places.randrange(_TABLE_SIZE - part.numel() + 1)
+            window = table[start : start + part.numel()].view(part.shape)
+            torch.mul(window, magnitude, out=part)
+
+
+def _hash(label: str) -> int:
+    """63 bits."""
+    return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
+
+
+_TABLE_SIZE = 1 << 22
+
+
+@functools.lru_cache(maxsize=8)
+def _magnitude_table(seed: int, uniform: bool, device: torch.device) -> Tensor:
+    """Absolute values of N(0, 1), or U(0, 1); float32, the same on every device."""
+    generator = torch.Generator().manual_seed(_hash(f"{seed}/table"))
+    table = torch.empty(_TABLE_SIZE)
+    if uniform:
+        table.uniform_(generator=generator)
+    else:
+        table.normal_(generator=generator).abs_()
+    return table.to(device)
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Views that make up ``tensor``, each of at most a quarter of the table."""
+    if tensor.numel() <= _TABLE_SIZE // 4:
+        return [tensor]
+    dim = next(d for d, size in enumerate(tensor.shape) if size > 1)
+    return [part for half in tensor.chunk(2, dim) for part in _parts(half)]
 
 
 def _check_rule(rule: type[FeedbackRule]) -> type[FeedbackRule]:
@@ -288,17 +335,15 @@ class SignSymmetryBatchwiseMagnitude(SignSymmetryFixedMagnitude):
     """
     B = abs(M) o sign(W) with M drawn anew after each update of W: batchwise random magnitude
     (brSF). A layer called several times between two updates keeps its M. An update is known by the
-    weight's version, which torch's fused optimisers and assignments to ``weight.data`` leave as it
-    is: with these, M stays (frSF).
+    weight's version, which an assignment to ``weight.data`` leaves as it is: M then stays (frSF).
     """
 
     name = "sign_symmetry_batchwise_magnitude"
     short_name = "brsf"
     redrawn = True
 
-    def redraw(self, weight: Tensor, fans: Fans, index: int) -> Tensor:
-        # Drawn on the weight's own device: this is on the path of every training step.
-        return self.draw(weight, fans, index, weight.device).abs_()
+    def redraw(self, state: Tensor, weight: Tensor, fans: Fans, index: int) -> None:
+        self.draw_magnitudes(state, weight, fans, index)
 
 
 @FEEDBACK_REGISTRY.register()
