@@ -25,6 +25,7 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
 
     Raises:
         FileNotFoundError: files or folders are missing.
+        ImportError: DATALOADER.DECODER is dali, which is not installed.
         ValueError: anything else; the message names what is wrong and what to change.
     """
     key = "TRAIN" if training else "TEST"
@@ -49,6 +50,11 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     if classifier:
         check_classification_datasets(cfg, training=training)
     else:
+        if cfg.DATALOADER.DECODER != "pillow":
+            raise ValueError(
+                f"DATALOADER.DECODER is {cfg.DATALOADER.DECODER!r}, which is for classification; "
+                "Detectron2 loads the images for detection: set it to 'pillow'"
+            )
         check_detection_datasets(cfg, training=training)
 
 
@@ -66,9 +72,10 @@ def check_classification_datasets(cfg: CfgNode, *, training: bool = True) -> Non
 
     Raises:
         FileNotFoundError: folders or images are missing.
+        ImportError: DATALOADER.DECODER is dali, which is not installed.
         ValueError: anything else; the message names what is wrong and what to change.
     """
-    check_loader_options(cfg)
+    check_loader_options(cfg, training)
     names = used_datasets(cfg, training)
     check_registered(names)
     classes = {}

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from numbers import Integral
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +15,9 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .images import ClassificationMapper, UnreadableImageError
+
+if TYPE_CHECKING:
+    from .dali import DaliLoader
 
 __all__ = [
     "ImageDataset",
@@ -86,26 +90,35 @@ class ImageDataset(Dataset):
             )
 
 
-def build_classification_train_loader(cfg: CfgNode) -> DataLoader:
+def build_classification_train_loader(cfg: CfgNode) -> "DataLoader | DaliLoader":
     """An endless loader of the images in DATASETS.TRAIN, in a new order every epoch.
 
     Together, the processes see every image once per epoch; ``len(loader.dataset)`` is the number
     of images in one. SEED and DATALOADER.NUM_WORKERS determine all batches; without workers, the
-    augmentation depends on torch's random numbers as the model uses them, too.
+    augmentation depends on torch's random numbers as the model uses them, too. The order, crops
+    and flips of DATALOADER.DECODER dali are those of pillow.
 
     Returns:
         a loader of the batches of one pass, of which ACCUMULATION_STEPS make a step: "image" uint8
-        (N, 3, SIZE, SIZE), "label" int64 (N,) and "file_name" list[str].
+        (N, 3, SIZE, SIZE), with dali on the model's device; "label" int64 (N,) and "file_name"
+        list[str].
 
     Raises:
-        ValueError: see :func:`check_loader_options`; a label that does not fit.
+        ImportError, ValueError: see :func:`check_loader_options`; a label that does not fit.
     """
     size = _images_per_pass(cfg)
     dataset = _build_dataset(cfg, cfg.DATASETS.TRAIN, training=True)
     logger.info("%d images for training in %s.", len(dataset), ", ".join(cfg.DATASETS.TRAIN))
     seed = cfg.SEED if cfg.SEED >= 0 else None
     sampler = TrainingSampler(len(dataset), seed=seed)
-    return _build_loader(cfg, dataset, sampler, size)
+    if cfg.DATALOADER.DECODER == "pillow":
+        return _build_loader(cfg, dataset, sampler, size)
+    dali = _import_dali()
+    dataset.mapper = dali.EncodedImageMapper(cfg)
+    encoded = _build_loader(
+        cfg, dataset, sampler, size, collate_fn=dali.collate_encoded, pin_memory=False
+    )
+    return dali.DaliLoader(cfg, encoded)
 
 
 def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
@@ -123,14 +136,19 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoa
     return _build_loader(cfg, dataset, InferenceSampler(len(dataset)), size)
 
 
-def check_loader_options(cfg: CfgNode) -> None:
+def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
     """Refuse what classification's loaders and transforms cannot follow.
 
+    Args:
+        cfg: the config.
+        training: False for evaluation only, which never needs NVIDIA DALI.
+
     Raises:
+        ImportError: DATALOADER.DECODER is dali, which is not installed.
         ValueError: names the key, its value and what to choose.
     """
-    for training in (True, False):
-        ClassificationMapper(cfg, training)
+    for augment in (True, False):
+        ClassificationMapper(cfg, augment)
     if cfg.DATALOADER.UNREADABLE_IMAGES not in ("error", "skip"):
         raise ValueError(
             f"DATALOADER.UNREADABLE_IMAGES is {cfg.DATALOADER.UNREADABLE_IMAGES!r}; choose 'error' "
@@ -146,6 +164,39 @@ def check_loader_options(cfg: CfgNode) -> None:
             f"TEST.CLASSIFICATION.IMS_PER_BATCH is {cfg.TEST.CLASSIFICATION.IMS_PER_BATCH}; choose "
             "at least 1"
         )
+    if cfg.DATALOADER.DECODER not in ("pillow", "dali"):
+        raise ValueError(
+            f"DATALOADER.DECODER is {cfg.DATALOADER.DECODER!r}; choose 'pillow' or 'dali'"
+        )
+    if training and cfg.DATALOADER.DECODER == "dali":
+        _check_dali(cfg)
+
+
+def _check_dali(cfg: CfgNode) -> None:
+    wanted = {
+        "INPUT.CLASSIFICATION.TRANSFORM": (cfg.INPUT.CLASSIFICATION.TRANSFORM, "resized_crop"),
+        # It decodes a batch as a whole, and cannot go on after an error.
+        "DATALOADER.UNREADABLE_IMAGES": (cfg.DATALOADER.UNREADABLE_IMAGES, "error"),
+    }
+    for key, (value, only) in wanted.items():
+        if value != only:
+            raise ValueError(
+                f"DATALOADER.DECODER is 'dali', which goes with {key} {only!r} only, not "
+                f"{value!r}; change that, or set DATALOADER.DECODER to 'pillow'"
+            )
+    _import_dali()
+
+
+def _import_dali() -> ModuleType:
+    try:
+        from . import dali
+    except ImportError as error:
+        raise ImportError(
+            "DATALOADER.DECODER is 'dali', and NVIDIA DALI cannot be imported: install it by "
+            "`pip install ss-detectron[dali]`, or set DATALOADER.DECODER to 'pillow'. "
+            f"({error})"
+        ) from error
+    return dali
 
 
 def _images_per_pass(cfg: CfgNode) -> int:
@@ -160,7 +211,7 @@ def _images_per_pass(cfg: CfgNode) -> int:
 
 
 def _build_dataset(cfg: CfgNode, names: Iterable[str], training: bool) -> ImageDataset:
-    check_loader_options(cfg)
+    check_loader_options(cfg, training)
     records = [record for name in names for record in _load(cfg, name)]
     if not records:
         raise ValueError("there are no images: DATASETS.TRAIN names no data set")
@@ -191,7 +242,7 @@ def _load(cfg: CfgNode, name: str) -> list[dict]:
 
 
 def _build_loader(
-    cfg: CfgNode, dataset: ImageDataset, sampler: Sampler, batch_size: int
+    cfg: CfgNode, dataset: ImageDataset, sampler: Sampler, batch_size: int, **options: Any
 ) -> DataLoader:
     # Worker processes take their seeds from a generator of their own, so that they do not depend
     # on what else draws random numbers, and evaluation leaves training as it is.
@@ -200,14 +251,18 @@ def _build_loader(
         generator.manual_seed(cfg.SEED + comm.get_rank())
     else:
         generator.seed()
+    options = {
+        "collate_fn": partial(_collate, size=cfg.INPUT.CLASSIFICATION.SIZE),
+        "pin_memory": torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
+        **options,
+    }
     return DataLoader(
         dataset,
         batch_size,
         sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=partial(_collate, size=cfg.INPUT.CLASSIFICATION.SIZE),
-        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
         generator=generator,
+        **options,
     )
 
 
