@@ -19,6 +19,7 @@ gradients, the optimiser's), "peak" all that is there at once in a step.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -42,9 +43,14 @@ from ss_detectron.benchmark import (
     operation_times,
 )
 from ss_detectron.comparison import hardware
+from ss_detectron.layers import get_rule
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY if rule.short_name != "bp"]
 LIMITS = {"ss": 1.02, "fa": 1.02, "frsf": 1.05, "brsf": 1.05, "kp": 1.05}
+INSTALL_BIOTORCH = (
+    "pip install ss-detectron[bench], or pip install --no-deps biotorch==0.0.16 to leave out what "
+    "it asks for and this comparison does not need"
+)
 COPIES = {"fa": 1, "kp": 3}  # of the converted weights; ss: one layer's
 
 
@@ -102,9 +108,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    one_of = f"of {', '.join(NETWORKS)} (default: resnet18)"
     parser.add_argument(
-        "--networks", nargs="+", default=["resnet18"], choices=NETWORKS, help=one_of
+        "--networks",
+        nargs="+",
+        default=["resnet18"],
+        choices=NETWORKS,
+        metavar="NETWORK",
+        help=f"of {', '.join(NETWORKS)} (default: resnet18)",
     )
     parser.add_argument("--rules", nargs="+", default=RULES, help=f"default: {' '.join(RULES)}")
     parser.add_argument(
@@ -141,9 +151,13 @@ def parse_args() -> argparse.Namespace:
         parser.error("--pairs: a median and quartiles need 2 at least")
     if args.biotorch and not args.promise:
         args.networks = ["torchvision_resnet18"]
+    if args.biotorch and importlib.util.find_spec("biotorch") is None:
+        parser.error(f"--biotorch: BioTorch is not there; {INSTALL_BIOTORCH}")
     try:
         for case in cases(args):
             case.check()
+        for rule in [*args.rules, args.profile or "bp"]:
+            get_rule(rule)
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -13,11 +13,13 @@ close to 1, the machine was busy with something else: run it again.
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from tabulate import tabulate
 from torchvision.models import resnet18
 
+from ss_detectron.benchmark import alternate, ratio
 from ss_detectron.solver import SGD
 
 CASES = {
@@ -39,44 +41,37 @@ def make_parameters(device: torch.device) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def seconds(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
-    """The time of one step. The learning rate goes up from step to step, as in a warm-up."""
-    for group in optimizer.param_groups:
-        group["lr"] *= 1.001
-    synchronize = getattr(torch, device.type).synchronize
-    synchronize()
-    start = time.perf_counter()
-    optimizer.step()
-    synchronize()
-    return time.perf_counter() - start
+def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """One step. The learning rate goes up from step to step, as in a warm-up."""
+
+    def step() -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.001
+        optimizer.step()
+
+    return step
 
 
 def measure(options: dict, compiled: bool, device: torch.device, repeats: int) -> dict[str, str]:
     """One row of the table."""
-    optimizers = [
-        torch.optim.SGD(make_parameters(device), foreach=True, **SETTINGS),
-        torch.optim.SGD(make_parameters(device), foreach=True, **SETTINGS),
-        SGD(make_parameters(device), compiled=compiled, **SETTINGS, **options),
-    ]
+    optimizers = {
+        "stock": torch.optim.SGD(make_parameters(device), foreach=True, **SETTINGS),
+        "control": torch.optim.SGD(make_parameters(device), foreach=True, **SETTINGS),
+        "ours": SGD(make_parameters(device), compiled=compiled, **SETTINGS, **options),
+    }
     begin = time.perf_counter()
     for _ in range(2):  # the first step starts the momentum, the second one is compiled
-        optimizers[-1].step()
+        optimizers["ours"].step()
     compilation = time.perf_counter() - begin
-    times = []
-    for turn in range(WARM_UP + repeats):
-        # Whoever comes first in a turn, comes last in the next but one.
-        order = [(turn + i) % 3 for i in range(3)]
-        taken = {i: seconds(optimizers[i], device) for i in order}
-        times.append([taken[i] for i in range(3)])
-    stock, control, ours = zip(*times[WARM_UP:], strict=True)
-    ratios = [a / b for a, b in zip(ours, stock, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    steps = {name: step_of(optimizer) for name, optimizer in optimizers.items()}
+    seconds = alternate(steps, repeats, warm_up=WARM_UP, device=device)
+    ours = ratio(seconds["ours"], seconds["stock"])
     return {
-        "ours / stock": f"{median:.2f}",
-        "quartiles": f"{low:.2f} - {high:.2f}",
-        "control": f"{statistics.median(a / b for a, b in zip(control, stock, strict=True)):.2f}",
-        "ours, ms": f"{1e3 * statistics.median(ours):.1f}",
-        "stock, ms": f"{1e3 * statistics.median(stock):.1f}",
+        "ours / stock": f"{ours.median:.2f}",
+        "quartiles": f"{ours.low:.2f} - {ours.high:.2f}",
+        "control": f"{ratio(seconds['control'], seconds['stock']).median:.2f}",
+        "ours, ms": f"{1e3 * statistics.median(seconds['ours']):.1f}",
+        "stock, ms": f"{1e3 * statistics.median(seconds['stock']):.1f}",
         "first two steps, s": f"{compilation:.1f}",
     }
 

@@ -81,16 +81,16 @@ class Contestant:
     """
     A network with its optimiser, that takes training steps on one batch.
 
-    The learning rate is next to nothing: the weights stay as they were drawn, the same for every
-    rule, so that each contestant computes the same losses in every step. A step takes the same
-    time.
+    The learning rate is zero, which spares the optimiser nothing: the weights stay as they were
+    drawn, the same for every rule, so that all contestants compute the same loss in every step.
 
     Args:
         case: the network and its batch.
         rule: of all layers but the last ones, or "biotorch MODE" for BioTorch's layers.
 
     Raises:
-        ValueError: BioTorch on another network than torchvision's.
+        ValueError: an unknown network, mode or rule, or BioTorch on a network of Detectron2's,
+            whose layers it does not know.
         ModuleNotFoundError: BioTorch is not there.
     """
 
@@ -112,12 +112,9 @@ class Contestant:
     def converted(self) -> list[AsymmetricLayer]:
         return [m for m in self.model.modules() if isinstance(m, AsymmetricLayer)]
 
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def step(self) -> Tensor:
         """One training step; the loss."""
-        self.zero_grad()
+        self.optimizer.zero_grad()
         with (
             EventStorage(),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
@@ -137,9 +134,15 @@ def _config(case: Case, rule: str) -> CfgNode:
     cfg.MODEL.CHANNELS_LAST = case.uses("channels_last")
     cfg.MODEL.COMPILED = case.uses("compile")
     cfg.MODEL.FEEDBACK.SCALE = case.scale
-    if not rule.startswith("biotorch"):
+    if rule.startswith("biotorch"):
+        if not case.network.startswith("torchvision"):
+            raise ValueError(
+                f"{rule}: {case.network} has layers of Detectron2's, which BioTorch does not know; "
+                "take torchvision_resnet18"
+            )
+    else:
         cfg.MODEL.FEEDBACK.RULE = get_rule(rule).name
-    cfg.SOLVER.BASE_LR = 1e-9
+    cfg.SOLVER.BASE_LR = 0.0
     return cfg
 
 
@@ -148,9 +151,12 @@ def _prepare(model: nn.Module, cfg: CfgNode) -> nn.Module:
     if cfg.MODEL.CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
     if cfg.MODEL.COMPILED:
-        parts = [model.backbone, model.head] if hasattr(model, "head") else [model]
-        for part in parts:
-            part.compile()
+        # More than one graph per contestant is compiled for modules of the same class.
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, 64)
+        for part in (model.backbone, getattr(model, "head", None)):
+            if part is not None:
+                part.compile()
     return model
 
 
@@ -185,22 +191,17 @@ class _TorchvisionClassifier(nn.Module):
         super().__init__()
         net = torchvision.models.resnet18()
         if rule.startswith("biotorch"):
-            self.net = _to_biotorch(net, rule.removeprefix("biotorch "))
+            self.backbone = _to_biotorch(net, rule.removeprefix("biotorch "))
         else:
-            self.net = convert_feedback(net, rule, scale=scale)
+            self.backbone = convert_feedback(net, rule, scale=scale)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = self.net((batch["image"].float() - 120) / 60)
+        logits = self.backbone((batch["image"].float() - 120) / 60)
         return {"loss_cls": F.cross_entropy(logits, batch["label"])}
 
 
 def _to_biotorch(net: nn.Module, mode: str) -> nn.Module:
-    try:
-        from biotorch.module.biomodule import BioModule
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error}; BioTorch is an extra: pip install ss-detectron[bench], or, without all that "
-            "it asks for and this comparison does not need, pip install --no-deps biotorch==0.0.16"
-        ) from error
+    from biotorch.module.biomodule import BioModule  # an extra
+
     with contextlib.redirect_stdout(io.StringIO()):  # it reports by print
         return BioModule(net, mode=mode)

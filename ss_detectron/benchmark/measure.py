@@ -1,5 +1,6 @@
 """The cost of the rules in multiples of stock backpropagation's: time and memory of a step."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from .contestants import BIOTORCH_MODES, Case, Contestant
 from .memory import peak_bytes, state_bytes
 from .timing import alternate, is_noisy, ratio
 
-__all__ = ["CONTROL", "STOCK", "measure", "operation_times"]
+__all__ = ["CONTROL", "STOCK", "first_steps", "measure", "operation_times"]
 
 STOCK, CONTROL = "stock", "control"
 
@@ -46,18 +47,19 @@ def measure(
     Raises:
         RuntimeError: a loss is not finite, or not stock's.
     """
-    names = {rule: rule for rule in (get_rule(rule).short_name for rule in rules)}
+    rules = [get_rule(rule) for rule in rules]
+    learns_by = {STOCK: "bp", CONTROL: "bp"} | {r.short_name or r.name: r.name for r in rules}
+    ours = {}
     if biotorch:
-        known = [rule for rule in names if rule in BIOTORCH_MODES]
-        names |= {f"biotorch {BIOTORCH_MODES[rule]}": rule for rule in known}
-    learns_by = {STOCK: "bp", CONTROL: "bp"} | {
-        name: name if name.startswith("biotorch") else rule for name, rule in names.items()
+        ours = {f"biotorch {BIOTORCH_MODES[r]}": r for r in learns_by if r in BIOTORCH_MODES}
+    contestants = {
+        name: Contestant(case, rule)
+        for name, rule in {**learns_by, **{name: name for name in ours}}.items()
     }
-    contestants = {name: Contestant(case, rule) for name, rule in learns_by.items()}
     for name in (STOCK, CONTROL):
         if contestants[name].converted:
             raise RuntimeError(f"{name} has asymmetric layers: {contestants[name].converted[0]}")
-    first = _first_steps(contestants)
+    first = first_steps(contestants)
 
     seconds = alternate(
         {name: contestant.step for name, contestant in contestants.items()},
@@ -73,7 +75,7 @@ def measure(
         row = {
             "name": name,
             "ratio": ratio(seconds[name], stock)._asdict(),
-            "seconds": sorted(seconds[name])[pairs // 2],
+            "seconds": statistics.median(seconds[name]),
             "first_step_seconds": first[name],
             **memory[name],
             "state_beyond_stock": memory[name]["state"] - memory[STOCK]["state"],
@@ -81,8 +83,8 @@ def measure(
             "converted": sum(_bytes(m.weight) for m in contestant.converted),
             "largest_converted": max((_bytes(m.weight) for m in contestant.converted), default=0),
         }
-        if name.startswith("biotorch"):
-            row["ratio_to_ours"] = ratio(seconds[name], seconds[names[name]])._asdict()
+        if name in ours:
+            row["ratio_to_ours"] = ratio(seconds[name], seconds[ours[name]])._asdict()
         rows.append(row)
     return {
         "case": case._asdict(),
@@ -94,8 +96,13 @@ def measure(
     }
 
 
-def _first_steps(contestants: Mapping[str, Contestant]) -> dict[str, float]:
-    """The seconds of each one's first step, in which compilation takes place."""
+def first_steps(contestants: Mapping[str, Contestant]) -> dict[str, float]:
+    """
+    The seconds of each one's first step, in which compilation takes place.
+
+    Raises:
+        RuntimeError: a loss is not finite, or not stock's.
+    """
     seconds, losses = {}, {}
     for name, contestant in contestants.items():
         start = time.perf_counter()
@@ -116,10 +123,9 @@ def _memory(contestant: Contestant) -> dict[str, int]:
     Bytes: "state" after a step (parameters, buffers, gradients, the optimiser's state), and "peak",
     the most that there is at once in a step, state included.
     """
-    contestant.zero_grad()
-    kept = state_bytes(contestant.model, contestant.optimizer)
-    peak = kept + peak_bytes(contestant.step, contestant.device)
-    return {"state": state_bytes(contestant.model, contestant.optimizer), "peak": peak}
+    peak = peak_bytes(contestant.step, contestant.device)
+    state = state_bytes(contestant.model, contestant.optimizer)
+    return {"state": state, "peak": state + peak}
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -30,18 +30,16 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tenso
 
 def peak_bytes(step: Callable[[], Any], device: str | torch.device = "cpu") -> int:
     """
-    The most that tensors take at once while ``step`` runs, beyond what they take before. On the
-    CPU, whose memory torch counts only in its profiler, the step must free nothing that was there
-    before: set gradients to None first.
+    The most bytes that tensors take at once while ``step`` runs, beyond what they take after it.
+
+    On the CPU, torch counts only while its profiler runs, so that nobody knows the size of what
+    was there before: if ``step`` frees it, the levels before that are underestimated.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         step()
     # In the profiler's summaries, memory is that of an operation and has lost its order in time.
@@ -50,4 +48,4 @@ def peak_bytes(step: Callable[[], Any], device: str | torch.device = "cpu") -> i
     for event in sorted(events, key=lambda e: e.start_ns()):
         level += event.nbytes()
         peak = max(peak, level)
-    return peak
+    return peak - level
