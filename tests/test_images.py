@@ -7,9 +7,12 @@ import pytest
 import torch
 from image_utils import image_config
 from PIL import Image
+from sklearn.datasets import load_sample_image
+from torchvision.datasets.folder import pil_loader
 from torchvision.models import ResNet18_Weights
+from torchvision.transforms import v2
 
-from ss_detectron.data import ClassificationMapper, UnreadableImageError, read_image
+from ss_detectron.data import ClassificationMapper, UnreadableImageError, images, read_image
 
 RAMP = np.arange(256).reshape(16, 16)
 
@@ -270,6 +273,133 @@ def test_what_a_batch_is_made_of(tmp_path):
     assert set(found) == {"image", "label", "file_name"}
     assert found["label"] == 1 and type(found["label"]) is int
     assert Path(found["file_name"]) == file
+
+
+# Reduced decoding --------------------------------------------------------------------------------
+
+
+def write_photo(file, mode="RGB", size=(640, 424), **options):
+    """A photograph of a flower, in a width and height that an eighth leaves whole, or others."""
+    photo = Image.fromarray(load_sample_image("flower.jpg")).resize(size)
+    photo.convert(mode).save(file, **options)
+    return str(file)
+
+
+def crops(file, times, **options):
+    """Training crops of a file, the n-th after seed n, and the random states that they leave."""
+    mapper = ClassificationMapper(image_config(**options), training=True)
+    found, states = [], []
+    for seed in range(times):
+        torch.manual_seed(seed)
+        found.append(mapper({"file_name": file, "label": 0})["image"].int())
+        states.append(torch.get_rng_state())
+    return torch.stack(found), torch.stack(states)
+
+
+def torchvision_crops(image, times, size):
+    steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+    transform, found = v2.Compose(steps), []
+    for seed in range(times):
+        torch.manual_seed(seed)
+        found.append(transform(image).int())
+    return torch.stack(found), torch.get_rng_state()
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes at which images were decoded."""
+    sizes = []
+
+    def decode(image):
+        sizes.append(image.size)
+        return original(image)
+
+    original = images.decode
+    monkeypatch.setattr(images, "decode", decode)
+    return sizes
+
+
+@pytest.mark.parametrize("size", [(640, 424), (333, 500), (60, 50), (400, 30), (1, 1)])
+def test_crops_of_every_pixel_are_those_of_torchvision(tmp_path, size):
+    file = write_photo(tmp_path / "a.jpg", size=size)
+    found, states = crops(file, 20, SIZE=48, REDUCED_DECODING=False)
+    expected, state = torchvision_crops(pil_loader(file), 20, 48)
+    assert found.equal(expected) and states[-1].equal(state)
+
+
+def test_crops_that_need_every_pixel_are_those_of_torchvision(tmp_path, decoded):
+    """Of photographs as large as most in ImageNet, and of whatever is no JPEG."""
+    small = write_photo(tmp_path / "a.jpg", size=(500, 375))
+    large = write_photo(tmp_path / "a.png")
+    for file, size in ((small, 224), (large, 32)):
+        expected, _ = torchvision_crops(pil_loader(file), 10, size)
+        assert crops(file, 10, SIZE=size)[0].equal(expected)
+    assert set(decoded) == {(500, 375), (640, 424)}
+    array = load_sample_image("china.jpg")
+    expected, _ = torchvision_crops(Image.fromarray(array), 1, 32)
+    assert transform(array, training=True, SIZE=32).equal(expected[0].byte())
+
+
+def test_reduced_decoding_leaves_just_the_pixels_of_the_result(tmp_path, decoded):
+    """The largest reduction that leaves the crop at least SIZE pixels wide and high."""
+    file, least = write_photo(tmp_path / "a.jpg"), 48
+    _, states = crops(file, 100, SIZE=least)
+    image, factors = Image.new("L", (640, 424)), []
+    for seed, (width, height) in enumerate(decoded):
+        torch.manual_seed(seed)
+        _, _, *crop = v2.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
+        factors.append(max(f for f in (1, 2, 4, 8) if f == 1 or min(crop) >= f * least))
+        assert (width * factors[-1], height * factors[-1]) == (640, 424)
+    assert set(factors) >= {2, 4, 8}
+    assert states.equal(crops(file, 100, SIZE=least, REDUCED_DECODING=False)[1])
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGB", {}), ("RGB", {"progressive": True}), ("RGB", {"subsampling": 0})]
+    + [("L", {}), ("CMYK", {})],
+)
+def test_reduced_crops_are_nearly_those_of_every_pixel(tmp_path, mode, options):
+    """Within 1.5 of 255 on average over a photograph's crops, at a half, a quarter or an eighth."""
+    file = write_photo(tmp_path / "a.jpg", mode, (637, 421), quality=95, **options)
+    found, _ = crops(file, 30, SIZE=32)
+    expected, _ = crops(file, 30, SIZE=32, REDUCED_DECODING=False)
+    difference = (found - expected).abs().float().mean((1, 2, 3))
+    assert 0 < difference.mean() < 1.5 and difference.max() < 3
+
+
+def test_reduced_crops_lie_where_those_of_every_pixel_do(tmp_path):
+    """On a ramp, a shift is a difference."""
+    file = str(tmp_path / "a.jpg")
+    Image.fromarray(coordinates(250, 250)).save(file, quality=100, subsampling=0)
+    found, _ = crops(file, 50, SIZE=16)
+    expected, _ = crops(file, 50, SIZE=16, REDUCED_DECODING=False)
+    difference = (found - expected).float()
+    assert 0 < difference.abs().max() <= 3
+    assert difference.mean((0, 2, 3)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_reduced_decoding_notices_damage(tmp_path, progressive, decoded):
+    file = write_photo(tmp_path / "a.jpg", progressive=progressive)
+    content = Path(file).read_bytes()
+    for part in (0.2, 0.5, 0.9):
+        Path(file).write_bytes(content[: int(part * len(content))])
+        with pytest.raises(UnreadableImageError, match=f"^'{file}' cannot be read .*truncated"):
+            crops(file, 1, SIZE=32)
+    assert max(decoded)[0] <= 320
+
+
+def test_evaluation_decodes_every_pixel(tmp_path):
+    file = write_photo(tmp_path / "a.jpg")
+    options = {"SIZE": 32, "RESIZE": 40, "REDUCED_DECODING": True}
+    mapper = ClassificationMapper(image_config(**options), training=False)
+    steps = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
+    found = mapper({"file_name": file, "label": 0})["image"]
+    assert found.equal(steps(pil_loader(file)))
+
+
+# Options -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
