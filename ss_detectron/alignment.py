@@ -22,6 +22,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from .compilation import compiled_parts
 from .layers import AsymmetricLayer, backpropagation, feedback_report
 
 __all__ = [
@@ -79,7 +80,15 @@ def backpropagation_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tenso
 
     Returns:
         parameter name -> gradient, for the parameters that learn, but for learned feedback.
+
+    Raises:
+        ValueError: a part of the model is compiled; its graph would go on by the rules.
     """
+    if compiled := compiled_parts(model):
+        raise ValueError(
+            f"backpropagation's gradients cannot be taken from a forward pass of a compiled model: "
+            f"{', '.join(name or type(model).__name__ for name in compiled)} is compiled"
+        )
     parameters = dict(_parameters(model))
     with backpropagation(model), torch.autocast(loss.device.type, enabled=False):
         gradients = torch.autograd.grad(

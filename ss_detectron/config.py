@@ -39,11 +39,12 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES = 1000
     _C.MODEL.IMAGE_CLASSIFIER.IN_FEATURE = ""
 
-    # Convolutions on tensors laid out as (N, H, W, C) in memory, which is faster on GPUs with
-    # SOLVER.AMP and on many CPUs.
+    # Weights, feedback and feature maps laid out as (N, H, W, C) in memory (channels_last), which
+    # is faster on GPUs with SOLVER.AMP and on many CPUs. Training and evaluation.
     _C.MODEL.CHANNELS_LAST = False
-    # Compiles the forward and backward passes (torch.compile): of a classifier the whole, of
-    # RetinaNet the backbone and the head.
+    # Compiles (torch.compile) the forward and backward passes of the model's backbone and, where
+    # there is one, head; on the CPU it needs a C++ compiler. Training and evaluation; not with
+    # TEST.ALIGNMENT_PERIOD.
     _C.MODEL.COMPILED = False
 
     # What MODEL.WEIGHTS is not to bring: shell-style patterns of the model's parameters and
@@ -86,8 +87,9 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.INPUT.CLASSIFICATION.SIZE = 224
     _C.INPUT.CLASSIFICATION.RESIZE = 256
     _C.INPUT.CLASSIFICATION.PAD = 4
-    # In training, decodes a JPEG of which resized_crop needs fewer pixels at a half, a quarter or
-    # an eighth of its size. Evaluation always decodes every pixel.
+    # In training, resized_crop decodes a JPEG at a half, a quarter or an eighth of its size where
+    # that leaves its crop at least SIZE pixels wide and high: the same crops, sooner, with pixels
+    # that differ by about 1 of 255. Evaluation always decodes every pixel.
     _C.INPUT.CLASSIFICATION.REDUCED_DECODING = True
 
     # What decodes and crops the images for the training of classifiers: "pillow", or "dali"

@@ -31,6 +31,7 @@ from torch import nn
 
 from .alignment import AlignmentHook
 from .checkpoint import FeedbackCheckpointer
+from .compilation import check_compiler, compile_parts
 from .config import add_ss_config, find_config
 from .data import (
     build_classification_test_loader,
@@ -167,15 +168,22 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """
         Returns:
-            the model, on its device.
+            the model, on its device, in the memory format of MODEL.CHANNELS_LAST, and to be
+            compiled where MODEL.COMPILED says so; weights may be loaded into it.
 
         Raises:
-            ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect.
+            ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect, or nothing
+                of the model can be compiled.
         """
         model = super().build_model(cfg)
         report = feedback_report(model)
         _check_conversion(cfg, model, report)
         logger.info("Which layers learn by which rule:\n%s", report)
+        if cfg.MODEL.CHANNELS_LAST:
+            # Feedback follows its weight. That of the weights gives that of all feature maps.
+            model.to(memory_format=torch.channels_last)
+        if cfg.MODEL.COMPILED:
+            compile_parts(model)
         return model
 
     @classmethod
@@ -341,6 +349,14 @@ def _check_options(cfg: CfgNode) -> None:
             f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD}: choose a number of iterations, "
             "or 0 for never"
         )
+    if cfg.TEST.ALIGNMENT_PERIOD and cfg.MODEL.COMPILED:
+        raise ValueError(
+            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True, but "
+            "a compiled model cannot give backpropagation's gradients beside its own: set "
+            "MODEL.COMPILED False to measure the alignment, or TEST.ALIGNMENT_PERIOD 0"
+        )
+    if _on_cpu(cfg) and (cfg.MODEL.COMPILED or cfg.SOLVER.COMPILED):
+        check_compiler()
 
 
 def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:
