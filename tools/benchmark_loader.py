@@ -12,9 +12,9 @@ ratio is that of the processor times of two passes over the images. Where the co
 not close to 1, the machine was busy with something else: run it again. Where ours with every pixel
 decoded does not give torchvision's tensors to the bit, the run fails.
 
-Without --images there are two sets: photographs of the usual size in ImageNet, of whose crops
-hardly any leaves pixels out that need not be decoded, and large ones. They are parts of
-scikit-learn's two photographs, continued by reflection, or generated where it is not installed.
+Without --images there are two sets: photographs of the usual size in ImageNet, whose crops need
+every pixel, and large ones, most of whose crops do not. They are parts of scikit-learn's two
+photographs, continued by reflection, or of generated pictures where it is not installed.
 """
 
 import argparse
@@ -58,9 +58,10 @@ Pipeline = Callable[[dict], torch.Tensor]
 
 def generate_photo(generator: np.random.Generator, side: int = 640) -> np.ndarray:
     """A picture (side, side, 3) whose spectrum falls with the frequency, as that of photographs."""
-    y, x = (np.fft.fftfreq(side, 1 / side)[:, None], np.fft.rfftfreq(side, 1 / side))
+    frequency = np.hypot(np.fft.fftfreq(side, 1 / side)[:, None], np.fft.rfftfreq(side, 1 / side))
     noise = np.fft.rfft2(generator.standard_normal((3, side, side)))
-    values = np.fft.irfft2(noise / np.maximum(np.hypot(y, x), 1), (side, side))
+    # As a JPEG, half a byte per pixel as well.
+    values = np.fft.irfft2(noise / np.maximum(frequency, 1) ** 1.35, (side, side))
     return np.clip(128 + 50 * values / values.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
@@ -252,7 +253,7 @@ def show(name: str, found: dict) -> None:
     print(tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True), end="\n\n")
 
 
-def main(args: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -261,7 +262,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="turns (default 20)")
     parser.add_argument("--quick", action="store_true", help="12 images and 5 turns, 30 s at most")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
-    args = parser.parse_args(args)
+    args = parser.parse_args(argv)
     if args.quick:
         args.count, args.repeats = min(args.count, 12), min(args.repeats, 5)
     if args.repeats < 2:

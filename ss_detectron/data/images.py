@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
@@ -143,17 +141,8 @@ def _resize(options: CfgNode, training: bool) -> list[Step]:
     return [decode, v2.Resize((options.SIZE, options.SIZE))]
 
 
-def _flip_half(flip: Step, image: Image.Image) -> Image.Image:
-    """v2.RandomHorizontalFlip and v2.RandomVerticalFlip, whose dispatch takes longer than this."""
-    return flip(image) if torch.rand(1) < 0.5 else image
-
-
 TRANSFORMS = {"resized_crop": _resized_crop, "pad_crop": _pad_crop, "resize": _resize}
-FLIPS = {
-    "horizontal": functional.horizontal_flip,
-    "vertical": functional.vertical_flip,
-    "none": None,
-}
+FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip, "none": None}
 
 
 def build_image_transform(cfg: CfgNode, training: bool) -> tuple[Step, v2.Compose]:
@@ -181,7 +170,8 @@ def build_image_transform(cfg: CfgNode, training: bool) -> tuple[Step, v2.Compos
         raise ValueError(f"INPUT.CLASSIFICATION.SIZE is {options.SIZE}; choose at least 1")
     first, *steps = kind(options, training)
     if training and flip is not None:
-        steps.append(partial(_flip_half, flip))
+        steps.append(flip())
+    # PILToTensor's dispatch takes longer than what it does.
     return first, v2.Compose([*steps, functional.pil_to_tensor])
 
 
