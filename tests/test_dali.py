@@ -1,4 +1,5 @@
 import gc
+import multiprocessing
 import sys
 from itertools import islice
 from pathlib import Path
@@ -140,10 +141,11 @@ def test_processes_share_every_epoch(dali, monkeypatch):
 
 
 def test_size_of_an_epoch_and_iteration_from_the_start(dali):
-    loader = build_classification_train_loader(config())
+    loader = build_classification_train_loader(config(workers=1))
     assert len(loader.dataset) == 11
     first, again = ([b["file_name"] for b in islice(loader, 4)] for _ in range(2))
     assert first == again
+    assert not multiprocessing.active_children()
 
 
 def test_evaluation_is_by_pillow(monkeypatch):
