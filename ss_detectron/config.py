@@ -89,11 +89,12 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.INPUT.CLASSIFICATION.PAD = 4
     # In training, resized_crop decodes a JPEG at a half, a quarter or an eighth of its size where
     # that leaves its crop at least SIZE pixels wide and high: the same crops, sooner, with pixels
-    # that differ by about 1 of 255. Evaluation always decodes every pixel.
+    # that differ by about 1 of 255. Evaluation and DECODER dali always decode every pixel.
     _C.INPUT.CLASSIFICATION.REDUCED_DECODING = True
 
-    # What decodes and crops the images for the training of classifiers: "pillow", or "dali"
-    # (NVIDIA DALI, the extra ss-detectron[dali]; on a GPU it decodes there).
+    # What decodes the images for the training of classifiers by resized_crop: "pillow", or "dali"
+    # (NVIDIA DALI, the extra ss-detectron[dali]), which does so on the model's device. The order,
+    # crops and flips are the same. Evaluation is always by Pillow.
     _C.DATALOADER.DECODER = "pillow"
     # What becomes of an image file for classification that cannot be read: "error" ends the run
     # with its name, "skip" names it, goes on without it and counts it.

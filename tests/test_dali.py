@@ -122,6 +122,21 @@ def test_flips_and_order_of_channels(dali, flip, order):
     assert_alike(*found)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu(dali):
+    """Its decoder may round otherwise, but draws the same crops."""
+    found = []
+    for decoder in ("pillow", "dali"):
+        cfg = config(decoder=decoder, workers=2)
+        cfg.MODEL.DEVICE = "cuda"
+        found.append(batches(cfg, 6))
+    for pillow, dali in zip(*found, strict=True):
+        assert dali["file_name"] == pillow["file_name"]
+        assert dali["label"].tolist() == pillow["label"].tolist()
+        assert dali["image"].is_cuda and dali["image"].shape == pillow["image"].shape
+        assert (dali["image"].cpu().int() - pillow["image"].int()).abs().float().mean() < 1
+
+
 def test_images_smaller_than_the_result(dali):
     pillow, dali = both(3, size=400)
     for expected, found in zip(pillow, dali, strict=True):
