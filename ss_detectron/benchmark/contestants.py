@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from ..compilation import compile_parts
 from ..config import add_ss_config, find_config
 from ..engine import Trainer
 from ..layers import AsymmetricLayer, convert_feedback, get_rule
@@ -99,9 +100,9 @@ class Contestant:
         cfg = _config(case, rule)
         torch.manual_seed(0)
         if case.network.startswith("torchvision"):
-            self.model = _prepare(_TorchvisionClassifier(rule, case.scale), cfg)
+            self.model = _torchvision_model(cfg, rule)
         else:
-            self.model = _prepare(Trainer.build_model(cfg), cfg)
+            self.model = Trainer.build_model(cfg)
         self.model.train()
         self.optimizer = build_optimizer(cfg, self.model)
         self.device = torch.device(case.device)
@@ -146,17 +147,13 @@ def _config(case: Case, rule: str) -> CfgNode:
     return cfg
 
 
-def _prepare(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    model.to(cfg.MODEL.DEVICE)
+def _torchvision_model(cfg: CfgNode, rule: str) -> nn.Module:
+    """As Trainer.build_model gives those of this package's configs."""
+    model = _TorchvisionClassifier(rule, cfg.MODEL.FEEDBACK.SCALE).to(cfg.MODEL.DEVICE)
     if cfg.MODEL.CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
     if cfg.MODEL.COMPILED:
-        # More than one graph per contestant is compiled for modules of the same class.
-        config = torch._dynamo.config
-        config.cache_size_limit = max(config.cache_size_limit, 64)
-        for part in (model.backbone, getattr(model, "head", None)):
-            if part is not None:
-                part.compile()
+        compile_parts(model)
     return model
 
 

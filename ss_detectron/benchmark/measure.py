@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -140,13 +141,14 @@ def operation_times(
     operation that starts them. The steps take turns.
 
     Returns:
-        name -> operation -> milliseconds per step spent in it, not in operations that it calls.
+        name -> operation -> milliseconds per step spent in it, not in operations that it calls; the
+        median of the ``repeats``.
     """
     on_gpu = torch.device(device).type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    totals = {name: {} for name in steps}
+    spent = {name: defaultdict(list) for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             with torch.profiler.profile(activities=activities) as profiler:
@@ -156,7 +158,9 @@ def operation_times(
             for event in profiler.key_averages():
                 if event.device_type != torch.autograd.DeviceType.CPU:
                     continue  # a kernel, which counts for its operation
-                spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-                total = totals[name].get(event.key, 0.0)
-                totals[name][event.key] = total + spent / 1e3 / repeats
-    return totals
+                microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                spent[name][event.key].append(microseconds / 1e3)
+    return {
+        name: {key: statistics.median(times) for key, times in operations.items()}
+        for name, operations in spent.items()
+    }
