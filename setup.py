@@ -56,8 +56,8 @@ setup(
         "opencv": ["opencv-python"],
         # What tools/benchmark.py compares with.
         "bench": ["biotorch==0.0.16"],
-        # DATALOADER.DECODER dali.
-        "dali": ["nvidia-dali-cuda120"],
+        # DATALOADER.DECODER dali. For a torch with CUDA 12, install nvidia-dali-cuda120 instead.
+        "dali": ["nvidia-dali-cuda130"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
