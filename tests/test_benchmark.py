@@ -337,6 +337,32 @@ def test_a_promise_is_kept_or_not(tool):
     assert "(noisy)" in verdict(row("ss", 1.0), {**measured, "noisy": True})
 
 
+def test_the_promised_cases(tool):
+    args = SimpleNamespace(device="cpu", scale="mean_abs", biotorch=True)
+    plan = tool.namespace["promised"](args)
+    assert [(str(case).split(", cpu")[0], with_biotorch) for case, _, with_biotorch, _ in plan] == [
+        ("resnet18, batch 16 at 224, float32", False),
+        ("retinanet_r18, batch 2 at 320, float32", False),
+        ("resnet18, batch 8 at 128, float32", False),
+        ("resnet18, batch 16 at 224, compile", False),
+        ("torchvision_resnet18, batch 16 at 224, float32", True),
+        ("torchvision_resnet18, batch 8 at 128, float32", True),
+    ]
+    for case, rules, with_biotorch, limits in plan:
+        case.check()
+        assert set(rules) <= set(RULES)
+        # A limit that no contestant's name fits would promise nothing.
+        biotorch = {f"biotorch {benchmark.BIOTORCH_MODES[r]}" for r in rules if with_biotorch}
+        assert limits.keys() == (biotorch or set(rules))
+    limits = [limits for *_, limits in plan]
+    assert (
+        limits[0] == limits[1] == {"ss": 1.02, "fa": 1.02, "frsf": 1.05, "brsf": 1.05, "kp": 1.05}
+    )
+    assert limits[2] == {rule: pytest.approx(limit + 0.02) for rule, limit in limits[0].items()}
+    args.biotorch = False
+    assert tool.namespace["promised"](args) == plan[:4]
+
+
 def test_what_the_tool_refuses(tool, capsys):
     for words, message in (
         (["--networks", "vgg"], "invalid choice: 'vgg'"),

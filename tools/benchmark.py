@@ -4,7 +4,7 @@ What the rules cost: time and memory of a training step (forward, backward, opti
 multiples of stock backpropagation's.
 
     tools/benchmark.py --quick                     a first look, under two minutes on two cores
-    tools/benchmark.py --promise                   the cases that the README gives, with limits
+    tools/benchmark.py --promise --retry 2         what the README promises; a quarter of an hour
     tools/benchmark.py --networks resnet50 retinanet_r18 --modes float32 bf16+channels_last
     tools/benchmark.py --networks torchvision_resnet18 --biotorch --batch 8 --size 128
     tools/benchmark.py --profile brsf              where the time goes, operation by operation
