@@ -29,8 +29,8 @@ def compile_parts(model: nn.Module, backend: str | Callable = "inductor") -> lis
     stays as it is: a compiler would start anew for every value that is logged.
 
     A part is compiled once for each of training and inference. When a second image size comes, it
-    is compiled again for any size; a feature map with a side of a single pixel takes a graph of
-    its own.
+    is compiled again for any size (or, if only one side differs, for any length of that side); a
+    feature map with a side of a single pixel takes a graph of its own.
 
     Args:
         model: a Detectron2 model, before DistributedDataParallel wraps it.

@@ -23,7 +23,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ss_detectron import FEEDBACK_REGISTRY, engine
 from ss_detectron.alignment import backpropagation_gradients
-from ss_detectron.compilation import compile_parts
+from ss_detectron.compilation import compile_parts, compiled_parts
 from ss_detectron.data import generate_shapes
 from ss_detectron.layers import AsymmetricLayer, convert_part, reset_feedback
 from ss_detectron.modeling.feedback import feedback_options
@@ -347,8 +347,11 @@ def test_images_of_many_sizes_compile_a_part_twice(compiler):
 
 
 def test_what_is_compiled_is_in_the_log_and_a_model_without_parts_is_refused(caplog):
-    compile_parts(Trainer.build_model(config("detector")))
+    model = Trainer.build_model(config("detector"))
+    assert compiled_parts(model) == []
+    assert compile_parts(model) == compiled_parts(model) == ["backbone", "head"]
     assert "the model's backbone and head will be compiled" in caplog.text
+    assert compiled_parts(copy.deepcopy(model)) == []
     with pytest.raises(ValueError, match="Sequential has no backbone and no head"):
         compile_parts(nn.Sequential(nn.Linear(1, 1)))
 
