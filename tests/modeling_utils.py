@@ -109,11 +109,29 @@ def weight_uses(model: nn.Module, losses: dict[str, torch.Tensor]) -> dict[str, 
     }
     uses = defaultdict(list)
     for node in _nodes(losses):
+        if node.name() == TIE:
+            continue
         for following, _ in node.next_functions:
+            if following is not None and following.name() == TIE:
+                following = following.next_functions[0][0]
             name = names.get(getattr(following, "variable", None))
             if name is not None:
                 uses[name].append(node)
     return uses
+
+
+TIE = "_TieBackward"
+"""Between a weight and its use: a learned feedback weight receives the gradient as well."""
+
+
+def sends_through_weight(node, layer: nn.Module) -> bool:
+    """Whether an operation on a layer's weight is a stock one, with the weight itself."""
+    if node.name().startswith("_Asymmetric"):
+        return False
+    if node.name() != "ConvolutionBackward0":
+        return True
+    with torch.no_grad():
+        return torch.equal(node._saved_weight, layer.weight)
 
 
 def assert_error_flows_through_feedback(model: nn.Module, first: set[str]) -> dict[str, list]:
@@ -140,7 +158,7 @@ def assert_error_flows_through_feedback(model: nn.Module, first: set[str]) -> di
                     lambda inputs, outputs, name=name: sent[name].append((inputs[0], outputs[0]))
                 )
     model.zero_grad()
-    sum(total.values()).backward()
+    sum(total.values()).backward(retain_graph=True)
 
     assert set(uses) - set(sent) == first
     for name, pairs in sent.items():

@@ -142,7 +142,7 @@ def test_state_is_what_a_rule_must_keep():
         "bp": 0,
         "ss": 0,
         "frsf": CONVERTED,
-        "brsf": CONVERTED,
+        "brsf": 0,
         "fa": CONVERTED,
         "fasi": CONVERTED,
         "kp": 3 * CONVERTED,

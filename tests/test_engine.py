@@ -317,26 +317,25 @@ def test_mixed_precision_on_the_cpu_is_bfloat16_over_float32_weights(prepare):
     assert not torch.equal(stem.weight, before)
 
 
-def test_a_resumed_run_keeps_counting_the_draws_of_its_feedback(prepare):
-    def draws(trainer):
+def test_a_resumed_run_keeps_counting_the_updates_of_its_weights(prepare):
+    def feedback(trainer):
         state = trainer.model.state_dict()
-        [number] = {int(state[key]) for key in state if key.endswith(".feedback_draws")}
-        return number, state["backbone.fpn_output3.feedback_magnitude"]
+        [updates] = {int(state[key]) for key in state if key.endswith(".feedback_updates")}
+        return updates, trainer.model.backbone.fpn_output3.current_feedback()
 
     rule = ["MODEL.FEEDBACK.RULE", "brsf"]
     trainer, _ = train(prepare(*rule))
-    number, magnitude = draws(trainer)
-    assert number in (2, 3)
+    number, magnitude = feedback(trainer)
+    assert number == 3
 
     resumed = Trainer(prepare(*rule, "SOLVER.MAX_ITER", 6, flags=["--resume"]))
     resumed.resume_or_load(resume=True)
     assert resumed.start_iter == 3
-    assert draws(resumed)[0] == number
-    assert torch.equal(draws(resumed)[1], magnitude)
+    assert feedback(resumed)[0] == number
+    assert torch.equal(feedback(resumed)[1], magnitude)
     resumed.train()
-    # The first step may still use the checkpoint's draw.
-    assert draws(resumed)[0] in (number + 2, number + 3)
-    assert not torch.equal(draws(resumed)[1], magnitude)
+    assert feedback(resumed)[0] == number + 3
+    assert not torch.equal(feedback(resumed)[1], magnitude)
 
 
 # Checkpoints -------------------------------------------------------------------------------------

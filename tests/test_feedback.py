@@ -158,12 +158,13 @@ def test_drawn_feedback_has_the_magnitude_of_the_scale(kind, rule, scale, gain):
             "xavier": (2 / (fan_in + fan_out)) ** 0.5,
         }[scale]
     )
-    state = layer.feedback_state.detach()
+    state = layer.current_feedback()
+    if rule in ("frsf", "brsf"):
+        assert torch.equal(state.sign(), layer.weight.detach().sign())
+        state = state.abs()
     uniform_bound = {"kaiming": s if is_linear else None, "xavier": s * math.sqrt(3)}.get(scale)
     if rule in ("fa", "kp"):
         assert state.mean().abs() < 0.03 * s  # five standard errors
-    else:
-        assert (state >= 0).all()
     if uniform_bound is None:
         # Half-normal: E abs(M) = s sqrt(2 / pi), E M^2 = s^2.
         assert state.abs().mean() == pytest.approx(s * math.sqrt(2 / math.pi), rel=0.03)
@@ -213,25 +214,40 @@ def test_signed_initialisation_keeps_the_first_signs(kind, scale):
 # Batchwise random magnitude.
 
 
+def _batchwise(kind, **options):
+    """A layer whose scale does not change with its weight: abs(B) is then the magnitude drawn."""
+    return _layer(kind, "brsf", scale="kaiming", **options)
+
+
 @pytest.mark.parametrize("calls", [1, 3])
 @each_layer
 def test_batchwise_magnitude_is_new_after_each_update_and_only_then(kind, calls):
-    layer = _layer(kind, "brsf")
+    layer = _batchwise(kind)
     optimizer = _sgd(layer)
-    seen = [layer.feedback_magnitude.clone()]
+    seen = [layer.current_feedback().abs()]
     for _ in range(3):
         for _ in range(2):  # gradients accumulate: no update in between
             for _ in range(calls):
                 layer(layer.example).sum().backward()
-            assert torch.equal(layer.feedback_magnitude, seen[-1])
+            assert torch.equal(layer.current_feedback().abs(), seen[-1])
         optimizer.step()
         with torch.no_grad():
             layer(layer.example)
-        assert torch.equal(layer.feedback_magnitude, seen[-1])
+        assert torch.equal(layer.current_feedback().abs(), seen[-1])
         layer(layer.example)
-        assert not any(torch.equal(layer.feedback_magnitude, m) for m in seen)
-        seen.append(layer.feedback_magnitude.clone())
-        assert torch.equal(layer.current_feedback(), seen[-1] * layer.weight.detach().sign())
+        magnitude = layer.current_feedback().abs()
+        assert not any(torch.equal(magnitude, m) for m in seen)
+        seen.append(magnitude)
+        assert torch.equal(layer.current_feedback(), magnitude * layer.weight.detach().sign())
+
+
+@each_layer
+def test_batchwise_feedback_keeps_nothing_but_a_count(kind):
+    layer = _batchwise(kind)
+    stock = _layer(kind, "bp")
+    assert list(layer.state_dict()) == [*stock.state_dict(), "feedback_updates"]
+    assert [n for n, _ in layer.named_parameters()] == [n for n, _ in stock.named_parameters()]
+    assert not list(layer.buffers())
 
 
 @each_layer
@@ -244,13 +260,13 @@ def test_batchwise_magnitude_serves_several_calls_in_one_pass(kind):
 @each_layer
 def test_batchwise_draws_depend_on_seed_name_and_index_alone(kind):
     def draws(seed, name, global_seed):
-        layer = _layer(kind, "brsf", seed=seed, layer_name=name, scale="kaiming")
+        layer = _batchwise(kind, seed=seed, layer_name=name)
         torch.manual_seed(global_seed)
         optimizer = _sgd(layer)
         seen = []
         for _ in range(3):
             _step(layer, optimizer)
-            seen.append(layer.feedback_magnitude.clone())
+            seen.append(layer.current_feedback().abs())
         return torch.stack(seen)
 
     first = draws(0, "a", 1)
@@ -282,7 +298,7 @@ def test_a_copy_of_batchwise_magnitude_goes_on_as_the_original(copier, updated, 
     for _ in range(3):
         for each in (layer, other):
             _step(each, _sgd(each))
-        assert torch.equal(other.feedback_magnitude, layer.feedback_magnitude)
+        assert torch.equal(other.current_feedback(), layer.current_feedback())
         assert torch.equal(other.weight, layer.weight)
 
 
@@ -300,58 +316,43 @@ def test_a_copy_of_batchwise_magnitude_goes_on_as_the_original(copier, updated, 
     ],
 )
 def test_batchwise_magnitude_notices_the_update_of(optimizer):
-    layer = _layer("conv", "brsf")
+    layer = _batchwise("conv")
     optimizer = optimizer(layer.parameters())
     _step(layer, optimizer)
-    before = layer.feedback_magnitude.clone()
+    before = layer.current_feedback().abs()
     layer(layer.example)
-    assert not torch.equal(layer.feedback_magnitude, before)
+    assert not torch.equal(layer.current_feedback().abs(), before)
+    layer(layer.example)
+    assert int(layer.state_dict()["feedback_updates"]) == 1
 
 
 @pytest.mark.parametrize("scale", ["kaiming", "xavier"])
-@pytest.mark.parametrize("shape", [(1300, 1000), (1, 1_300_000), (3, 2)])
+@pytest.mark.parametrize("shape", [(1300, 1000), (1, 1_300_000)])
 def test_batchwise_magnitudes_are_those_of_the_scales_distribution(scale, shape):
-    weight = torch.empty(shape)
-    fans = Fans(shape[1], shape[0], False)
-    rule = get_rule("brsf")(scale, 2.0, layer_name="x")
-    drawn = [torch.full_like(weight, math.nan) for _ in range(3)]
-    for index, out in enumerate(drawn):
-        rule.draw_magnitudes(out, weight, fans, index)
-    assert all((out >= 0).all() for out in drawn)
-    if weight.numel() < 1e6:
-        return
-    s = rule.magnitude(weight, fans)
-    for out in drawn:
-        # Half-normal, or uniform from 0: mean, second moment and median.
-        if scale == "kaiming":
-            expected = (2 / math.pi) ** 0.5, 1.0, 0.67449
-        else:
-            expected = 3**0.5 / 2, 1.0, 3**0.5 / 2
-            assert out.max() < 3**0.5 * s
-        actual = out.mean() / s, out.square().mean() / s**2, out.median() / s
-        torch.testing.assert_close(torch.stack(actual), torch.tensor(expected), rtol=5e-3, atol=0)
+    rule = get_rule("brsf")(scale, layer_name="x")
+    drawn = [rule.multiply_at_random(torch.ones(shape), Fans(1, 1, False), i) for i in range(3)]
+    # Half-normal, or uniform from 0: mean, second moment and median.
+    uniform = scale == "xavier"
+    expected = (3**0.5 / 2, 1.0, 3**0.5 / 2) if uniform else ((2 / math.pi) ** 0.5, 1.0, 0.67449)
+    for values in drawn:
+        assert (values >= 0).all() and (not uniform or values.max() < 3**0.5)
+        actual = torch.stack([values.mean(), values.square().mean(), values.median()])
+        torch.testing.assert_close(actual, torch.tensor(expected), rtol=5e-3, atol=0)
     # Independent from draw to draw, and between the parts of a draw.
     pairs = [(a.flatten(), b.flatten()) for a, b in itertools.combinations(drawn, 2)]
-    for a, b in [*pairs, *(a.flatten().chunk(2) for a in drawn)]:
+    for a, b in [*pairs, *(values.flatten().chunk(2) for values in drawn)]:
         assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 5e-3
 
 
 def test_batchwise_magnitudes_depend_on_neither_memory_format_nor_type():
-    weight = torch.empty(5, 4, 3, 3)
+    ones = torch.ones(5, 4, 3, 3)
     rule = get_rule("brsf")("kaiming", layer_name="x")
-    drawn = []
-    for like in (
-        weight,
-        weight.to(memory_format=torch.channels_last),
-        weight.double(),
-        weight.bfloat16(),
-    ):
-        out = torch.empty_like(like)
-        rule.draw_magnitudes(out, like, Fans(36, 45, False), 1)
-        drawn.append(out)
-    assert torch.equal(drawn[1], drawn[0])
-    torch.testing.assert_close(drawn[2].float(), drawn[0])
-    torch.testing.assert_close(drawn[3].float(), drawn[0], rtol=2**-8, atol=0)
+    reference = rule.multiply_at_random(ones.clone(), Fans(36, 45, False), 1)
+    for like in (ones.to(memory_format=torch.channels_last), ones.double(), ones.bfloat16()):
+        drawn = rule.multiply_at_random(like, Fans(36, 45, False), 1)
+        assert drawn is like
+        rtol = 2**-8 if like.dtype == torch.bfloat16 else 0
+        torch.testing.assert_close(drawn.float(), reference, rtol=rtol, atol=0)
 
 
 # Kolen-Pollack.
@@ -416,11 +417,11 @@ def test_the_draws_never_change():
     layer = AsymmetricLinear(2, 2, rule="fa", scale="xavier", layer_name="x", seed=0)
     assert values(layer.feedback_weight * 2**0.5) == [-1.6499, -0.0664, -0.106, 0.4226]
     layer = AsymmetricConv2d(1, 2, (1, 2), rule="brsf", scale="kaiming", layer_name="x", seed=0)
-    assert values(layer.feedback_magnitude) == [0.4394, 1.1021, 0.5658, 0.0042]
+    assert values(layer.current_feedback().abs()) == [0.4365, 0.517, 0.5977, 0.2785]
     with torch.no_grad():
         layer.weight.add_(1)
     layer(torch.ones(1, 1, 1, 2))
-    assert values(layer.feedback_magnitude) == [0.1165, 0.579, 0.3509, 1.5621]
+    assert values(layer.current_feedback().abs()) == [0.1165, 0.579, 0.3509, 1.5621]
 
 
 @pytest.mark.parametrize("rule", RULES.values())
@@ -448,10 +449,10 @@ def test_layers_and_seeds_draw_differently(rule):
         torch.manual_seed(0)
         return convert_feedback(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), rule, seed=seed)
 
-    a, b = (layer.feedback_state / layer.weight.abs().mean() for layer in model(0))
+    a, b = (x.current_feedback().abs() / x.weight.abs().mean() for x in model(0))
     assert not torch.allclose(a, b)
-    assert not torch.equal(model(0)[0].feedback_state, model(1)[0].feedback_state)
-    assert torch.equal(model(0)[1].feedback_state, model(0)[1].feedback_state)
+    assert not torch.equal(model(0)[0].current_feedback(), model(1)[0].current_feedback())
+    assert torch.equal(model(0)[1].current_feedback(), model(0)[1].current_feedback())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -554,20 +555,13 @@ def test_a_rule_of_ones_own_with_state(register):
     assert list(layer.state_dict()) == ["weight", "bias"]
 
 
-def test_a_redrawn_rule_of_ones_own_needs_no_registration():
+def test_a_rule_of_ones_own_that_counts_updates_needs_no_registration():
     class Flipping(FeedbackRule):
         name = "flipping"
-        state_name = "feedback_sign"
-        redrawn = True
+        counts_updates = True
 
         def feedback(self, weight, state, fans):
-            return state * weight
-
-        def initial_state(self, weight, fans):
-            return torch.ones_like(weight)
-
-        def redraw(self, state, weight, fans, index):
-            state.fill_((-1) ** index)
+            return (-1) ** state * weight
 
     layer = convert_feedback(nn.Conv2d(1, 1, 1), Flipping)
     for index in range(4):

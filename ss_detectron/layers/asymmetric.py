@@ -65,6 +65,11 @@ class AsymmetricLayer(nn.Module):
         """Makes ``rule`` this layer's rule and its state, made from the weight, the layer's."""
         self.drop_state()
         self.rule = rule
+        if rule.counts_updates:
+            # The weight's version when it was last looked at, and how often it has changed.
+            # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
+            self.feedback_updates = torch.tensor([self.weight._version, 0], device="cpu")
+            _count_fused_updates()
         state = rule.initial_state(self.weight.detach(), self.fans())
         if state is None:
             return
@@ -73,26 +78,22 @@ class AsymmetricLayer(nn.Module):
             self.register_parameter(rule.state_name, parameter)
         else:
             self.register_buffer(rule.state_name, state)
-        if rule.redrawn:
-            # The weight's version that the state was drawn for, and how many draws there were.
-            # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
-            _count_fused_updates()
-            self.feedback_drawn = torch.tensor([self.weight._version, 0], device="cpu")
 
     def drop_state(self) -> None:
         """Removes the rule's state, if there is any."""
         if getattr(self, "rule", None) is not None and self.rule.state_name is not None:
             delattr(self, self.rule.state_name)
-        self.__dict__.pop("feedback_drawn", None)
+        self.__dict__.pop("feedback_updates", None)
 
     @property
     def feedback_state(self) -> Tensor | None:
         """The rule's state, of the weight's shape, or None."""
         return None if self.rule.state_name is None else getattr(self, self.rule.state_name)
 
+    @torch.no_grad()
     def current_feedback(self) -> Tensor:
-        """B as a backward pass would use it now, of the weight's shape; detached."""
-        return self._feedback(self.weight, self.feedback_state).detach()
+        """B as a backward pass would use it now, of the weight's shape."""
+        return self._feedback(self.weight).detach()
 
     def fans(self) -> Fans:
         """The layer's fan-in and fan-out, for the scales that depend on the shape alone."""
@@ -108,57 +109,56 @@ class AsymmetricLayer(nn.Module):
                 return
             fresh = self.rule.initial_state(self.weight.detach(), self.fans())
             self.feedback_state.copy_(fresh)
-        if self.rule.redrawn:
-            self.feedback_drawn[1] = 0
-            self._mark_drawn()
+        if self.rule.counts_updates:
+            self._set_updates(0)
 
-    def _feedback(self, weight: Tensor, state: Tensor | None) -> Tensor:
+    def _feedback(self, weight: Tensor, state: Tensor | None = None) -> Tensor:
         # Called in backward: what counts is the rule in force then, with its state. A compiler has
         # to be shown the state it is to use, which is that of the forward pass.
         if not isinstance(self, AsymmetricLayer) or self.feedback_suspended:
             return weight
-        if not torch.compiler.is_compiling():
-            state = self.feedback_state
-        return self.rule.feedback(weight, state, self.fans())
+        rule, fans = self.rule, self.fans()
+        if torch.compiler.is_compiling():
+            if rule.counts_updates:
+                options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
+                return _feedback_by_updates(weight, state, [int(n) for n in fans], *options)
+        else:
+            state = int(self.feedback_updates[1]) if rule.counts_updates else self.feedback_state
+        return rule.feedback(weight, state, fans)
 
     def _backward_through(self) -> dict[str, Any]:
         """The keyword arguments that make an asymmetric operation use this layer's rule."""
+        if not self.rule.counts_updates:
+            return {"feedback": self._feedback, "state": self.feedback_state}
         if torch.is_grad_enabled():
-            self._redraw_if_updated()
-        return {"feedback": self._feedback, "state": self.feedback_state}
+            self._count_update()
+        return {"feedback": self._feedback, "state": self.feedback_updates}
 
-    def _redraw_if_updated(self) -> None:
-        rule = self.rule
-        if not rule.redrawn or self.weight.is_meta:
-            return
-        tensors = self.weight.detach(), self.feedback_state, self.feedback_drawn
-        if torch.compiler.is_compiling():
-            fans = [int(n) for n in self.fans()]
-            _redraw_compiled(
-                *tensors, fans, rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
-            )
-        else:
-            _redraw(*tensors, self.fans(), rule)
+    def _count_update(self) -> None:
+        if self.rule.counts_updates and not self.weight.is_meta:
+            count = _count_compiled if torch.compiler.is_compiling() else _count
+            count(self.weight.detach(), self.feedback_updates)
 
-    def _mark_drawn(self) -> None:
-        self.feedback_drawn[0] = self.weight._version
+    def _set_updates(self, number: int) -> None:
+        self.feedback_updates[0] = self.weight._version
+        self.feedback_updates[1] = number
 
     def __getstate__(self) -> dict[str, Any]:
-        self._redraw_if_updated()
+        self._count_update()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "feedback_drawn" in self.__dict__:
-            # A copy's weight counts its versions anew; the copied state belongs to it.
-            self._mark_drawn()
+        if "feedback_updates" in self.__dict__:
+            # A copy's weight counts its versions anew.
+            self._set_updates(int(self.feedback_updates[1]))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # A run that goes on from here must not miss the draw that the last update calls for.
-        self._redraw_if_updated()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.rule.redrawn:
-            destination[prefix + "feedback_draws"] = self.feedback_drawn[1].clone()
+        if self.rule.counts_updates:
+            # A run that goes on from here must not miss the last update.
+            self._count_update()
+            destination[prefix + "feedback_updates"] = self.feedback_updates[1].clone()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -166,15 +166,16 @@ class AsymmetricLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self.rule.counts_updates:
+            updates = prefix + "feedback_updates"
+            if updates in unexpected_keys:
+                unexpected_keys.remove(updates)
+            if updates in state_dict:
+                self._set_updates(int(state_dict[updates]))
+            elif prefix + "weight" in state_dict:
+                self._set_updates(0)
         if self.rule.state_name is None:
             return
-        if self.rule.redrawn:
-            draws = prefix + "feedback_draws"
-            if draws in unexpected_keys:
-                unexpected_keys.remove(draws)
-            if draws in state_dict:
-                self.feedback_drawn[1] = int(state_dict[draws])
-            self._mark_drawn()
         key = prefix + self.rule.state_name
         if key in state_dict or prefix + "weight" not in state_dict:
             return
@@ -206,34 +207,38 @@ def _count_fused_updates() -> None:
     register_optimizer_step_post_hook(count)
 
 
-def _redraw(weight: Tensor, state: Tensor, drawn: Tensor, fans: Fans, rule: FeedbackRule) -> None:
-    """Draws the state anew if the weight has been updated since the last draw."""
-    if drawn[0] == weight._version:
-        return
-    drawn[1] += 1
-    rule.redraw(state, weight, fans, int(drawn[1]))
-    drawn[0] = weight._version
+def _count(weight: Tensor, updates: Tensor) -> None:
+    """Counts an update if the weight's version has changed."""
+    if updates[0] != weight._version:
+        updates[0] = weight._version
+        updates[1] += 1
 
 
-@torch.library.custom_op("ss_detectron::redraw_if_updated", mutates_args=("state", "drawn"))
-def _redraw_compiled(
+# Operators, because a compiler would take the version and the number of updates for constants.
+_count_compiled = torch.library.custom_op(
+    "ss_detectron::count_update", _count, mutates_args=("updates",)
+)
+
+
+@torch.library.custom_op("ss_detectron::feedback_by_updates", mutates_args=())
+def _feedback_by_updates(
     weight: Tensor,
-    state: Tensor,
-    drawn: Tensor,
+    updates: Tensor,
     fans: list[int],
     rule: str,
     scale: str,
     gain: float,
     seed: int,
     layer_name: str,
-) -> None:
-    """
-    :func:`_redraw` as an operator, because a compiler would take the weight's version for a
-    constant. Not for eager mode: each call of the operator counts as a change of ``state``, and
-    autograd refuses a layer that is called twice.
-    """
+) -> Tensor:
+    """B by a rule that counts updates."""
     rule = get_rule(rule)(scale, gain, seed, layer_name)
-    _redraw(weight, state, drawn, Fans(*fans[:2], bool(fans[2])), rule)
+    return rule.feedback(weight, int(updates[1]), Fans(*fans[:2], bool(fans[2])))
+
+
+@_feedback_by_updates.register_fake
+def _(weight: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(weight)
 
 
 def _convolution_fans(layer: nn.modules.conv._ConvNd) -> Fans:
