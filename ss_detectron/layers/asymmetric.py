@@ -123,7 +123,9 @@ class AsymmetricLayer(nn.Module):
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
                 return _feedback_by_updates(weight, state, [int(n) for n in fans], *options)
         else:
-            state = int(self.feedback_updates[1]) if rule.counts_updates else self.feedback_state
+            state = (
+                self.feedback_updates.tolist()[1] if rule.counts_updates else self.feedback_state
+            )
         return rule.feedback(weight, state, fans)
 
     def _backward_through(self) -> dict[str, Any]:
@@ -209,9 +211,9 @@ def _count_fused_updates() -> None:
 
 def _count(weight: Tensor, updates: Tensor) -> None:
     """Counts an update if the weight's version has changed."""
-    if updates[0] != weight._version:
-        updates[0] = weight._version
-        updates[1] += 1
+    version, number = updates.tolist()
+    if version != weight._version:
+        updates.copy_(torch.tensor([weight._version, number + 1]))
 
 
 # Operators, because a compiler would take the version and the number of updates for constants.

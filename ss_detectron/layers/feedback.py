@@ -27,7 +27,6 @@ import functools
 import hashlib
 import math
 import numbers
-import random
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -214,9 +213,9 @@ class FeedbackRule:
         """
         bound = FEEDBACK_SCALES[self.scale].uniform_bound(fans)
         table = _magnitude_table(self.seed, bound, tensor.device)
-        places = random.Random(_hash(f"{self.seed}/{self.layer_name}/{index}"))
-        for part in _parts(tensor):
-            start = places.randrange(_TABLE_SIZE - part.numel() + 1)
+        for i, part in enumerate(_parts(tensor)):
+            place = _hash(f"{self.seed}/{self.layer_name}/{index}/{i}")
+            start = place % (_TABLE_SIZE - part.numel() + 1)
             part.mul_(table[start : start + part.numel()].view(part.shape))
         return tensor
 
