@@ -263,7 +263,21 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             optimizer = SGD(groups, compiled=solver.COMPILED, **settings)
         else:
             optimizer = torch.optim.SGD(groups, fused=True, **settings)
+            optimizer.register_step_pre_hook(_start_momentum)
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _start_momentum(optimizer: torch.optim.SGD, args: tuple, kwargs: dict) -> None:
+    """
+    Begins the momentum of each parameter at 0, which is what torch has for a first step. Its fused
+    kernel takes no mixture of parameters with and without momentum (one that was frozen until
+    now), and leaves the momentum of a first step that a gradient scaler skips uninitialised.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:

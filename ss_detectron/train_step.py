@@ -46,6 +46,10 @@ class AccumulatingTrainer(SimpleTrainer):
             "enabled": mixed_precision,
         }
         self.scaler = torch.amp.GradScaler(device, enabled=mixed_precision and device != "cpu")
+        if self.scaler.is_enabled():
+            # The scaler itself leaves out a step with an overflow, for a fused optimiser too:
+            # hooks on the step would count it, and a checkpoint may turn it into another kind.
+            optimizer._step_supports_amp_scaling = False
 
     def run_step(self) -> None:
         self.optimizer.zero_grad()
@@ -65,6 +69,9 @@ class AccumulatingTrainer(SimpleTrainer):
                 self.scaler.scale(loss).backward()
             for name, part in parts.items():
                 losses[name] += part.detach() / self.passes
+        if self.scaler.is_enabled():
+            # Hooks and gradient clipping are to see gradients without the scale.
+            self.scaler.unscale_(self.optimizer)
         self.after_backward()
         self._write_metrics(losses, data_time)
         self.scaler.step(self.optimizer)

@@ -9,6 +9,7 @@ import detectron2.layers
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from ss_detectron.layers import (
     FEEDBACK_REGISTRY,
@@ -209,6 +210,54 @@ def test_signed_initialisation_keeps_the_first_signs(kind, scale):
         layer.weight.neg_()
     expected = _magnitude(kind, scale, first) * first.sign()
     torch.testing.assert_close(layer.current_feedback(), expected)
+
+
+@pytest.mark.parametrize("rule", ["ss", "brsf", "fasi"])
+@pytest.mark.parametrize(
+    "part", [lambda w: w[:, :3], lambda w: w[:, :1], lambda w: w[..., 1:2, 1:2], lambda w: w.mT]
+)
+def test_a_weight_with_gaps_in_memory_has_the_scale_of_its_values(part, rule):
+    torch.manual_seed(0)
+    weight = part(torch.randn(6, 4, 3, 3))
+    rule = get_rule(rule)(layer_name="x")
+    fans = Fans(4, 6, False)
+    state = 0 if rule.counts_updates else rule.initial_state(weight, fans)
+    expected = rule.feedback(weight.contiguous(), state, fans)
+    torch.testing.assert_close(rule.feedback(weight, state, fans), expected)
+    assert torch.equal(expected.sign(), weight.sign())
+
+
+@pytest.mark.parametrize("rule", ["fa", "brsf"])
+def test_a_default_device_changes_nothing(rule):
+    rule = get_rule(rule)("kaiming", seed=12345)
+    weight, fans = torch.ones(3, 5), Fans(5, 3, False)
+
+    def drawn():
+        if rule.counts_updates:
+            return rule.feedback(weight, 1, fans)
+        return rule.draw(weight, fans)
+
+    with torch.device("meta"):
+        first = drawn()
+    assert torch.equal(first, drawn())
+
+
+def test_a_count_and_another_state_do_not_go_together():
+    class Both(FeedbackRule):
+        name = "both"
+        counts_updates = True
+        learned = True
+
+    with pytest.raises(ValueError, match="Both counts updates"):
+        get_rule(Both)
+
+
+def test_updates_that_cannot_be_counted_are_said(caplog):
+    layer = convert_feedback(nn.Sequential(nn.Linear(3, 2)), "brsf")
+    prune.random_unstructured(layer[0], "weight", 0.5)
+    with caplog.at_level("WARNING"):
+        layer(torch.ones(1, 3))
+    assert "computed anew in every forward pass" in caplog.text
 
 
 # Batchwise random magnitude.

@@ -14,7 +14,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 from torch._dynamo.utils import counters
 
-from ss_detectron import AsymmetricLinear, add_ss_config, convert_feedback
+from ss_detectron import AsymmetricLinear, add_ss_config, backpropagation, convert_feedback
 from ss_detectron.solver import SGD, build_optimizer, check_solver, match_feedback_groups
 
 SHAPES = [(4, 3, 3, 3), (4,), (5, 4), ()]
@@ -470,6 +470,22 @@ def test_without_options_it_is_detectron2s_optimizer(solver, clip):
     train(model, ours)
     train(other, theirs)
     assert_equal(model.parameters(), other.parameters())
+
+
+def test_a_parameter_that_learns_later_begins_its_momentum_then():
+    """As by torch's own SGD, after a checkpoint as well."""
+    cfg = make_cfg(WEIGHT_DECAY=0.1)
+    model = make_model("kp")
+    other = copy.deepcopy(model)
+    ours, theirs = build_optimizer(cfg, model), detectron2_build_optimizer(cfg, other)
+    for each, optimizer in ((model, ours), (other, theirs)):
+        with backpropagation(each):  # no gradient for the feedback weights
+            train(each, optimizer, steps=1)
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(model, ours)
+    train(other, theirs)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])

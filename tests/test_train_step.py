@@ -1,6 +1,7 @@
 """A step over several batches is a step over one large batch."""
 
 import copy
+import math
 import os
 from collections.abc import Iterator
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron import FEEDBACK_REGISTRY, convert_feedback
+from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, convert_feedback
+from ss_detectron.solver import build_optimizer
 from ss_detectron.train_step import AccumulatingTrainer
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
@@ -171,6 +175,53 @@ def test_mixed_precision_on_a_gpu_scales_gradients_and_keeps_the_scale():
     state = trainer.state_dict()
     assert state["grad_scaler"]["scale"] > 1
     trainer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_and_gradient_clipping_see_gradients_without_the_scale(fused):
+    """As on a GPU, with the scaler that torch has for the CPU."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-2
+    seen = []
+    for scale in (None, 1024.0):
+        model = Model().float()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        trainer = AccumulatingTrainer(
+            model, list(images().float()), maybe_add_gradient_clipping(cfg, sgd)
+        )
+        if scale is not None:
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        gradients = []
+        trainer.after_backward = lambda m=model, g=gradients: g.extend(
+            p.grad.clone() for p in m.parameters()
+        )
+        train(trainer)
+        seen.append([*gradients, *model.parameters()])
+    assert max(g.abs().max() for g in seen[0]) > 1e-2
+    for unscaled, scaled in zip(*seen, strict=True):
+        torch.testing.assert_close(scaled, unscaled)
+
+
+def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.1])
+    batch = images()[1].float()
+    trained = []
+    for factors in ([math.inf, 1.0], [1.0]):
+        model = Model("brsf").float()
+        gradient = iter(factors)
+        model.layers[0].weight.register_hook(lambda g, factor=gradient: g * next(factor))
+        trainer = AccumulatingTrainer(model, [batch] * 2, build_optimizer(cfg, model))
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.optimizer._step_supports_amp_scaling = False
+        train(trainer, len(factors))
+        buffers = [s["momentum_buffer"] for s in trainer.optimizer.state.values()]
+        assert len(buffers) == len(list(model.parameters()))
+        trained.append([*model.parameters(), *buffers])
+    for left_out, fresh in zip(*trained, strict=True):
+        torch.testing.assert_close(left_out, fresh)
 
 
 # Two processes

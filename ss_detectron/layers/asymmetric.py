@@ -119,9 +119,9 @@ class AsymmetricLayer(nn.Module):
             return weight
         rule, fans = self.rule, self.fans()
         if torch.compiler.is_compiling():
-            if rule.counts_updates:
+            if not rule.traced:
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
-                return _feedback_by_updates(weight, state, [int(n) for n in fans], *options)
+                return _feedback_operator(weight, state, [int(n) for n in fans], *options)
         else:
             state = (
                 self.feedback_updates.tolist()[1] if rule.counts_updates else self.feedback_state
@@ -138,6 +138,8 @@ class AsymmetricLayer(nn.Module):
 
     def _count_update(self) -> None:
         if self.rule.counts_updates and not self.weight.is_meta:
+            if not self.weight.is_leaf:
+                _warn_of_computed_weight(self.rule.name, self.rule.layer_name)
             count = _count_compiled if torch.compiler.is_compiling() else _count
             count(self.weight.detach(), self.feedback_updates)
 
@@ -152,6 +154,7 @@ class AsymmetricLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "feedback_updates" in self.__dict__:
+            _count_fused_updates()
             # A copy's weight counts its versions anew.
             self._set_updates(int(self.feedback_updates[1]))
 
@@ -197,14 +200,24 @@ class AsymmetricLayer(nn.Module):
 
 
 @functools.cache
+def _warn_of_computed_weight(rule: str, layer_name: str) -> None:
+    logger.warning(
+        "%s: the weight is computed anew in every forward pass (pruning, a parametrization, "
+        "DataParallel), so that its updates cannot be counted: %s draws nothing anew.",
+        layer_name or "a layer",
+        rule,
+    )
+
+
+@functools.cache
 def _count_fused_updates() -> None:
-    """Makes torch's fused optimisers count up the versions of what they update, as others do."""
+    """Makes fused optimisers count up the versions of what they update, as others do."""
 
     def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for group in optimizer.param_groups:
-            if group.get("fused"):
-                updated = [p for p in group["params"] if p.grad is not None]
-                torch.autograd.graph.increment_version(updated)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    torch.autograd.graph.increment_version(parameter)
 
     register_optimizer_step_post_hook(count)
 
@@ -213,19 +226,19 @@ def _count(weight: Tensor, updates: Tensor) -> None:
     """Counts an update if the weight's version has changed."""
     version, number = updates.tolist()
     if version != weight._version:
-        updates.copy_(torch.tensor([weight._version, number + 1]))
+        updates.copy_(torch.tensor([weight._version, number + 1], device="cpu"))
 
 
-# Operators, because a compiler would take the version and the number of updates for constants.
+# An operator, because a compiler would take the version for a constant.
 _count_compiled = torch.library.custom_op(
     "ss_detectron::count_update", _count, mutates_args=("updates",)
 )
 
 
-@torch.library.custom_op("ss_detectron::feedback_by_updates", mutates_args=())
-def _feedback_by_updates(
+@torch.library.custom_op("ss_detectron::feedback", mutates_args=())
+def _feedback_operator(
     weight: Tensor,
-    updates: Tensor,
+    state: Tensor | None,
     fans: list[int],
     rule: str,
     scale: str,
@@ -233,12 +246,14 @@ def _feedback_by_updates(
     seed: int,
     layer_name: str,
 ) -> Tensor:
-    """B by a rule that counts updates."""
+    """B by a rule that is not traced."""
     rule = get_rule(rule)(scale, gain, seed, layer_name)
-    return rule.feedback(weight, int(updates[1]), Fans(*fans[:2], bool(fans[2])))
+    if rule.counts_updates:
+        state = state.tolist()[1]
+    return rule.feedback(weight, state, Fans(*fans[:2], bool(fans[2])))
 
 
-@_feedback_by_updates.register_fake
+@_feedback_operator.register_fake
 def _(weight: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(weight)
 

@@ -64,7 +64,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _mean_abs(weight: Tensor, signs: Tensor | None) -> Tensor:
     wide = _wide(weight.dtype)
-    if signs is None or weight.dtype != wide:
+    if signs is None or weight.dtype != wide or signs.stride() != weight.stride():
         # torch's own 1-norm makes no copy, but takes three times as long on a CPU.
         return weight.abs().mean(dtype=wide)
     # The same as abs(W) = sign(W) o W, in half the time.
@@ -136,6 +136,9 @@ class FeedbackRule:
     """Whether the state is a parameter that receives the weight's gradient."""
     counts_updates: ClassVar[bool] = False
     """Whether the state is a number instead: how often W has been updated."""
+    traced: ClassVar[bool] = True
+    """Whether a compiler (torch.compile) looks into :meth:`feedback`. Otherwise it is one operator
+    to it: where a number must not become a constant, or where the compiler's code is slower."""
 
     def __init__(
         self, scale: str = "mean_abs", gain: float = 1.0, seed: int = 0, layer_name: str = ""
@@ -154,7 +157,7 @@ class FeedbackRule:
 
     def __str__(self) -> str:
         options = f"scale={self.scale}, gain={self.gain:g}"
-        if self.state_name is not None:
+        if self.state_name is not None or self.counts_updates:
             options += f", seed={self.seed}"
         return f"{self.name}({options})"
 
@@ -192,8 +195,8 @@ class FeedbackRule:
         and layer name on every rank: it comes from a generator of its own, on the CPU, that no
         other random state touches.
         """
-        generator = torch.Generator().manual_seed(_hash(f"{self.seed}/{self.layer_name}/0"))
-        drawn = torch.empty(weight.shape)
+        generator = torch.Generator("cpu").manual_seed(_hash(f"{self.seed}/{self.layer_name}/0"))
+        drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
         bound = FEEDBACK_SCALES[self.scale].uniform_bound(fans)
         if bound is None:
             drawn.normal_(generator=generator)
@@ -228,11 +231,11 @@ def _hash(label: str) -> int:
 _TABLE_SIZE = 1 << 22
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def _magnitude_table(seed: int, bound: float | None, device: torch.device) -> Tensor:
     """Absolute values of N(0, 1), or U(0, bound); float32, the same on every device."""
-    generator = torch.Generator().manual_seed(_hash(f"{seed}/table"))
-    table = torch.empty(_TABLE_SIZE)
+    generator = torch.Generator("cpu").manual_seed(_hash(f"{seed}/table"))
+    table = torch.empty(_TABLE_SIZE, dtype=torch.float32, device="cpu")
     if bound is None:
         table.normal_(generator=generator).abs_()
     else:
@@ -257,6 +260,11 @@ def _check_rule(rule: type[FeedbackRule]) -> type[FeedbackRule]:
         raise ValueError(
             f"{rule.__name__}.state_name is {rule.state_name!r}; it must begin with 'feedback', "
             "so that a checkpoint shows what belongs to the rule"
+        )
+    if rule.counts_updates and (rule.state_name is not None or rule.learned):
+        raise ValueError(
+            f"{rule.__name__} counts updates: its state is their number, and it can have no "
+            "state_name and not be learned"
         )
     return rule
 
@@ -309,6 +317,7 @@ class SignSymmetry(FeedbackRule):
 
     name = "sign_symmetry"
     short_name = "ss"
+    traced = False
 
     def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
         return self.sign(weight, fans)
@@ -334,13 +343,16 @@ class SignSymmetryBatchwiseMagnitude(FeedbackRule):
     """
     B = abs(M) o sign(W) with M drawn anew after each update of W: batchwise random magnitude
     (brSF). M itself is not kept, it follows from how often W has been updated: a layer called
-    several times between two updates meets the same. An update is known by the weight's version,
-    which an assignment to ``weight.data`` leaves as it is: M then stays (frSF).
+    several times between two updates meets the same. An update is known, at the next forward pass,
+    by the weight's version, which an assignment to ``weight.data`` leaves as it is: M then stays
+    (frSF). A weight that is computed anew in every forward pass (pruning, parametrizations) has
+    no versions: a warning says so.
     """
 
     name = "sign_symmetry_batchwise_magnitude"
     short_name = "brsf"
     counts_updates = True
+    traced = False
 
     def feedback(self, weight: Tensor, state: int, fans: Fans) -> Tensor:
         return self.multiply_at_random(self.sign(weight, fans), fans, state)

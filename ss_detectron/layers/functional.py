@@ -243,6 +243,10 @@ def _state_gradient(
 # The exchange ------------------------------------------------------------------------------------
 
 
+# Not public, and not in every torch; without it, all goes through the Functions.
+_hooks_of_others = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def _exchangeable(input: Tensor) -> bool:
     """Whether what autograd saves of a convolution of ``input`` may be exchanged."""
     return (
@@ -250,7 +254,8 @@ def _exchangeable(input: Tensor) -> bool:
         and (input.is_cpu or input.is_cuda)
         and not torch.compiler.is_compiling()
         # Checkpointing and offloading of activations: a saved tensor takes one pair of hooks.
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and _hooks_of_others is not None
+        and _hooks_of_others(False) is None
         # Derivatives other than those of a backward pass, which the Function refuses.
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -264,7 +269,7 @@ def _exchange_weight(
     if output.requires_grad and input.requires_grad:
         version = weight._version
 
-        def feedback_weight(dtype: torch.dtype) -> Tensor:
+        def unpack(dtype: torch.dtype) -> Tensor:
             _refuse_second_derivative()
             if weight._version != version:  # autograd's own check ends with the exchange
                 raise RuntimeError(
@@ -275,7 +280,7 @@ def _exchange_weight(
             return _feedback_weight(weight, state, feedback).to(dtype)
 
         # Of the weight, or its cast copy under autocast, the type alone is kept.
-        output.grad_fn._raw_saved_weight.register_hooks(attrgetter("dtype"), feedback_weight)
+        output.grad_fn._raw_saved_weight.register_hooks(attrgetter("dtype"), unpack)
     return output
 
 
