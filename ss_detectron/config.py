@@ -45,6 +45,8 @@ def add_ss_config(cfg: CfgNode) -> None:
     # Compiles (torch.compile) the forward and backward passes of the model's backbone and, where
     # there is one, head; on the CPU it needs a C++ compiler. Training and evaluation; not with
     # TEST.ALIGNMENT_PERIOD.
+    # With SOLVER.AMP on the CPU, use images of more than 128 pixels: of a map of a single pixel
+    # (p7), torch's compiled bfloat16 gradient is not reliable.
     _C.MODEL.COMPILED = False
 
     # What MODEL.WEIGHTS is not to bring: shell-style patterns of the model's parameters and
