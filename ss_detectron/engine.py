@@ -357,6 +357,12 @@ def _check_options(cfg: CfgNode) -> None:
         )
     if _on_cpu(cfg) and (cfg.MODEL.COMPILED or cfg.SOLVER.COMPILED):
         check_compiler()
+    if _on_cpu(cfg) and cfg.MODEL.COMPILED and cfg.SOLVER.AMP.ENABLED:
+        logger.warning(
+            "MODEL.COMPILED and SOLVER.AMP.ENABLED on the CPU: of a feature map of a single pixel "
+            "(p7 of images of up to 128 pixels), the gradient that torch compiles for bfloat16 is "
+            "not always finite. Use larger images, or set one of the two False."
+        )
 
 
 def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ss_detectron import FEEDBACK_REGISTRY
-from ss_detectron.layers import backpropagation, convert_feedback
+from ss_detectron.layers import FeedbackRule, backpropagation, convert_feedback
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
@@ -64,6 +64,28 @@ def test_compiled_training_is_eager_training(rule):
     # Compilation changes no state-dict key and what was drawn goes on.
     assert list(compiled.state_dict()) == list(eager.state_dict())
     for a, e in zip(_train(compiled, compiled), _train(eager, eager), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_a_rule_of_ones_own_that_counts_updates_is_compiled_once_registered(monkeypatch):
+    class Flipping(FeedbackRule):
+        name = "flipping"
+        counts_updates = True
+
+        def feedback(self, weight, state, fans):
+            return weight * (-1) ** state
+
+    torch.manual_seed(0)
+    eager = convert_feedback(Net(), Flipping)
+    compiled = copy.deepcopy(eager)
+    with pytest.raises(Exception, match="unknown feedback rule 'flipping'"):
+        _train(compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))
+    monkeypatch.setitem(FEEDBACK_REGISTRY._obj_map, "flipping", Flipping)
+    torch._dynamo.reset()
+    compiled = copy.deepcopy(eager)
+    expected = _train(eager, eager)
+    actual = _train(compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))
+    for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
 

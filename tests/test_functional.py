@@ -13,6 +13,7 @@ from ss_detectron.layers import (
     asymmetric_conv2d,
     asymmetric_conv_transpose2d,
     asymmetric_linear,
+    functional,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -375,6 +376,16 @@ def test_a_convolution_runs_on_stock_autograd_where_it_can(case, way):
     name = type(case.asymmetric(x.requires_grad_(), w, b, feedback=fb).grad_fn).__name__
     exchanged = way == "exchange" and case.stock is not F.linear
     assert name.startswith("ConvolutionBackward" if exchanged else "_Asymmetric")
+
+
+def test_a_torch_that_does_not_tell_of_hooks_takes_the_function(monkeypatch):
+    monkeypatch.setattr(functional, "_hooks_of_others", None)
+    case = CONVS["strided"]
+    x, w, b, fb, grad = case.tensors()
+    y = case.asymmetric(x.requires_grad_(), w, b, feedback=fb)
+    assert type(y.grad_fn).__name__.startswith("_AsymmetricConvolution")
+    given = case.run(x, w, b, grad, feedback=fb)[1]
+    assert torch.equal(given, case.run_stock(x, fb, b, grad)[1])
 
 
 @each_operation

@@ -119,7 +119,7 @@ class AsymmetricLayer(nn.Module):
             return weight
         rule, fans = self.rule, self.fans()
         if torch.compiler.is_compiling():
-            if not rule.traced:
+            if rule.counts_updates or not rule.traced:
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
                 return _feedback_operator(weight, state, [int(n) for n in fans], *options)
         else:

@@ -138,7 +138,8 @@ class FeedbackRule:
     """Whether the state is a number instead: how often W has been updated."""
     traced: ClassVar[bool] = True
     """Whether a compiler (torch.compile) looks into :meth:`feedback`. Otherwise it is one operator
-    to it: where a number must not become a constant, or where the compiler's code is slower."""
+    to it, for which the rule must be registered: where the compiler's code is slower, and always
+    where updates are counted, because their number must not become a constant."""
 
     def __init__(
         self, scale: str = "mean_abs", gain: float = 1.0, seed: int = 0, layer_name: str = ""
@@ -352,7 +353,6 @@ class SignSymmetryBatchwiseMagnitude(FeedbackRule):
     name = "sign_symmetry_batchwise_magnitude"
     short_name = "brsf"
     counts_updates = True
-    traced = False
 
     def feedback(self, weight: Tensor, state: int, fans: Fans) -> Tensor:
         return self.multiply_at_random(self.sign(weight, fans), fans, state)

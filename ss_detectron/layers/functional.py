@@ -72,19 +72,8 @@ def asymmetric_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, padding, stride, dilation)
-    if _exchangeable(input):
-        tied = _tie(weight, state, feedback)
-        output = F.conv2d(input, tied, bias, stride, padding, dilation, groups)
-        return _exchange_weight(output, input, weight, state, feedback)
-    return _AsymmetricConvolution.apply(
-        input,
-        weight,
-        bias,
-        state,
-        feedback,
-        _autocast_dtype(input),
-        (stride, _pair(padding), dilation, False, (0, 0), groups),
-    )
+    options = stride, _pair(padding), dilation, False, (0, 0), groups
+    return _convolve(input, weight, bias, feedback, state, options)
 
 
 def asymmetric_conv_transpose2d(
@@ -117,21 +106,9 @@ def asymmetric_conv_transpose2d(
         RuntimeError: a second derivative is asked for.
     """
     feedback, state = _feedback_source(feedback, state, weight)
-    if _exchangeable(input):
-        tied = _tie(weight, state, feedback)
-        output = F.conv_transpose2d(
-            input, tied, bias, stride, padding, output_padding, groups, dilation
-        )
-        return _exchange_weight(output, input, weight, state, feedback)
-    return _AsymmetricConvolution.apply(
-        input,
-        weight,
-        bias,
-        state,
-        feedback,
-        _autocast_dtype(input),
-        (_pair(stride), _pair(padding), _pair(dilation), True, _pair(output_padding), groups),
-    )
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    options = stride, padding, dilation, True, _pair(output_padding), groups
+    return _convolve(input, weight, bias, feedback, state, options)
 
 
 def asymmetric_linear(
@@ -206,6 +183,33 @@ def _pad_by_name(
     if odd_h or odd_w:
         input = F.pad(input, (0, odd_w, 0, odd_h))
     return input, (total[0] // 2, total[1] // 2)
+
+
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    feedback: FeedbackFn,
+    state: Tensor | None,
+    options: tuple,
+) -> Tensor:
+    """Either way; ``options`` as ``aten.convolution_backward`` takes them."""
+    if _exchangeable(input):
+        output = _stock_convolution(input, _tie(weight, state, feedback), bias, options)
+        return _exchange_weight(output, input, weight, state, feedback)
+    dtype = _autocast_dtype(input)
+    return _AsymmetricConvolution.apply(input, weight, bias, state, feedback, dtype, options)
+
+
+def _stock_convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple
+) -> Tensor:
+    stride, padding, dilation, transposed, output_padding, groups = options
+    if transposed:
+        return F.conv_transpose2d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _refuse_second_derivative() -> None:
@@ -338,16 +342,11 @@ class _AsymmetricConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, state, feedback, dtype, options):
-        stride, padding, dilation, transposed, output_padding, groups = options
         ctx.feedback, ctx.options = feedback, options
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         # The weight itself is saved, not its cast copy: B is built from it, and it costs nothing.
         ctx.save_for_backward(input, weight, state)
-        if transposed:
-            return F.conv_transpose2d(
-                input, cast_weight, bias, stride, padding, output_padding, groups, dilation
-            )
-        return F.conv2d(input, cast_weight, bias, stride, padding, dilation, groups)
+        return _stock_convolution(input, cast_weight, bias, options)
 
     @staticmethod
     def backward(ctx, grad_output):
