@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 READY := $(STAMPS)/package $(STAMPS)/detectron2-$(DETECTRON2_SOURCE)
 
-.PHONY: help demo test lint setup clean distclean
+.PHONY: help demo test test-all lint setup clean distclean
 
 # Two steps at once, under make -j, would be two pips in one environment.
 .NOTPARALLEL:
@@ -23,6 +23,7 @@ READY := $(STAMPS)/package $(STAMPS)/detectron2-$(DETECTRON2_SOURCE)
 help:
 	@echo "make demo       train a small RetinaNet with sign-symmetry on the CPU and report on it"
 	@echo "make test       run the tests"
+	@echo "make test-all   and the long ones: resumed runs of every rule, thousands of steps"
 	@echo "make lint       check the code with ruff"
 	@echo "make setup      only what demo and test need, in $(VENV)"
 	@echo "make clean      remove build leftovers, caches and the demo's output"
@@ -36,6 +37,10 @@ demo: $(READY)
 test: $(READY)
 	@$(BIN)/python tools/install_detectron2.py --report
 	$(BIN)/python -m pytest tests
+
+test-all: $(READY)
+	@$(BIN)/python tools/install_detectron2.py --report
+	$(BIN)/python -m pytest tests -m "slow or not slow"
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .
