@@ -9,12 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import (
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
 from detectron2.data.catalog import MetadataCatalog
-from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import (
     DefaultTrainer,
     SimpleTrainer,
@@ -36,14 +31,18 @@ from .config import add_ss_config, find_config
 from .data import (
     build_classification_test_loader,
     build_classification_train_loader,
+    build_resumable_detection_train_loader,
     check_datasets,
     register_coco_from_config,
     register_image_folders_from_config,
 )
+from .data.stream import TrainingLoader
 from .evaluation import ClassificationEvaluator
 from .layers import FeedbackReport, check_exclude, feedback_report, get_rule, reset_feedback
 from .layers.feedback import Backpropagation
 from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
+from .random_state import kept_random_state
+from .ranks import load_rank_state, rank_state, share_buffers
 from .solver import build_optimizer, check_solver
 from .train_step import AccumulatingTrainer
 
@@ -152,7 +151,101 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
+        self._evaluation_missing = False
         self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Goes on from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one, as if the
+        run had not been interrupted; else loads MODEL.WEIGHTS and nothing else.
+        """
+        resume = resume and self.checkpointer.has_checkpoint()
+        saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not resume:
+            return
+        self.start_iter = self.iter + 1
+        self._evaluation_missing = not saved.get("evaluated", False)
+        ranks = saved.get("ranks", [])
+        if len(ranks) == comm.get_world_size():
+            load_rank_state(self.model, self._device, ranks[comm.get_rank()])
+        else:
+            logger.warning(
+                "The checkpoint has the random numbers and loss normalisers of %d processes, and "
+                "these are %d: they begin anew, and the run differs from one that was not "
+                "interrupted.",
+                len(ranks),
+                comm.get_world_size(),
+            )
+
+    def save_checkpoint(self) -> None:
+        """
+        Saves all that a run resumed after this iteration needs, at its very end, after evaluation.
+        Every rank has to call it.
+        """
+        name = f"model_{self.iter:07d}"
+        state = self.gather_rank_states()
+        self.checkpointer.save(name, iteration=self.iter, evaluated=True, ranks=state)
+
+    def gather_rank_states(self) -> list[dict[str, Any]]:
+        """Of all ranks, on the main one; every rank has to call it."""
+        return comm.gather(rank_state(self.model, self._device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """DefaultTrainer's, and where the loaders are."""
+        state = super().state_dict()
+        for name, loader in self._loaders().items():
+            if hasattr(loader, "state_dict"):
+                state[name] = loader.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where another trainer was."""
+        super().load_state_dict(state_dict)
+        for name, loader in self._loaders().items():
+            if name not in state_dict:
+                reason = "the checkpoint does not say where it was"
+            elif not hasattr(loader, "load_state_dict"):
+                reason = f"a loader of type {type(loader).__name__} keeps no state"
+            else:
+                loader.load_state_dict(state_dict[name])
+                continue
+            logger.warning("The order of the images (%s) begins anew: %s.", name, reason)
+
+    def _loaders(self) -> dict[str, Any]:
+        """The loaders of training images, by the name of their state in a checkpoint."""
+        loaders = {"data": self._trainer.data_loader}
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PreciseBN) and hasattr(hook, "_data_loader"):
+                loaders["precise_bn_data"] = hook._data_loader
+        return loaders
+
+    def before_train(self) -> None:
+        """Makes up for an evaluation that the interrupted run may not have finished, as well."""
+        super().before_train()
+        period = self.cfg.TEST.EVAL_PERIOD
+        due = period > 0 and self.start_iter % period == 0 and self.start_iter < self.max_iter
+        if not (self._evaluation_missing and due):
+            return
+        logger.info("Resumed after the step of an evaluation, which is done first.")
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks:
+            if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer, hooks.PeriodicWriter)):
+                hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """
+        Evaluates on DATASETS.TEST. On every rank, the model is the main one's, the one that is
+        saved; and training goes on with the random numbers it would have had.
+        """
+        share_buffers(model)
+        with kept_random_state(torch.device(cfg.MODEL.DEVICE)):
+            return super().test(cfg, model, evaluators)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.cfg.MODEL.DEVICE)
 
     @staticmethod
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -194,35 +287,17 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """
-        The loader of DATASETS.TRAIN, endless. Detectron2's own for detection; its default sampler
-        takes its seed from the config. A batch has the images of one pass, see
-        SOLVER.ACCUMULATION_STEPS.
+        The loader of DATASETS.TRAIN, endless. Its batches follow from SEED. A batch has the images
+        of one pass, see SOLVER.ACCUMULATION_STEPS.
         """
         if _is_classification(cfg.DATASETS.TRAIN[0]):
             loader = build_classification_train_loader(cfg)
             _log_epochs(cfg, len(loader.dataset))
             return loader
-        images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
-        if images % (passes * comm.get_world_size()):
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH is {images}, which {comm.get_world_size()} processes cannot "
-                f"share out in {passes} equal passes (SOLVER.ACCUMULATION_STEPS)"
-            )
-        options = {"total_batch_size": images // passes}
-        if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-            return build_detection_train_loader(cfg, **options)
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=(
-                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-            ),
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-        _log_epochs(cfg, len(dataset))
-        # Detectron2 0.6 draws a seed of its own here even where SEED is set.
-        sampler = TrainingSampler(len(dataset), seed=cfg.SEED if cfg.SEED >= 0 else None)
-        return build_detection_train_loader(cfg, dataset=dataset, sampler=sampler, **options)
+        loader = build_resumable_detection_train_loader(cfg)
+        if isinstance(loader, TrainingLoader):
+            _log_epochs(cfg, len(loader.dataset))
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -261,6 +336,11 @@ class Trainer(DefaultTrainer):
         the measurement of the alignment.
         """
         built = super().build_hooks()
+        # Detectron2's is the main rank's, and saves nothing of the others.
+        built = [hook for hook in built if not isinstance(hook, hooks.PeriodicCheckpointer)]
+        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+        built.insert(place, PeriodicCheckpointer(self.checkpointer, period))
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             names = self.cfg.DATASETS.TEST
             metric, mode = "bbox/AP", "max"
@@ -274,6 +354,15 @@ class Trainer(DefaultTrainer):
         if self.cfg.TEST.ALIGNMENT_PERIOD:
             built.insert(0, AlignmentHook(self.cfg.TEST.ALIGNMENT_PERIOD))
         return built
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """Detectron2's, on every rank, whose state it keeps."""
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        if (iteration + 1) % self.period == 0 or iteration + 1 >= self.max_iter:
+            self.step(iteration, ranks=self.trainer.gather_rank_states())
 
 
 class BestCheckpointer(hooks.BestCheckpointer):

@@ -1,10 +1,60 @@
-"""What the processes of a run (ranks) have to agree on."""
+"""What the processes of a run (ranks) have to agree on, and what each has of its own."""
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
+from torch import nn
 
-__all__ = ["any_rank"]
+from .random_state import get_random_state, set_random_state
+
+__all__ = ["any_rank", "load_rank_state", "rank_state", "share_buffers"]
 
 
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true on any rank. Every rank has to call it, and gets the same answer."""
     return any(comm.all_gather(flag))
+
+
+def share_buffers(model: nn.Module) -> None:
+    """
+    Gives every rank the main one's buffers, such as the statistics of batch norm, which each rank
+    gathers from its own images. Every rank has to call it.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """
+    What a checkpoint has to hold of each rank, in tensors, numbers and strings: its random numbers,
+    and the mean number of foreground anchors by which dense detectors such as RetinaNet divide
+    their loss, which Detectron2 keeps in a plain attribute.
+
+    Args:
+        model: possibly wrapped in DistributedDataParallel.
+        device: the model's.
+    """
+    normalizers = {
+        name: module.loss_normalizer
+        for name, module in _dense_detectors(model).items()
+        if hasattr(module, "loss_normalizer")
+    }
+    return {"random": get_random_state(device), "loss_normalizer": normalizers}
+
+
+def load_rank_state(model: nn.Module, device: torch.device, state: dict[str, Any]) -> None:
+    """Puts :func:`rank_state` back."""
+    modules = _dense_detectors(model)
+    for name, value in state["loss_normalizer"].items():
+        if name in modules:
+            modules[name].loss_normalizer = value
+    set_random_state(state["random"], device)
+
+
+def _dense_detectors(model: nn.Module) -> dict[str, DenseDetector]:
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return {n: m for n, m in model.named_modules() if isinstance(m, DenseDetector)}

@@ -5,7 +5,11 @@ from .cifar import CIFAR10_CLASSES, register_cifar10
 from .coco import check_detection_datasets, register_coco_from_config
 from .folders import register_image_folders_from_config, register_imagenet
 from .images import ClassificationMapper, UnreadableImageError, read_image
-from .loaders import build_classification_test_loader, build_classification_train_loader
+from .loaders import (
+    build_classification_test_loader,
+    build_classification_train_loader,
+    build_resumable_detection_train_loader,
+)
 from .shapes import SHAPES_CLASSES, draw_shapes, ensure_shapes, generate_shapes, register_shapes
 from .shapes_cls import (
     SHAPES_CLS_CLASSES,
@@ -23,6 +27,7 @@ __all__ = [
     "UnreadableImageError",
     "build_classification_test_loader",
     "build_classification_train_loader",
+    "build_resumable_detection_train_loader",
     "check_classification_datasets",
     "check_datasets",
     "check_detection_datasets",

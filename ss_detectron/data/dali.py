@@ -16,9 +16,10 @@ from detectron2.config import CfgNode
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from .images import UnreadableImageError, build_image_transform, decode, read_image
+from .stream import TrainingLoader
 
 __all__ = ["DaliLoader", "EncodedImageMapper", "collate_encoded"]
 
@@ -103,7 +104,7 @@ def collate_encoded(images: list[dict[str, Any]]) -> dict[str, Any]:
 class DaliLoader:
     """Batches of decoded images, on the model's device."""
 
-    def __init__(self, cfg: CfgNode, encoded: DataLoader) -> None:
+    def __init__(self, cfg: CfgNode, encoded: TrainingLoader) -> None:
         """
         Args:
             cfg: the config.
@@ -111,11 +112,22 @@ class DaliLoader:
         """
         self.cfg = cfg
         self.encoded = encoded
+        self.batches = 0
+        """How many were given out; DALI works ahead of them."""
 
     @property
     def dataset(self) -> Dataset:
         """The images of one epoch."""
         return self.encoded.dataset
+
+    def state_dict(self) -> dict[str, int]:
+        """See :meth:`.TrainingLoader.state_dict`."""
+        return {**self.encoded.state_dict(), "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """See :meth:`.TrainingLoader.load_state_dict`."""
+        self.encoded.load_state_dict(state)
+        self.batches = self.encoded.batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """
@@ -126,6 +138,7 @@ class DaliLoader:
         Raises:
             UnreadableImageError: an image, by its name.
         """
+        self.encoded.batches = self.batches
         waiting = deque()
         encoded = _feed(iter(self.encoded), waiting)  # worker processes start before DALI's threads
         gpu = _gpu(self.cfg)
@@ -141,6 +154,7 @@ class DaliLoader:
         try:
             while True:
                 (batch,) = next(images)
+                self.batches += 1
                 yield {**batch, **waiting.popleft()}
         except RuntimeError as error:
             sample = re.search(r"Failed to decode sample #(\d+)", str(error))

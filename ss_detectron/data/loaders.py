@@ -1,4 +1,4 @@
-"""Loaders of images for classification, which give stacked batches."""
+"""Loaders of images for classification, which give stacked batches, and for detection."""
 
 import logging
 from collections.abc import Iterable
@@ -9,94 +9,40 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
-from .images import ClassificationMapper, UnreadableImageError
+from ..random_state import seeded
+from .images import ClassificationMapper
+from .stream import ImageDataset, TrainingLoader
 
 if TYPE_CHECKING:
     from .dali import DaliLoader
 
 __all__ = [
-    "ImageDataset",
     "build_classification_test_loader",
     "build_classification_train_loader",
+    "build_resumable_detection_train_loader",
     "check_loader_options",
 ]
 
 logger = logging.getLogger(__name__)
 
-# So many unreadable images in a row say that more is wrong than single files.
-MAX_UNREADABLE = 100
 
-
-class ImageDataset(Dataset):
-    """The images of dataset dicts, read and transformed when they are asked for."""
-
-    def __init__(
-        self, records: list[dict], mapper: ClassificationMapper, *, skip: bool, replace: bool
-    ) -> None:
-        """
-        Args:
-            records: the dataset dicts, kept in a form that worker processes share.
-            mapper: of a dataset dict.
-            skip: whether unreadable images are named and passed over, or an error.
-            replace: whether the following image takes the place of one that was passed over.
-        """
-        self.records = DatasetFromList(records, copy=False)
-        self.mapper = mapper
-        self.skip = skip
-        self.replace = replace
-        self.unreadable = set()  # of this process
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """
-        Returns:
-            what the mapper gives; None for an unreadable image that is not replaced.
-
-        Raises:
-            UnreadableImageError: an image, or with ``skip`` and ``replace`` as many of them in a
-                row as there are, up to 100.
-        """
-        for offset in range(min(len(self), MAX_UNREADABLE) if self.replace else 1):
-            try:
-                return self.mapper(self.records[(index + offset) % len(self)])
-            except UnreadableImageError as error:
-                self._pass_over(error)
-        if not self.replace:
-            return None
-        raise UnreadableImageError(
-            f"{offset + 1} images in a row cannot be read, from "
-            f"'{self.records[index]['file_name']}' on: see the warnings for what is wrong with them"
-        )
-
-    def _pass_over(self, error: UnreadableImageError) -> None:
-        if not self.skip:
-            raise UnreadableImageError(
-                f"{error}. Repair or remove it, or set DATALOADER.UNREADABLE_IMAGES to 'skip' to "
-                "go on without such images."
-            ) from error
-        if str(error) not in self.unreadable:
-            self.unreadable.add(str(error))
-            logger.warning(
-                "%s. Left out; so far, this process has met %d unreadable images.",
-                error,
-                len(self.unreadable),
-            )
-
-
-def build_classification_train_loader(cfg: CfgNode) -> "DataLoader | DaliLoader":
+def build_classification_train_loader(cfg: CfgNode) -> "TrainingLoader | DaliLoader":
     """An endless loader of the images in DATASETS.TRAIN, in a new order every epoch.
 
     Together, the processes see every image once per epoch; ``len(loader.dataset)`` is the number
-    of images in one. SEED and DATALOADER.NUM_WORKERS determine all batches; without workers, the
-    augmentation depends on torch's random numbers as the model uses them, too. The order, crops
-    and flips of DATALOADER.DECODER dali are those of pillow.
+    of images in one. SEED determines all batches; the order, crops and flips of DATALOADER.DECODER
+    dali are those of pillow.
 
     Returns:
         a loader of the batches of one pass, of which ACCUMULATION_STEPS make a step: "image" uint8
@@ -109,16 +55,75 @@ def build_classification_train_loader(cfg: CfgNode) -> "DataLoader | DaliLoader"
     size = _images_per_pass(cfg)
     dataset = _build_dataset(cfg, cfg.DATASETS.TRAIN, training=True)
     logger.info("%d images for training in %s.", len(dataset), ", ".join(cfg.DATASETS.TRAIN))
-    seed = cfg.SEED if cfg.SEED >= 0 else None
-    sampler = TrainingSampler(len(dataset), seed=seed)
+    sampler = partial(_sampler, len(dataset))
+    seed = training_seed(cfg)
     if cfg.DATALOADER.DECODER == "pillow":
-        return _build_loader(cfg, dataset, sampler, size)
+        return TrainingLoader(dataset, sampler, size, seed=seed, **_loader_options(cfg))
     dali = _import_dali()
     dataset.mapper = dali.EncodedImageMapper(cfg)
-    encoded = _build_loader(
-        cfg, dataset, sampler, size, collate_fn=dali.collate_encoded, pin_memory=False
+    options = {**_loader_options(cfg), "collate_fn": dali.collate_encoded, "pin_memory": False}
+    return dali.DaliLoader(cfg, TrainingLoader(dataset, sampler, size, seed=seed, **options))
+
+
+def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
+    """Detectron2's training loader, by the same keys, as a :class:`TrainingLoader`.
+
+    Returns:
+        a loader of the batches of one pass, of which ACCUMULATION_STEPS make a step; Detectron2's
+        own, which cannot be resumed, where the data set is a torch Dataset and not a list.
+
+    Raises:
+        ValueError: SOLVER.IMS_PER_BATCH cannot be shared out.
+    """
+    size = _images_per_pass(cfg)
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    return dali.DaliLoader(cfg, encoded)
+    if not isinstance(dicts, list):
+        total = size * comm.get_world_size()
+        return build_detection_train_loader(cfg, dataset=dicts, total_batch_size=total)
+    skip = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
+    dataset = ImageDataset(dicts, DatasetMapper(cfg, True), skip=skip, replace=True)
+    wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        wide = [record["width"] > record["height"] for record in dicts]
+    return TrainingLoader(
+        dataset,
+        partial(_detection_sampler, cfg, dataset.records),
+        size,
+        seed=training_seed(cfg),
+        wide=wide,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+    )
+
+
+def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sampler[int]:
+    """Detectron2's sampler of DATALOADER.SAMPLER_TRAIN."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    # Of a loader that is not used, as Detectron2 makes samplers nowhere else. Those that take no
+    # seed from the config draw one.
+    with seeded(seed):
+        loader = build_detection_train_loader(
+            cfg, dataset=records, mapper=list, aspect_ratio_grouping=False, num_workers=0
+        )
+    return loader.dataset.sampler
+
+
+def training_seed(cfg: CfgNode) -> int:
+    """SEED, or a random one where that is negative; the same on all ranks."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+
+def _sampler(images: int, seed: int) -> TrainingSampler:
+    return TrainingSampler(images, seed=seed)
 
 
 def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
@@ -133,7 +138,11 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoa
     """
     dataset = _build_dataset(cfg, [dataset_name], training=False)
     size = cfg.TEST.CLASSIFICATION.IMS_PER_BATCH
-    return _build_loader(cfg, dataset, InferenceSampler(len(dataset)), size)
+    # A generator of its own, so that evaluation leaves training's random numbers as they are.
+    generator = torch.Generator()
+    sampler = InferenceSampler(len(dataset))
+    options = _loader_options(cfg)
+    return DataLoader(dataset, size, sampler=sampler, generator=generator, **options)
 
 
 def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
@@ -241,29 +250,12 @@ def _load(cfg: CfgNode, name: str) -> list[dict]:
     return records
 
 
-def _build_loader(
-    cfg: CfgNode, dataset: ImageDataset, sampler: Sampler, batch_size: int, **options: Any
-) -> DataLoader:
-    # Worker processes take their seeds from a generator of their own, so that they do not depend
-    # on what else draws random numbers, and evaluation leaves training as it is.
-    generator = torch.Generator()
-    if cfg.SEED >= 0:
-        generator.manual_seed(cfg.SEED + comm.get_rank())
-    else:
-        generator.seed()
-    options = {
+def _loader_options(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "collate_fn": partial(_collate, size=cfg.INPUT.CLASSIFICATION.SIZE),
         "pin_memory": torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
-        **options,
     }
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        generator=generator,
-        **options,
-    )
 
 
 def _collate(images: list[dict[str, Any] | None], size: int) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""The random numbers of a process: kept, restored, and begun anew for one sample."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["get_random_state", "kept_random_state", "seeded", "set_random_state"]
+
+
+def get_random_state(device: torch.device | None = None) -> dict[str, Any]:
+    """
+    Args:
+        device: a GPU whose generator is to be kept as well.
+
+    Returns:
+        the states of torch's, NumPy's and Python's generators, as tensors, numbers and strings, so
+        that they may lie in a checkpoint which torch.load reads with weights_only.
+    """
+    kind, keys, *position = np.random.get_state()
+    version, words, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.tensor(keys.astype(np.int64)), *position],
+        "python": [version, torch.tensor(words), gauss],
+    }
+    if device is not None and device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device | None = None) -> None:
+    """
+    Args:
+        state: of :func:`get_random_state`.
+        device: the GPU that "cuda" in the state is for.
+    """
+    torch.set_rng_state(state["torch"])
+    kind, keys, *position = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    if "cuda" in state and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def kept_random_state(device: torch.device | None = None) -> Iterator[None]:
+    """Whatever draws random numbers within leaves none of the generators changed."""
+    state = get_random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Torch's (on the CPU), NumPy's and Python's generators begin at ``seed``, for a moment."""
+    words = np.random.SeedSequence(seed).generate_state(8)
+    with kept_random_state():
+        np.random.seed(words)
+        # Not torch.manual_seed, which seeds the GPUs as well.
+        torch.default_generator.manual_seed(int.from_bytes(words[:2].tobytes(), "little"))
+        random.seed(words.tobytes())
+        yield
