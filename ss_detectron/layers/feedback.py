@@ -182,7 +182,12 @@ class FeedbackRule:
         return None
 
     def magnitude(self, weight: Tensor, fans: Fans, signs: Tensor | None = None) -> Tensor:
-        """s, a scalar tensor: gain times the scale. It costs less where sign(W) is at hand."""
+        """
+        s, a scalar tensor: gain times the scale; 0 of a weight without elements. It costs less
+        where sign(W) is at hand.
+        """
+        if not weight.numel():
+            return _constant(weight, 0.0)
         return FEEDBACK_SCALES[self.scale].magnitude(weight, fans, signs) * self.gain
 
     def sign(self, weight: Tensor, fans: Fans) -> Tensor:

@@ -149,18 +149,20 @@ def _feedback_source(
 ) -> tuple[FeedbackFn, Tensor | None]:
     if weight.is_complex():
         raise ValueError("asymmetric feedback is defined for real weights; this one is complex")
-    if not isinstance(feedback, Tensor):
-        if not callable(feedback):
-            raise ValueError(f"feedback is {feedback!r}; it must be a tensor or a function")
-        return feedback, state
-    if state is not None:
-        raise ValueError("state goes with a callable feedback; a tensor is its own state")
-    if feedback.shape != weight.shape:
-        raise ValueError(
-            f"the feedback weight has shape {tuple(feedback.shape)}; "
-            f"it must have the weight's, {tuple(weight.shape)}"
-        )
-    return _given, feedback
+    if isinstance(feedback, Tensor):
+        if state is not None:
+            raise ValueError("state goes with a callable feedback; a tensor is its own state")
+        if feedback.shape != weight.shape:
+            raise ValueError(
+                f"the feedback weight has shape {tuple(feedback.shape)}; "
+                f"it must have the weight's, {tuple(weight.shape)}"
+            )
+        feedback, state = _given, feedback
+    elif not callable(feedback):
+        raise ValueError(f"feedback is {feedback!r}; it must be a tensor or a function")
+    if state is not None and state.requires_grad and not weight.requires_grad:
+        state = state.detach()  # it learns what the weight learns
+    return feedback, state
 
 
 def _pad_by_name(
@@ -194,6 +196,9 @@ def _convolve(
     options: tuple,
 ) -> Tensor:
     """Either way; ``options`` as ``aten.convolution_backward`` takes them."""
+    if input.dim() == 3:  # unbatched, as torch itself does it
+        batch = input.unsqueeze(0)
+        return _convolve(batch, weight, bias, feedback, state, options).squeeze(0)
     if _exchangeable(input):
         output = _stock_convolution(input, _tie(weight, state, feedback), bias, options)
         return _exchange_weight(output, input, weight, state, feedback)
@@ -353,9 +358,6 @@ class _AsymmetricConvolution(torch.autograd.Function):
         _refuse_second_derivative()
         input, weight, state = ctx.saved_tensors
         need_input, need_weight, need_bias, need_state = ctx.needs_input_grad[:4]
-        unbatched = input.dim() == 3
-        if unbatched:
-            input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
         # The weight's gradient does not depend on which weight is passed; B alone serves both.
         feedback = _feedback_in_backward(ctx, weight, state)
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
@@ -366,8 +368,6 @@ class _AsymmetricConvolution(torch.autograd.Function):
             *ctx.options,
             [need_input, need_weight, need_bias],
         )
-        if need_input and unbatched:
-            grad_input = grad_input.squeeze(0)
         grad_state = None
         if need_weight and need_state:
             grad_state = _state_gradient(weight, feedback, state, grad_weight)
@@ -387,7 +387,10 @@ class _AsymmetricLinear(torch.autograd.Function):
         ctx.feedback = feedback
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         ctx.save_for_backward(input, weight, state)
-        return F.linear(input, cast_weight, bias)
+        output = F.linear(input, cast_weight, bias)
+        # In more or fewer dimensions than two it can be a view of a matrix. To whoever changes it
+        # in place it must not be one: autograd refuses that of a Function's views.
+        return output if output.dim() == 2 else torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def backward(ctx, grad_output):
