@@ -70,6 +70,9 @@ def add_ss_config(cfg: CfgNode) -> None:
     # One step on SOLVER.IMS_PER_BATCH images takes this many passes over a part of them each, to
     # save memory: their gradients are averaged. Batch statistics are those of a part.
     _C.SOLVER.ACCUMULATION_STEPS = 1
+    # How many steps of a run with a loss or gradient that is not finite are left out, with a
+    # warning that tells all about them; the next one ends the run. The schedule goes on.
+    _C.SOLVER.SKIP_NOT_FINITE = 0
 
     # One's own data sets in COCO's format, registered before training: triples of a name (for
     # DATASETS.TRAIN and TEST), an annotation file and an image folder.
@@ -98,8 +101,10 @@ def add_ss_config(cfg: CfgNode) -> None:
     # (NVIDIA DALI, the extra ss-detectron[dali]), which does so on the model's device. The order,
     # crops and flips are the same. Evaluation is always by Pillow.
     _C.DATALOADER.DECODER = "pillow"
-    # What becomes of an image file for classification that cannot be read: "error" ends the run
-    # with its name, "skip" names it, goes on without it and counts it.
+    # What becomes of an image that cannot be used, as its file is damaged, missing or of another
+    # size than its annotation says: "error" ends the run with its name; "skip" names and counts
+    # it, trains on the next one in its place and evaluates without it (in detection, its objects
+    # count as missed). Everything else in a data set that can be wrong: docs/bad_data.md.
     _C.DATALOADER.UNREADABLE_IMAGES = "error"
 
     # Every how many iterations of training the alignment of feedback weights and gradients with

@@ -12,7 +12,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data.catalog import MetadataCatalog
 from detectron2.engine import (
     DefaultTrainer,
-    SimpleTrainer,
     TrainerBase,
     create_ddp_model,
     default_argument_parser,
@@ -44,7 +43,7 @@ from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
 from .random_state import kept_random_state
 from .ranks import load_rank_state, rank_state, share_buffers
 from .solver import build_optimizer, check_solver
-from .train_step import AccumulatingTrainer
+from .train_step import StepTrainer
 
 __all__ = ["Trainer", "argument_parser", "setup"]
 
@@ -127,17 +126,15 @@ class Trainer(DefaultTrainer):
         if comm.get_world_size() > 1:
             # Each rank initialised its weights by a seed of its own, and made feedback from them.
             reset_feedback(model)
-        if cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.ACCUMULATION_STEPS > 1:
-            self._trainer = AccumulatingTrainer(
-                model,
-                data_loader,
-                optimizer,
-                passes=cfg.SOLVER.ACCUMULATION_STEPS,
-                mixed_precision=cfg.SOLVER.AMP.ENABLED,
-                device=torch.device(cfg.MODEL.DEVICE).type,
-            )
-        else:
-            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            passes=cfg.SOLVER.ACCUMULATION_STEPS,
+            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+            device=torch.device(cfg.MODEL.DEVICE).type,
+            skips=cfg.SOLVER.SKIP_NOT_FINITE,
+        )
         # DefaultTrainer leaves its hooks out of this one.
         self._trainer.after_backward = self.after_backward
 
@@ -232,6 +229,15 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer, hooks.PeriodicWriter)):
                 hook.after_step()
         self.iter = self.storage.iter = self.start_iter
+
+    def after_train(self) -> None:
+        if self.iter < self.max_iter:
+            # Detectron2's hooks would take a failure in the last step for the end of training.
+            kinds = (hooks.EvalHook, hooks.BestCheckpointer)
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, kinds)]
+        # A finished run that is resumed takes no step, and is not one step further for it.
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:

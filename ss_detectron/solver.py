@@ -228,6 +228,12 @@ def check_solver(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.ACCUMULATION_STEPS is {solver.ACCUMULATION_STEPS}; it must be 1 or more"
         )
+    skips = solver.SKIP_NOT_FINITE
+    if not isinstance(skips, int) or isinstance(skips, bool) or skips < 0:
+        raise ValueError(
+            f"SOLVER.SKIP_NOT_FINITE is {skips!r}; it must be a number of steps, or 0 to end a run "
+            "at the first that is not finite"
+        )
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

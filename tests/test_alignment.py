@@ -22,7 +22,7 @@ from ss_detectron.alignment import (
     gradient_angles,
     weight_alignment,
 )
-from ss_detectron.train_step import AccumulatingTrainer
+from ss_detectron.train_step import StepTrainer
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 
@@ -214,7 +214,7 @@ class Run(TrainerBase):
         if passes == 1 and not amp:
             self._trainer = SimpleTrainer(self.model, batches, self.optimizer)
         else:
-            self._trainer = AccumulatingTrainer(
+            self._trainer = StepTrainer(
                 self.model, batches, self.optimizer, passes=passes, mixed_precision=amp
             )
         self.rows = {}

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, convert_feedback
 from ss_detectron.solver import build_optimizer
-from ss_detectron.train_step import AccumulatingTrainer
+from ss_detectron.train_step import StepTrainer
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 STEPS, BATCH = 3, 8
@@ -79,7 +79,7 @@ def test_several_passes_train_as_one_large_batch(rule, passes):
     expected, expected_losses = stock(rule)
     model = Model(rule)
     loader = list(parts(images(), passes))
-    losses = train(AccumulatingTrainer(model, loader, optimizer(model), passes=passes))
+    losses = train(StepTrainer(model, loader, optimizer(model), passes=passes))
     assert model.calls == STEPS * passes
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)
     for row, other in zip(losses, expected_losses, strict=True):
@@ -90,7 +90,7 @@ def test_several_passes_train_as_one_large_batch(rule, passes):
 @pytest.mark.parametrize("passes", [1, 2])
 def test_hooks_see_a_steps_gradients_before_the_optimizer_does(passes):
     model = Model()
-    trainer = AccumulatingTrainer(model, list(parts(images(), 2)), optimizer(model), passes=passes)
+    trainer = StepTrainer(model, list(parts(images(), 2)), optimizer(model), passes=passes)
     seen = []
 
     def look() -> None:
@@ -112,13 +112,13 @@ def test_a_single_loss_may_be_a_tensor():
             return super().forward(images)["loss_a"]
 
     model = Single()
-    (row,) = train(AccumulatingTrainer(model, [images()[0]], optimizer(model)), 1)
+    (row,) = train(StepTrainer(model, [images()[0]], optimizer(model)), 1)
     assert row["total_loss"] == pytest.approx(Single()(images()[0]).item())
 
 
 def test_loss_that_is_not_finite_ends_the_run():
     model = Model()
-    trainer = AccumulatingTrainer(model, list(images() * 1e200), optimizer(model), passes=2)
+    trainer = StepTrainer(model, list(images() * 1e200), optimizer(model), passes=2)
     with pytest.raises(FloatingPointError, match="iteration=0"):
         train(trainer, 1)
 
@@ -141,7 +141,7 @@ class Typed(nn.Module):
 def test_mixed_precision_on_the_cpu_is_bfloat16_with_float32_weights():
     batch = torch.randn(6, 4)
     model, exact = Typed(), Typed()
-    trainer = AccumulatingTrainer(model, [batch], optimizer(model), mixed_precision=True)
+    trainer = StepTrainer(model, [batch], optimizer(model), mixed_precision=True)
     train(trainer, 1)
     exact(batch)["loss"].backward()
     assert model.types == [torch.bfloat16] and exact.types == [torch.float32]
@@ -152,7 +152,7 @@ def test_mixed_precision_on_the_cpu_is_bfloat16_with_float32_weights():
 
 def test_state_goes_from_and_to_detectron2s_trainer():
     model = Model()
-    ours = AccumulatingTrainer(model, list(images()), optimizer(model))
+    ours = StepTrainer(model, list(images()), optimizer(model))
     theirs = SimpleTrainer(copy.deepcopy(model), list(images()), optimizer(model))
     train(ours)
     state = ours.state_dict()
@@ -166,7 +166,7 @@ def test_state_goes_from_and_to_detectron2s_trainer():
 def test_mixed_precision_on_a_gpu_scales_gradients_and_keeps_the_scale():
     model = Typed().cuda()
     loader = [torch.randn(6, 4, device="cuda")] * 4
-    trainer = AccumulatingTrainer(
+    trainer = StepTrainer(
         model, loader, optimizer(model), passes=2, mixed_precision=True, device="cuda"
     )
     train(trainer, 2)
@@ -187,9 +187,7 @@ def test_hooks_and_gradient_clipping_see_gradients_without_the_scale(fused):
     for scale in (None, 1024.0):
         model = Model().float()
         sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
-        trainer = AccumulatingTrainer(
-            model, list(images().float()), maybe_add_gradient_clipping(cfg, sgd)
-        )
+        trainer = StepTrainer(model, list(images().float()), maybe_add_gradient_clipping(cfg, sgd))
         if scale is not None:
             trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         gradients = []
@@ -213,7 +211,7 @@ def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
         model = Model("brsf").float()
         gradient = iter(factors)
         model.layers[0].weight.register_hook(lambda g, factor=gradient: g * next(factor))
-        trainer = AccumulatingTrainer(model, [batch] * 2, build_optimizer(cfg, model))
+        trainer = StepTrainer(model, [batch] * 2, build_optimizer(cfg, model))
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         trainer.optimizer._step_supports_amp_scaling = False
         train(trainer, len(factors))
@@ -242,9 +240,7 @@ def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
 
     wrapped.register_comm_hook(None, count)
     mine = images().chunk(2, dim=1)[rank]
-    trainer = AccumulatingTrainer(
-        wrapped, list(parts(mine, passes)), optimizer(wrapped), passes=passes
-    )
+    trainer = StepTrainer(wrapped, list(parts(mine, passes)), optimizer(wrapped), passes=passes)
     losses = train(trainer)
     if rank == 0:
         result = {"model": wrapped.module.state_dict(), "losses": losses, "reductions": reductions}
