@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import pickle
 import weakref
 from typing import Any
 
@@ -25,11 +26,13 @@ from torch import nn
 
 from .alignment import AlignmentHook
 from .checkpoint import FeedbackCheckpointer
+from .checkpoint_files import has_checkpoint, read_checkpoint
 from .compilation import check_compiler, compile_parts
-from .config import add_ss_config, find_config
+from .config import add_ss_config, merge_config_file
 from .data import (
     build_classification_test_loader,
     build_classification_train_loader,
+    build_detection_test_loader,
     build_resumable_detection_train_loader,
     check_datasets,
     register_coco_from_config,
@@ -44,6 +47,7 @@ from .random_state import kept_random_state
 from .ranks import load_rank_state, rank_state, share_buffers
 from .solver import build_optimizer, check_solver
 from .train_step import StepTrainer
+from .trust import check_download, check_pickle, needs_pickle
 
 __all__ = ["Trainer", "argument_parser", "setup"]
 
@@ -51,9 +55,18 @@ logger = logging.getLogger(__name__)
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line; on one machine, a free port is found for several processes."""
+    """
+    Detectron2's command line; on one machine, a free port is found for several processes, and no
+    code in a config file runs unless that is asked for.
+    """
     parser = default_argument_parser()
     parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--allow-unsafe-config",
+        action="store_true",
+        help="run the Python code in the config file's YAML tags, and download a config "
+        "that is a URL",
+    )
     return parser
 
 
@@ -72,8 +85,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_ss_config(cfg)
     if args.config_file:
-        args.config_file = find_config(args.config_file)
-        cfg.merge_from_file(args.config_file)
+        args.config_file = merge_config_file(
+            cfg, args.config_file, allow_unsafe=args.allow_unsafe_config
+        )
     cfg.merge_from_list(args.opts)
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
@@ -85,8 +99,16 @@ def setup(args: argparse.Namespace) -> CfgNode:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
     _check_options(cfg)
     check_datasets(cfg, training=not args.eval_only)
-    if not (args.resume and _has_checkpoint(cfg)):
+    _check_proposals(cfg)
+    found = has_checkpoint(cfg.OUTPUT_DIR)
+    if not (args.resume and found):
         _check_weights(cfg, args.eval_only)
+    if found and not args.resume and not args.eval_only:
+        logger.warning(
+            "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew and writes "
+            "over it; --resume would have gone on from it.",
+            cfg.OUTPUT_DIR,
+        )
     default_setup(cfg, args)
     if on_cpu:
         logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
@@ -143,6 +165,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
+            trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -215,6 +238,14 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, hooks.PreciseBN) and hasattr(hook, "_data_loader"):
                 loaders["precise_bn_data"] = hook._data_loader
         return loaders
+
+    def train(self) -> Any:
+        """DefaultTrainer's."""
+        # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
+        # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
+        # nothing to go without; a GPU is not exact to the bit in any case.
+        with torch.jit.optimized_execution(not _on_cpu(self.cfg)):
+            return super().train()
 
     def before_train(self) -> None:
         """Makes up for an evaluation that the interrupted run may not have finished, as well."""
@@ -310,7 +341,7 @@ class Trainer(DefaultTrainer):
         """The loader of one data set, each image once over all processes."""
         if _is_classification(dataset_name):
             return build_classification_test_loader(cfg, dataset_name)
-        return super().build_test_loader(cfg, dataset_name)
+        return build_detection_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -380,7 +411,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
         path = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
         if self.trainer.start_iter == 0 or not os.path.isfile(path):
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            saved = read_checkpoint(path, mmap=True)
+        except (OSError, ValueError, pickle.UnpicklingError) as error:
+            logger.warning("%s. The best metric is found anew.", error)
+            return
         value = saved.get("metric", {}).get(self._val_metric)
         if value is not None:
             self._update_best(value, saved["iteration"])
@@ -497,8 +532,14 @@ def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) ->
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
-    """Announces weights that will be fetched; refuses a local file that is not there."""
+    """
+    Announces weights that will be fetched; refuses a local file that is not there, and what is not
+    trusted.
+    """
     weights = cfg.MODEL.WEIGHTS
+    check_download(weights, cfg.MODEL.TRUSTED_WEIGHTS)
+    if needs_pickle(weights):
+        check_pickle(weights, cfg.MODEL.TRUSTED_WEIGHTS)
     if "://" in weights:
         logger.info(
             "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
@@ -523,5 +564,12 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
         )
 
 
-def _has_checkpoint(cfg: CfgNode) -> bool:
-    return os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+def _check_proposals(cfg: CfgNode) -> None:
+    """Refuses proposals, which Detectron2 downloads and unpickles, that are not trusted."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        for file in cfg.DATASETS[key]:
+            check_download(file, cfg.MODEL.TRUSTED_WEIGHTS, f"DATASETS.{key}")
+            check_pickle(file, cfg.MODEL.TRUSTED_WEIGHTS)
+            logger.warning("The proposals %s are unpickled, which runs the code in them.", file)
