@@ -19,7 +19,7 @@ from detectron2.engine import (
     default_setup,
     hooks,
 )
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -27,6 +27,7 @@ from torch import nn
 from .alignment import AlignmentHook
 from .checkpoint import FeedbackCheckpointer
 from .checkpoint_files import has_checkpoint, read_checkpoint
+from .coco_evaluation import DetectionEvaluator
 from .compilation import check_compiler, compile_parts
 from .config import add_ss_config, merge_config_file
 from .data import (
@@ -354,7 +355,7 @@ class Trainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).evaluator_type
         folder = os.path.join(cfg.OUTPUT_DIR, "inference")
         if kind == "coco":
-            return COCOEvaluator(dataset_name, output_dir=folder)
+            return DetectionEvaluator(dataset_name, output_dir=folder)
         if kind == "classification":
             return ClassificationEvaluator(
                 dataset_name, per_class=cfg.TEST.CLASSIFICATION.PER_CLASS, output_dir=folder

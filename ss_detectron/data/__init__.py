@@ -3,6 +3,7 @@
 from .check import check_classification_datasets, check_datasets
 from .cifar import CIFAR10_CLASSES, register_cifar10
 from .coco import check_detection_datasets, register_coco_from_config
+from .detection import DetectionMapper, build_detection_test_loader
 from .folders import register_image_folders_from_config, register_imagenet
 from .images import ClassificationMapper, UnreadableImageError, read_image
 from .loaders import (
@@ -24,9 +25,11 @@ __all__ = [
     "SHAPES_CLASSES",
     "SHAPES_CLS_CLASSES",
     "ClassificationMapper",
+    "DetectionMapper",
     "UnreadableImageError",
     "build_classification_test_loader",
     "build_classification_train_loader",
+    "build_detection_test_loader",
     "build_resumable_detection_train_loader",
     "check_classification_datasets",
     "check_datasets",

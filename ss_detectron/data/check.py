@@ -7,6 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from .catalog import check_registered, shorten, used_datasets, where_to_put
 from .coco import check_detection_datasets
 from .folders import FolderMetadata, check_image_folder
+from .images import skips_unreadable_images
 from .loaders import check_loader_options
 
 __all__ = ["check_classification_datasets", "check_datasets"]
@@ -55,6 +56,7 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
                 f"DATALOADER.DECODER is {cfg.DATALOADER.DECODER!r}, which is for classification; "
                 "Detectron2 loads the images for detection: set it to 'pillow'"
             )
+        skips_unreadable_images(cfg)
         check_detection_datasets(cfg, training=training)
 
 

@@ -1,6 +1,5 @@
 """COCO data sets of one's own by config keys alone, and a look at them before training."""
 
-import json
 import logging
 import os
 from itertools import zip_longest
@@ -9,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
 
 from .catalog import (
     check_registered,
@@ -18,6 +18,8 @@ from .catalog import (
     used_datasets,
     where_to_put,
 )
+from .coco_file import read_coco_file
+from .images import skips_unreadable_images
 
 __all__ = ["check_detection_datasets", "register_coco_from_config"]
 
@@ -51,8 +53,10 @@ def check_detection_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     For each data set in ``DATASETS.TRAIN`` and ``DATASETS.TEST``: it is registered, its
     annotation file and images are there, it has as many classes as the model, and all sets agree
     on the names of the classes. Sets whose classes Detectron2 knows beforehand (COCO, LVIS) are
-    not parsed; of the others every image has to be on disk. The generated shapes are generated in
-    passing. Sets without an annotation file in COCO's form are logged as unchecked.
+    not parsed, which takes long; of the others the annotation file is checked entry by entry, see
+    :func:`.read_coco_file`, and every image has to be on disk, unless DATALOADER.UNREADABLE_IMAGES
+    is skip. The generated shapes are generated in passing. Sets without an annotation file in
+    COCO's form are logged as unchecked.
 
     Args:
         cfg: a config with ``DATASETS.COCO_INSTANCES``, registered already.
@@ -73,7 +77,7 @@ def check_detection_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         _check_files(cfg, metadata)
         known = metadata.get("thing_classes")
         trained = training and name in cfg.DATASETS.TRAIN
-        classes[name] = list(known) if known else _read_classes(metadata, trained)
+        classes[name] = list(known) if known else _read_classes(cfg, metadata, trained)
         _check_num_classes(cfg, name, classes[name])
     _check_same_classes(classes)
 
@@ -93,36 +97,38 @@ def _check_files(cfg: CfgNode, metadata: Metadata) -> None:
             raise FileNotFoundError(f"{where} the image folder '{folder}' is empty. {remedy}")
 
 
-def _read_classes(metadata: Metadata, trained: bool) -> list[str]:
+def _read_classes(cfg: CfgNode, metadata: Metadata, trained: bool) -> list[str]:
     """The names of the classes in the order of their ids, as Detectron2 will number them."""
     file = metadata.json_file
-    where = f"Data set '{metadata.name}': '{file}'"
+    where = f"Data set '{metadata.name}':"
     if "://" in file:
-        logger.info("%s is not on this machine: not checked.", where)
+        logger.info("%s '%s' is not on this machine: not checked.", where, file)
         return []
     try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
+        content = read_coco_file(
+            file,
+            annotated=trained,
+            masks=cfg.MODEL.MASK_ON,
+            polygons=trained and cfg.INPUT.MASK_FORMAT == "polygon",
+        )
     except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
-    try:
-        categories = sorted((c["id"], c["name"]) for c in content["categories"])
-        images = [image["file_name"] for image in content["images"]]
-        annotations = content["annotations"] if trained else True
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where} is not in COCO's form, an object with the lists 'images' (id, file_name, "
-            f"height, width), 'annotations' and 'categories' (id, name): {error!r}"
-        ) from error
-    found = {"categories": categories, "images": images, "annotations": annotations}
-    for part, value in found.items():
-        if not value:
-            raise ValueError(f"{where} has no {part}.")
-    _check_images(where, metadata.get("image_root"), images)
-    return [name for _, name in categories]
+        raise ValueError(f"{where} {error}") from error
+    if content.strays and comm.is_main_process():
+        logger.warning(
+            "%s %d of %d annotations are for images that '%s' does not list (annotation ids %s): "
+            "they are not used.",
+            where,
+            len(content.strays),
+            len(content.annotations),
+            file,
+            shorten([str(i) for i in content.strays]),
+        )
+    images = [image["file_name"] for image in content.images]
+    _check_images(cfg, f"{where} '{file}'", metadata.get("image_root"), images)
+    return [c["name"] for c in sorted(content.categories, key=lambda c: c["id"])]
 
 
-def _check_images(where: str, folder: str | None, images: list[str]) -> None:
+def _check_images(cfg: CfgNode, where: str, folder: str | None, images: list[str]) -> None:
     if folder is None or "://" in folder:
         return
     present = set(os.listdir(folder))  # one look instead of one per image
@@ -131,11 +137,16 @@ def _check_images(where: str, folder: str | None, images: list[str]) -> None:
         for image in images
         if image not in present and not os.path.exists(os.path.join(folder, image))
     ]
-    if missing:
-        raise FileNotFoundError(
-            f"{where} names {len(images)} images, {len(missing)} of which are not in '{folder}': "
-            f"{shorten(missing, 3)}"
-        )
+    if not missing:
+        return
+    found = (
+        f"{where} names {len(images)} images, {len(missing)} of which are not in '{folder}': "
+        f"{shorten(missing, 3)}"
+    )
+    if len(missing) == len(images) or not skips_unreadable_images(cfg):
+        raise FileNotFoundError(found)
+    if comm.is_main_process():
+        logger.warning("%s", found)
 
 
 def _check_num_classes(cfg: CfgNode, name: str, classes: list[str]) -> None:

@@ -18,13 +18,24 @@ __all__ = [
     "build_image_transform",
     "decode",
     "read_image",
+    "skips_unreadable_images",
 ]
 
 Step = Callable[[Image.Image], Image.Image]
 
 
 class UnreadableImageError(OSError):
-    """An image that is damaged, empty, or no image at all."""
+    """An image that cannot be used: damaged, empty, missing, or not what is said about it."""
+
+
+def skips_unreadable_images(cfg: CfgNode) -> bool:
+    """Whether DATALOADER.UNREADABLE_IMAGES is skip, and not error.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    value = cfg.DATALOADER.UNREADABLE_IMAGES
+    return _choose("DATALOADER.UNREADABLE_IMAGES", value, {"error": False, "skip": True})
 
 
 # Reading -----------------------------------------------------------------------------------------

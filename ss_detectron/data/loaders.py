@@ -12,16 +12,15 @@ from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
-    DatasetMapper,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from ..random_state import seeded
-from .images import ClassificationMapper
+from .detection import DetectionMapper, load_detection_dicts
+from .images import ClassificationMapper, skips_unreadable_images
 from .stream import ImageDataset, TrainingLoader
 
 if TYPE_CHECKING:
@@ -73,22 +72,18 @@ def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[s
         own, which cannot be resumed, where the data set is a torch Dataset and not a list.
 
     Raises:
-        ValueError: SOLVER.IMS_PER_BATCH cannot be shared out.
+        OSError, ValueError: see :func:`.load_detection_dicts`; SOLVER.IMS_PER_BATCH cannot be
+            shared out.
     """
     size = _images_per_pass(cfg)
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    dicts = load_detection_dicts(cfg, cfg.DATASETS.TRAIN, training=True)
+    mapper = DetectionMapper(cfg, True)
     if not isinstance(dicts, list):
         total = size * comm.get_world_size()
-        return build_detection_train_loader(cfg, dataset=dicts, total_batch_size=total)
-    skip = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
-    dataset = ImageDataset(dicts, DatasetMapper(cfg, True), skip=skip, replace=True)
+        return build_detection_train_loader(
+            cfg, dataset=dicts, mapper=mapper, total_batch_size=total
+        )
+    dataset = ImageDataset(dicts, mapper, skip=skips_unreadable_images(cfg), replace=True)
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         wide = [record["width"] > record["height"] for record in dicts]
@@ -158,11 +153,7 @@ def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
     """
     for augment in (True, False):
         ClassificationMapper(cfg, augment)
-    if cfg.DATALOADER.UNREADABLE_IMAGES not in ("error", "skip"):
-        raise ValueError(
-            f"DATALOADER.UNREADABLE_IMAGES is {cfg.DATALOADER.UNREADABLE_IMAGES!r}; choose 'error' "
-            "or 'skip'"
-        )
+    skips_unreadable_images(cfg)
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise ValueError(
             f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}; for classification, "
@@ -224,8 +215,8 @@ def _build_dataset(cfg: CfgNode, names: Iterable[str], training: bool) -> ImageD
     records = [record for name in names for record in _load(cfg, name)]
     if not records:
         raise ValueError("there are no images: DATASETS.TRAIN names no data set")
-    skip = cfg.DATALOADER.UNREADABLE_IMAGES == "skip"
     mapper = ClassificationMapper(cfg, training)
+    skip = skips_unreadable_images(cfg)
     return ImageDataset(records, mapper, skip=skip, replace=training)
 
 

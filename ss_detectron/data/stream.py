@@ -44,7 +44,8 @@ class ImageDataset(Dataset):
         self.mapper = mapper
         self.skip = skip
         self.replace = replace
-        self.unreadable = set()  # of this process
+        # Which images were passed over, by this process and its worker processes alike.
+        self.unreadable = torch.zeros(len(records), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -59,10 +60,11 @@ class ImageDataset(Dataset):
                 row as there are, up to 100.
         """
         for offset in range(min(len(self), MAX_UNREADABLE) if self.replace else 1):
+            place = (index + offset) % len(self)
             try:
-                return self.mapper(self.records[(index + offset) % len(self)])
+                return self.mapper(self.records[place])
             except UnreadableImageError as error:
-                self._pass_over(error)
+                self._pass_over(place, error)
         if not self.replace:
             return None
         raise UnreadableImageError(
@@ -70,18 +72,18 @@ class ImageDataset(Dataset):
             f"'{self.records[index]['file_name']}' on: see the warnings for what is wrong with them"
         )
 
-    def _pass_over(self, error: UnreadableImageError) -> None:
+    def _pass_over(self, index: int, error: UnreadableImageError) -> None:
         if not self.skip:
             raise UnreadableImageError(
                 f"{error}. Repair or remove it, or set DATALOADER.UNREADABLE_IMAGES to 'skip' to "
                 "go on without such images."
             ) from error
-        if str(error) not in self.unreadable:
-            self.unreadable.add(str(error))
+        if not self.unreadable[index]:
+            self.unreadable[index] = True
             logger.warning(
                 "%s. Left out; so far, this process has met %d unreadable images.",
                 error,
-                len(self.unreadable),
+                self.unreadable.sum(),
             )
 
 

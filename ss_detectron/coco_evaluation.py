@@ -1,0 +1,69 @@
+"""COCO's evaluation of annotation files and images of all kinds."""
+
+import contextlib
+import io
+import logging
+from typing import Any
+
+from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
+from pycocotools.coco import COCO
+
+__all__ = ["DetectionEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+class DetectionEvaluator(COCOEvaluator):
+    """
+    Detectron2's, which also takes annotation files that leave out what COCO's do not, and says how
+    many images gave no prediction: their objects count as missed.
+    """
+
+    def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
+        """See Detectron2's."""
+        super().__init__(dataset_name, *args, **kwargs)
+        self._name = dataset_name
+        _complete(self._coco_api)
+        annotations = self._coco_api.dataset.get("annotations", [])
+        flat = [a["id"] for a in annotations if min(a["bbox"][2:]) <= 0]
+        if flat and comm.is_main_process():
+            message = (
+                f"Data set '{dataset_name}': {len(flat)} objects have a box without area (such as "
+                f"annotation {flat[0]}): COCO's evaluation counts them as missed."
+            )
+            log_first_n(logging.WARNING, message, key="message", name=__name__)
+
+    def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
+        """See Detectron2's."""
+        predicted = [len(self._predictions)]
+        if self._distributed:
+            predicted = comm.gather(predicted[0])
+        images = len(self._coco_api.imgs if img_ids is None else img_ids)
+        missing = images - sum(predicted)
+        if missing > 0 and comm.is_main_process():
+            logger.warning(
+                "Data set '%s': %d of %d images could not be evaluated: their objects count as "
+                "missed.",
+                self._name,
+                missing,
+                images,
+            )
+        return super().evaluate(img_ids)
+
+
+def _complete(api: COCO) -> None:
+    """Gives annotations what pycocotools' evaluation takes for granted."""
+    annotations = api.dataset.get("annotations", [])
+    for annotation in annotations:
+        annotation.setdefault("iscrowd", 0)
+        _, _, width, height = annotation["bbox"]
+        annotation.setdefault("area", max(width, 0) * max(height, 0))
+    api.dataset.setdefault("info", {})  # some versions copy it
+    # It marks a detection by the id of the object that it finds: 0 is none.
+    if not all(isinstance(a["id"], int) and a["id"] > 0 for a in annotations):
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+        with contextlib.redirect_stdout(io.StringIO()):
+            api.createIndex()
