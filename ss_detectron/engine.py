@@ -44,6 +44,7 @@ from .evaluation import ClassificationEvaluator
 from .layers import FeedbackReport, check_exclude, feedback_report, get_rule, reset_feedback
 from .layers.feedback import Backpropagation
 from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
+from .preemption import PreemptionHook
 from .random_state import kept_random_state
 from .ranks import load_rank_state, rank_state, share_buffers
 from .solver import build_optimizer, check_solver
@@ -391,7 +392,7 @@ class Trainer(DefaultTrainer):
             built.insert(len(built) - 1, best)
         if self.cfg.TEST.ALIGNMENT_PERIOD:
             built.insert(0, AlignmentHook(self.cfg.TEST.ALIGNMENT_PERIOD))
-        return built
+        return [*built, PreemptionHook()]
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
