@@ -14,25 +14,19 @@ without a GPU it trains on the CPU, in as many processes as --num-gpus says.
 """
 
 import argparse
-import multiprocessing
-import signal
 import sys
 from typing import Any
 
-import torch
-from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.engine import Trainer, argument_parser, setup
+from ss_detectron.launch import add_launch_options, complete_launch_options, launch
 
 
 def main(args: argparse.Namespace) -> Any:
     """One process of the run: trains, or evaluates only."""
-    if multiprocessing.parent_process() is not None:
-        # Its end sends SIGINT here, which would be ignored in a run started by nohup or a script.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     cfg = setup(args)
     if not args.eval_only:
         trainer = Trainer(cfg)
@@ -40,7 +34,10 @@ def main(args: argparse.Namespace) -> Any:
         return trainer.train()
     model = Trainer.build_model(cfg)
     checkpointer = FeedbackCheckpointer(
-        model, cfg.OUTPUT_DIR, weights_except=cfg.MODEL.WEIGHTS_EXCEPT
+        model,
+        cfg.OUTPUT_DIR,
+        weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
+        trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
     )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test(cfg, model)
@@ -51,19 +48,10 @@ def main(args: argparse.Namespace) -> Any:
 
 if __name__ == "__main__":
     parser = argument_parser()
+    add_launch_options(parser)
     args = parser.parse_args()
-    if args.num_machines > 1 and args.dist_url == "auto":
-        parser.error("several machines need --dist-url tcp://HOST:PORT, a port of machine 0")
-    if 0 < torch.cuda.device_count() < args.num_gpus:
-        parser.error(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
+    complete_launch_options(parser, args)
     if options := [word for word in args.opts if word.startswith("--")]:
         parser.error(f"{' '.join(options)}: give options before the first KEY VALUE")
     print("Command line:", " ".join(sys.argv))
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, args)

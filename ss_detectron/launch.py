@@ -1,0 +1,256 @@
+"""
+Starts the processes of a run: one here, several here and on other machines, or those that torchrun
+has started. Passes on requests to stop (see :mod:`.preemption`), and says which process has failed.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import torch
+from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker
+from torch.distributed import is_torchelastic_launched
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.multiprocessing import start_processes
+
+from .preemption import EXIT_CODE, Preempted, StopSignals, deferred, listen, say
+
+__all__ = ["add_launch_options", "complete_launch_options", "launch"]
+
+_GRACE = 20  # seconds for the other processes to end, once one has failed
+
+
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """
+    Adds what :func:`launch` takes beside Detectron2's own options. Those of them that are not given
+    are None until :func:`complete_launch_options`.
+    """
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT.total_seconds() / 60,
+        metavar="MINUTES",
+        help="how long processes wait for each other before the run fails (default: %(default)g)",
+    )
+    parser.set_defaults(num_gpus=None, num_machines=None, machine_rank=None, dist_url="auto")
+
+
+def complete_launch_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """
+    Fills in the options that were not given, from torchrun's environment where that has started
+    this process. Ends the program with a message on options that cannot work.
+    """
+    if not args.timeout > 0:
+        parser.error(f"--timeout {args.timeout:g}: give a number of minutes above 0")
+    if is_torchelastic_launched():
+        started = {
+            "num_gpus": _environment("LOCAL_WORLD_SIZE"),
+            "num_machines": _environment("GROUP_WORLD_SIZE"),
+            "machine_rank": _environment("GROUP_RANK"),
+        }
+        for name, value in started.items():
+            if getattr(args, name) not in (None, value):
+                option = "--" + name.replace("_", "-")
+                parser.error(
+                    f"{option} {getattr(args, name)}: torchrun has started this process, where it "
+                    f"is {value}; leave {option} out, torchrun has options of its own"
+                )
+            setattr(args, name, value)
+        if args.dist_url != "auto":
+            parser.error(f"--dist-url {args.dist_url}: torchrun has set one; leave it out")
+        if args.num_gpus * args.num_machines != _environment("WORLD_SIZE"):
+            parser.error("torchrun has to start the same number of processes on every machine")
+    args.num_gpus = 1 if args.num_gpus is None else args.num_gpus
+    args.num_machines = 1 if args.num_machines is None else args.num_machines
+    args.machine_rank = args.machine_rank or 0
+    if args.num_gpus < 0 or args.num_machines < 1:
+        parser.error(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: too few")
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(
+            f"--machine-rank {args.machine_rank}: the machines are numbered from 0 to "
+            f"{args.num_machines - 1}, for --num-machines is {args.num_machines}"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto" and not is_torchelastic_launched():
+        parser.error("several machines need --dist-url tcp://HOST:PORT, a port of machine 0")
+    if 0 < torch.cuda.device_count() < args.num_gpus:
+        parser.error(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
+
+
+def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """
+    Runs ``main(args)`` in every process of the run, each with SIGTERM and SIGINT as requests to
+    stop, and returns when all have ended.
+
+    Args:
+        main: a function of a module's top level.
+        args: after :func:`complete_launch_options`.
+
+    Raises:
+        Preempted: the processes were asked to stop, and did.
+        SystemExit: a process has failed; the message says which and how.
+        KeyboardInterrupt: a second Ctrl-C. The other processes are killed.
+    """
+    timeout = timedelta(minutes=args.timeout)
+    if is_torchelastic_launched():
+        listen(spokesman=_environment("RANK") == 0)
+        # A file for torchrun, which prints the traceback of the first process to fail.
+        record(_join_torchrun)(main, args, timeout)
+    elif args.num_gpus * args.num_machines > 1:
+        _launch_processes(main, args, timeout)
+    else:
+        listen()
+        main(args)
+
+
+def _environment(name: str) -> int:
+    return int(os.environ[name])
+
+
+def _join_torchrun(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, timeout: timedelta
+) -> None:
+    if _environment("WORLD_SIZE") == 1:
+        return main(args)
+    rank = _environment("LOCAL_RANK")
+    size, count, place = _environment("WORLD_SIZE"), args.num_gpus, args.machine_rank
+    _distributed_worker(rank, main, size, count, place, "env://", (args,), timeout)
+
+
+# Processes of our own ----------------------------------------------------------------------------
+
+
+def _launch_processes(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, timeout: timedelta
+) -> None:
+    """The parent of this machine's processes."""
+    if args.dist_url == "auto":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            args.dist_url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    # What was printed before stands before what the processes print.
+    sys.stdout.flush()
+    processes: list[BaseProcess] = []
+
+    def forward(number: Signals) -> None:
+        say(f"{number.name}: all {len(processes)} processes are asked to save and stop.")
+        for process in processes:
+            process.terminate()
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            # Until a process has imported what it needs, a signal would end it half-way.
+            with deferred():
+                StopSignals(forward).install()
+                words = (main, args, timeout, os.getpid(), Path(folder))
+                context = start_processes(_process, words, nprocs=args.num_gpus, join=False)
+                processes += context.processes
+            _wait(processes, args.machine_rank * args.num_gpus, Path(folder))
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def _process(
+    index: int,
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    timeout: timedelta,
+    parent: int,
+    failures: Path,
+) -> None:
+    """One of this machine's processes. If it fails, it leaves its traceback to the parent."""
+    listen(parent=parent, spokesman=index == 0)
+    size, count, place = args.num_gpus * args.num_machines, args.num_gpus, args.machine_rank
+    try:
+        _distributed_worker(index, main, size, count, place, args.dist_url, (args,), timeout)
+    except Exception:
+        (failures / str(index)).write_text(traceback.format_exc())
+        sys.exit(1)
+
+
+def _wait(processes: Sequence[BaseProcess], first_rank: int, failures: Path) -> None:
+    """
+    Returns when all processes have ended well. Once one has failed, the others are ended.
+
+    Raises:
+        Preempted, SystemExit: see :func:`launch`.
+    """
+    running = {process.sentinel: process for process in processes}
+    failed: list[BaseProcess] = []
+    while running and not failed:
+        ended = [running.pop(sentinel) for sentinel in wait(list(running))]
+        for process in ended:
+            process.join()
+        failed = [process for process in ended if process.exitcode]
+    if not failed:
+        return
+    deadline = time.monotonic() + _GRACE
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+        process.join()
+    signalled = [process for process in failed if process.exitcode < 0]
+    if not signalled and any(process.exitcode == EXIT_CODE for process in failed):
+        raise Preempted
+    raise SystemExit(_report(processes, signalled or failed, hung, first_rank, failures))
+
+
+def _report(
+    processes: Sequence[BaseProcess],
+    failed: Sequence[BaseProcess],
+    hung: Sequence[BaseProcess],
+    first_rank: int,
+    failures: Path,
+) -> str:
+    """
+    What has ended the run, with its traceback, and how the other processes ended then.
+
+    Args:
+        processes: all, ended.
+        failed: those that were first to end.
+        hung: those that had to be killed.
+        first_rank: the first process's rank.
+        failures: of each process that an exception has ended, a file with its traceback.
+    """
+    files = {int(file.name): file for file in failures.iterdir()}
+    by_exception = [processes[i] for i in sorted(files, key=lambda i: files[i].stat().st_mtime_ns)]
+    # An exception takes others down before its own process has ended: the first in time counts.
+    culprit = next((p for p in failed if p not in by_exception), None) or by_exception[0]
+
+    def ending(process: BaseProcess) -> str:
+        rank = processes.index(process)
+        name = f"Rank {first_rank + rank} (process {process.pid})"
+        if process in hung:
+            return f"{name} did not end within {_GRACE} seconds and was killed"
+        if process.exitcode < 0:
+            return f"{name} was killed by {Signals(-process.exitcode).name}"
+        if rank in files:
+            return f"{name} failed with {files[rank].read_text().strip().splitlines()[-1]}"
+        return f"{name} ended with exit code {process.exitcode}"
+
+    lines = []
+    if (rank := processes.index(culprit)) in files:
+        lines.append(files[rank].read_text())
+    lines += [f"After that: {ending(process)}." for process in processes if process is not culprit]
+    if culprit.exitcode == -Signals.SIGKILL:
+        lines.append("SIGKILL is also what the kernel sends where memory has run out (see dmesg).")
+    lines.append(
+        f"{ending(culprit)}, which ended the run. Nothing was saved for it: with --resume, it "
+        "goes on from the last checkpoint in OUTPUT_DIR."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,189 @@
+"""
+Preemption: SIGTERM, and SIGINT (Ctrl-C), ask a run to save and stop at the next step boundary.
+
+A process's handler only notes the signal. After each step the ranks ask each other whether any of
+them has one, and all save and exit together: a rank that is missing fails that question, so nothing
+is saved by what a dead rank leaves behind.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from .ranks import any_rank
+
+__all__ = ["EXIT_CODE", "Preempted", "PreemptionHook", "StopSignals", "deferred", "listen", "say"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: a failure that passes, try again
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, and can go on from its last checkpoint: exit code 75."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class StopSignals:
+    """
+    The SIGTERM and SIGINT that this process gets. They ask for one and the same thing, and only the
+    first is answered; but a second SIGINT is a KeyboardInterrupt.
+
+    Attributes:
+        first: the first of them, or None.
+    """
+
+    def __init__(self, answer: Callable[[signal.Signals], None]) -> None:
+        """
+        Args:
+            answer: called with the first signal, in its handler.
+        """
+        self.first: signal.Signals | None = None
+        self._answer = answer
+        self._interrupted = float("inf")
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler of these signals."""
+        now = time.monotonic()
+        # A Ctrl-C can come twice: from the terminal, and from a program that passes it on.
+        if number == signal.SIGINT and now > self._interrupted + 1:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self._interrupted = min(now, self._interrupted)
+        if self.first is None:
+            self.first = signal.Signals(number)
+            self._answer(self.first)
+
+    def install(self) -> None:
+        """Makes :meth:`receive` the handler; where SIGINT is ignored (nohup), it stays ignored."""
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGTERM:
+                signal.signal(number, self.receive)
+
+
+# A process is one rank at most, and has one handler for each signal.
+_rank: StopSignals | None = None
+_training = False
+
+
+def listen(*, parent: int | None = None, spokesman: bool = True) -> None:
+    """
+    From now on, a request ends this process: at once with :class:`Preempted` before training has
+    begun, when there is nothing to save, and later where :class:`PreemptionHook` lets it. Worker
+    processes of data loaders are kept out of it.
+
+    Args:
+        parent: the process id of the launcher that started this one, if it passes on requests as
+            SIGTERM. SIGINT then only means that the launcher is dead, or that a terminal's Ctrl-C
+            went to all its processes.
+        spokesman: whether this process tells the user, on standard error.
+    """
+    global _rank
+    if _rank is not None:
+        raise RuntimeError("listen() was called twice in one process")
+
+    def answer(number: signal.Signals) -> None:
+        if not _training:
+            if spokesman:
+                say(f"{number.name}: training has not begun, nothing is saved. The run stops.")
+            raise Preempted
+        if spokesman and parent is None:
+            say(f"{number.name}: the run stops when this step is finished and a checkpoint saved.")
+
+    def ignore_unless_orphaned(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != parent:
+            # Not an exception: what it would run on its way out may wait for other ranks.
+            os._exit(1)
+
+    _rank = StopSignals(answer)
+    if parent is None:
+        _rank.install()
+    else:
+        signal.signal(signal.SIGTERM, _rank.receive)
+        # torch's launcher has its end signalled by SIGINT, also where that was ignored.
+        signal.signal(signal.SIGINT, ignore_unless_orphaned)
+        ignore_unless_orphaned(signal.SIGINT, None)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux, where loaders fork their workers
+        os.register_at_fork(after_in_child=_shield_worker)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _shield_worker() -> None:
+    """
+    In a worker of a data loader, SIGTERM and SIGINT are ignored, which a scheduler or a terminal
+    sends to all processes of a run: without its workers a rank could not finish its step. SIGTERM
+    of the rank itself still ends its worker.
+    """
+    rank = os.getppid()
+
+    def wait_for_rank() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Blocked rather than handled: torch gives its workers a handler of its own after this.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait_for_rank, name="SIGTERM", daemon=True).start()
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """SIGTERM and SIGINT wait, here and in the processes started here, until these unblock them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error as a signal handler may: logging is not re-entrant."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+class PreemptionHook(HookBase):
+    """
+    Saves a checkpoint and raises :class:`Preempted` on all ranks after the first step by whose end
+    one of them was asked to stop; not after the last step, when training is over. To be the last
+    hook, of a trainer with ``save_checkpoint()``, on every rank. It does nothing in a run whose
+    processes do not :func:`listen`.
+    """
+
+    def before_train(self) -> None:
+        global _training
+        # From here on a rank that stops by itself would leave the others waiting.
+        _training = True
+        if _rank is not None and any_rank(_rank.first is not None):
+            logger.warning("Asked to stop before the first step: nothing is saved.")
+            raise Preempted
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if _rank is None or trainer.iter + 1 >= trainer.max_iter:
+            return
+        if not any_rank(_rank.first is not None):
+            return
+        who = f"{_rank.first.name} arrived" if _rank.first else "Another rank was asked to stop"
+        logger.warning("%s: iteration %d is finished, saving a checkpoint.", who, trainer.iter)
+        trainer.save_checkpoint()
+        # The first process that ends has its launcher end the rest: none may still be saving.
+        comm.synchronize()
+        logger.warning(
+            "Saved %s. The run stops with exit code %d; with --resume it goes on from there.",
+            trainer.checkpointer.get_checkpoint_file(),
+            EXIT_CODE,
+        )
+        raise Preempted
