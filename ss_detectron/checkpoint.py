@@ -2,22 +2,41 @@
 
 import logging
 import os
+import pickle
+import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
+from .checkpoint_files import (
+    find_checkpoints,
+    has_checkpoint,
+    last_checkpoint,
+    read_checkpoint,
+    write_whole,
+)
 from .layers import AsymmetricLayer, feedback_report
 from .layers.convert import as_patterns, first_match
 from .layers.feedback import Backpropagation
+from .ranks import any_rank
+from .trust import (
+    check_download,
+    check_pickle,
+    is_trusted,
+    is_url,
+    needs_pickle,
+    pickle_refusal,
+)
 from .weights import (
     check_torchvision_resnet,
     describe,
@@ -40,6 +59,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     ignores), and loading one whose rules or settings are not the model's gives a warning. A
     classifier's backbone and torchvision's ResNets find their place in a detector, and what fits
     nothing is refused.
+
+    A checkpoint is written whole or not at all, and a run whose last one is damaged goes on from
+    the one before it. Nothing is unpickled or downloaded that is not trusted by name.
     """
 
     def __init__(
@@ -49,6 +71,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         *,
         save_to_disk: bool | None = None,
         weights_except: Iterable[str] = (),
+        trusted_weights: Iterable[str] = (),
         **checkpointables: Any,
     ) -> None:
         """
@@ -58,12 +81,15 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             weights_except: what is not to be loaded: shell-style patterns of names of the model's
                 modules ("linear": all that is in it) and parameters. A run that is resumed loads
                 all the same.
+            trusted_weights: what may be downloaded and unpickled, which runs code in it: paths and
+                URLs, see :func:`~ss_detectron.trust.is_trusted`.
 
         Raises:
-            ValueError: a pattern matches nothing in the model.
+            ValueError: a pattern of ``weights_except`` matches nothing in the model.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.weights_except = as_patterns(weights_except)
+        self.trusted_weights = as_patterns(trusted_weights)
         self._path = ""
         self._resuming = False
         names = self.model.state_dict()
@@ -80,37 +106,125 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             name: of the file, without ".pth".
             tag: whether a resumed run is to go on from this checkpoint.
             **kwargs: what else to save.
+
+        Raises:
+            OSError: the disk is full, or fails; what was there before is still there.
         """
         if not (self.save_dir and self.save_to_disk):
             return
-        if "://" in self.save_dir:  # where a file cannot be renamed into place
+        if is_url(self.save_dir):  # where a file cannot be renamed into place
             return super().save(name, feedback=_rules(self.model), **kwargs)
         data = {"model": self.model.state_dict()}
         data |= {key: part.state_dict() for key, part in self.checkpointables.items()}
         data["feedback"] = _rules(self.model)
         target = os.path.join(self.save_dir, name + ".pth")
         self.logger.info("Saving checkpoint to %s", target)
-        with _whole(target) as path:
-            torch.save({**data, **kwargs}, path)
-        if tag:
-            self.tag_last_checkpoint(name + ".pth")
+        try:
+            with write_whole(target) as file:
+                torch.save({**data, **kwargs}, file)
+            if tag:
+                self.tag_last_checkpoint(name + ".pth")
+        except (OSError, RuntimeError) as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, self._not_written(target, cause)) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        if "://" in self.save_dir:
+        if is_url(self.save_dir):
             return super().tag_last_checkpoint(last_filename_basename)
-        with _whole(os.path.join(self.save_dir, "last_checkpoint")) as path:
-            Path(path).write_text(last_filename_basename)
+        with write_whole(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+    def _not_written(self, target: str, error: OSError) -> str:
+        said = [error.strerror or str(error)]
+        with suppress(OSError):
+            said.append(f"{shutil.disk_usage(self.save_dir).free:,} bytes are free there")
+        earlier = last_checkpoint(self.save_dir)
+        if earlier and os.path.isfile(earlier):
+            rest = f"The checkpoint before it, {earlier}, is intact, and --resume goes on from it"
+        else:
+            rest = "There is no checkpoint before it"
+        return f"{target} could not be written: {', '.join(said)}. {rest}"
+
+    def get_checkpoint_file(self) -> str:
+        """The file that ``last_checkpoint`` names; empty where it names none."""
+        if is_url(self.save_dir):
+            return super().get_checkpoint_file()
+        return last_checkpoint(self.save_dir) or ""
+
+    def has_checkpoint(self) -> bool:
+        """
+        Whether there is something to resume from, in order or not. Every rank has to call it, and
+        gets the main one's answer.
+        """
+        if is_url(self.save_dir):
+            return super().has_checkpoint()
+        return comm.all_gather(has_checkpoint(self.save_dir))[0]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """
         Goes on from the run's last checkpoint, if ``resume`` and there is one; else loads the
-        weights at ``path`` and nothing but weights. Raises as :meth:`load`.
+        weights at ``path`` and nothing but weights. Every rank has to call it.
+
+        If the last checkpoint cannot be read, that is in the log, and the run goes on from the one
+        before it.
+
+        Raises:
+            OSError: there are checkpoints, and none of them can be read.
+            ValueError: see :meth:`load`.
         """
         self._resuming = resume and self.has_checkpoint()
         try:
+            if self._resuming and not is_url(self.save_dir):
+                return self.load(self._find_readable())
             return super().resume_or_load(path, resume=resume)
         finally:
             self._resuming = False
+
+    def _find_readable(self) -> str:
+        """The checkpoint to resume from: the main rank looks, and all take the same."""
+        readable, problems = comm.all_gather(
+            self._look_for_readable() if comm.is_main_process() else None
+        )[0]
+        if readable is None:
+            raise OSError(
+                f"there is nothing to resume from in {self.save_dir}: {'; '.join(problems)}. To "
+                "begin anew, start without --resume, best in another OUTPUT_DIR"
+            )
+        if any_rank(not os.path.isfile(readable)):
+            raise FileNotFoundError(
+                f"{readable}, which the main process resumes from, is not there for every process: "
+                "OUTPUT_DIR has to be a folder that all machines share"
+            )
+        return readable
+
+    def _look_for_readable(self) -> tuple[str | None, list[str]]:
+        """The first that can be read, and what is wrong with those before it."""
+        problems = []
+        if last_checkpoint(self.save_dir) is None:
+            problems.append(f"{os.path.join(self.save_dir, 'last_checkpoint')} names no checkpoint")
+        for path in find_checkpoints(self.save_dir):
+            if problem := self._problem(path):
+                problems.append(problem)
+                continue
+            if problems:
+                logger.error("%s. Going on from %s.", "; ".join(problems), path)
+            return path, problems
+        return None, problems
+
+    def _problem(self, path: str) -> str:
+        """Why a run cannot go on from this file; empty if it can."""
+        try:
+            read_checkpoint(path, mmap=True)
+        except FileNotFoundError:
+            return f"{path} is not there"
+        except pickle.UnpicklingError as error:
+            if not is_trusted(path, self.trusted_weights):
+                return pickle_refusal(path, _why_pickle(error))
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
@@ -118,13 +232,36 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
         Raises:
             ValueError: the file has nothing of this model, or a parameter of another shape (which
-                Detectron2's name-matching heuristics pass over with a warning).
+                Detectron2's name-matching heuristics pass over with a warning); it is damaged; it
+                has to be downloaded or unpickled, and is not trusted.
         """
         self._path = path
+        if is_url(path):
+            check_download(path, self.trusted_weights)
+            logger.info("Downloading %s, unless it is in the cache.", path)
         try:
             return super().load(path, *args, **kwargs)
         finally:
             self._parsed_url_during_load = None  # left over from an error, it bars the next load
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if needs_pickle(filename):
+            self._announce_pickle()
+        return super()._load_file(filename)
+
+    def _torch_load(self, filename: str) -> dict[str, Any]:
+        try:
+            return read_checkpoint(filename)
+        except pickle.UnpicklingError as error:
+            self._announce_pickle(_why_pickle(error))
+        return torch.load(filename, map_location="cpu", weights_only=False)
+
+    def _announce_pickle(self, why: str = "") -> None:
+        check_pickle(self._path, self.trusted_weights, why)
+        logger.warning(
+            "%s is unpickled, which runs the code in it, as MODEL.TRUSTED_WEIGHTS names it.",
+            self._path,
+        )
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         model, saved = self.model.state_dict(), checkpoint["model"]
@@ -274,11 +411,17 @@ def _rules(model: nn.Module) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _whole(target: str) -> Iterator[str]:
-    """A path to write to that becomes ``target`` in one step, for a run may be killed any time."""
-    yield target + ".new"
-    os.replace(target + ".new", target)
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The error of the disk behind one that torch's writer may have made of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _why_pickle(error: pickle.UnpicklingError) -> str:
+    """Why torch.load refused to read a file without running code."""
+    held = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it holds {held[1]}" if held else "if it is a checkpoint at all"
 
 
 def _count(rules: dict[str, str]) -> str:

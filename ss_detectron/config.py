@@ -1,11 +1,15 @@
 """The config keys this package adds to Detectron2's, and where its config files are found."""
 
 import difflib
+import os
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode
 
-__all__ = ["add_ss_config", "find_config"]
+from .trust import is_url
+
+__all__ = ["add_ss_config", "find_config", "merge_config_file"]
 
 
 def add_ss_config(cfg: CfgNode) -> None:
@@ -52,6 +56,10 @@ def add_ss_config(cfg: CfgNode) -> None:
     # What MODEL.WEIGHTS is not to bring: shell-style patterns of the model's parameters and
     # modules, such as "linear" for another number of classes.
     _C.MODEL.WEIGHTS_EXCEPT = []
+    # Which weights may be downloaded, and unpickled, which runs the code in them: paths and URLs,
+    # shell-style. Others have to be files of torch.save that hold nothing but tensors and plain
+    # values. Proposal files (MODEL.LOAD_PROPOSALS) are pickles too.
+    _C.MODEL.TRUSTED_WEIGHTS = []
 
     # SGD or AdamW, over Detectron2's own parameter groups.
     _C.SOLVER.OPTIMIZER = "SGD"
@@ -80,6 +88,8 @@ def add_ss_config(cfg: CfgNode) -> None:
     # One's own classification data sets, registered before training: pairs of a name and a folder
     # that holds one folder of images per class.
     _C.DATASETS.IMAGE_FOLDERS = []
+    # Whether data sets may be downloaded: CIFAR-10, and one's own whose paths are URLs.
+    _C.DATASETS.DOWNLOAD = False
 
     # How images are made ready for classification; flipped as INPUT.RANDOM_FLIP says.
     #   resized_crop  train: a random part of 8 to 100 % of the area, resized to SIZE (ImageNet);
@@ -118,6 +128,67 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.TEST.CLASSIFICATION = CfgNode()
     _C.TEST.CLASSIFICATION.IMS_PER_BATCH = 64
     _C.TEST.CLASSIFICATION.PER_CLASS = False
+
+
+def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) -> str:
+    """
+    Merges a config file and those it builds on (``_BASE_``) into ``cfg``. No code in them runs.
+
+    Args:
+        cfg: it is changed.
+        name: see :func:`find_config`.
+        allow_unsafe: runs the Python in YAML's tags, as Detectron2 does, and downloads files.
+
+    Returns:
+        the path of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        KeyError: a key that ``cfg`` does not know.
+        ValueError: the file, or one it builds on, has tags of Python or is a URL, or is no YAML of
+            keys and values; or a value does not fit.
+    """
+    path = name if is_url(name) else find_config(name)
+    if not allow_unsafe:
+        _check_plain(path)
+    cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
+    return path
+
+
+def _check_plain(file: str, builders: tuple[str, ...] = ()) -> None:
+    """
+    Raises as :func:`merge_config_file` does, for a file or one it builds on.
+
+    Args:
+        file: a path, or a URL.
+        builders: the files that build on it, one on the other.
+    """
+    allow = "or let tools/train_net.py have it with --allow-unsafe-config"
+    where = f"the config {' <- '.join((file, *reversed(builders)))}"
+    if is_url(file):
+        raise ValueError(f"{where} would be downloaded: do so by hand and look at it, {allow}")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{where} is not there")
+    if any(os.path.samefile(file, builder) for builder in builders):
+        raise ValueError(f"{where} builds on itself (_BASE_)")
+    try:
+        content = yaml.safe_load(Path(file).read_bytes())
+    except yaml.constructor.ConstructorError as error:
+        line = error.problem_mark.line + 1
+        raise ValueError(
+            f"{where} is not plain YAML: line {line}, {error.problem}. Tags of Python would run "
+            f"code: write out what they stand for, {allow}"
+        ) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid YAML: {error}") from error
+    bases = content.get("_BASE_", []) if isinstance(content, dict) else None
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{where} does not consist of keys and values, with files as _BASE_")
+    for base in bases:
+        beside = os.path.join(os.path.dirname(file), os.path.expanduser(base))
+        _check_plain(beside, (*builders, file))
 
 
 def find_config(name: str) -> str:

@@ -29,7 +29,7 @@ from torchvision.datasets.folder import is_image_file
 
 from .checkpoint import FeedbackCheckpointer
 from .comparison.styles import COLOURS
-from .config import add_ss_config, find_config
+from .config import add_ss_config, merge_config_file
 from .data import (
     ClassificationMapper,
     UnreadableImageError,
@@ -89,10 +89,9 @@ def load_config(name: str, options: Sequence[str] = (), weights: str | None = No
         KeyError, ValueError: an unknown key, in the file or in the options; a value that does not
             fit.
     """
-    file = find_config(name)
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_file(file)
+    file = merge_config_file(cfg, name)
     final = Path(file).with_name("model_final.pth")
     if final.is_file():
         cfg.MODEL.WEIGHTS = str(final)
@@ -135,7 +134,7 @@ class Predictor:
                 is not known or has another number of classes.
         """
         self.model = build_model(cfg).eval()
-        self.rule = _load_weights(self.model, cfg.MODEL.WEIGHTS)
+        self.rule = _load_weights(self.model, cfg.MODEL.WEIGHTS, cfg.MODEL.TRUSTED_WEIGHTS)
         self.classes = _class_names(cfg, _num_classes(self.model))
 
     def draw(self, image: np.ndarray) -> tuple[np.ndarray, str]:
@@ -285,11 +284,11 @@ def titles(predictors: Iterable[Predictor], weights: Sequence[str]) -> list[str]
     ]
 
 
-def _load_weights(model: nn.Module, path: str) -> str:
+def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> str:
     """Loads a checkpoint of the whole model; returns the rule it was trained by."""
     for parameter in model.parameters():
         nn.init.constant_(parameter, math.nan)  # what the checkpoint leaves as it is, shows
-    checkpoint = FeedbackCheckpointer(model).load(path)
+    checkpoint = FeedbackCheckpointer(model, trusted_weights=trusted).load(path)
     left = [name for name, p in model.named_parameters() if p.isnan().any()]
     if left:
         raise ValueError(

@@ -99,6 +99,7 @@ def test_backpropagation_is_the_model_zoos_retinanet_in_every_other_key():
         "OUTPUT_DIR",
         "SOLVER.REFERENCE_WORLD_SIZE",
         "MODEL.RETINANET.HEAD",
+        "MODEL.TRUSTED_WEIGHTS",
     }
     # The other keys of this package have their defaults.
     defaults = get_cfg()
@@ -106,6 +107,7 @@ def test_backpropagation_is_the_model_zoos_retinanet_in_every_other_key():
     added = differing(defaults, get_cfg())
     assert differing(ours, zoo) == changed | added
     assert not differing(ours, defaults) & (added - changed)
+    assert ours.MODEL.TRUSTED_WEIGHTS == [zoo.MODEL.WEIGHTS]
 
 
 @pytest.mark.parametrize("kind", RULES)

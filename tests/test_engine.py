@@ -424,7 +424,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch
     checkpointer.save("model_best", iteration=9)
 
     def cut_off(content, path):
-        Path(path).write_bytes(b"PK")
+        path.write(b"PK")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", cut_off)

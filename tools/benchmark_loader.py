@@ -39,7 +39,7 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import v2
 
 from ss_detectron import add_ss_config
-from ss_detectron.config import find_config
+from ss_detectron.config import merge_config_file
 from ss_detectron.data import ClassificationMapper
 
 # The name of a generated set: the width and height about which its images' sizes lie.
@@ -123,7 +123,7 @@ def describe(files: list[Path]) -> list[dict]:
 def load_config(name: str) -> CfgNode:
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_file(find_config(name))
+    merge_config_file(cfg, name)
     return cfg
 
 

@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import RetinaNet, build_model
 
-from ss_detectron import add_ss_config, find_config
+from ss_detectron import add_ss_config
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.config import merge_config_file
 from ss_detectron.export import DenseRetinaNet, plain_config, plain_state_dict
 
 
@@ -28,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     """Loads, converts back to stock layers and writes."""
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_file(find_config(args.config_file))
+    merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
     if not Path(cfg.MODEL.WEIGHTS).is_file():
         sys.exit(f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS!r}: give the trained checkpoint's path")
@@ -36,7 +37,8 @@ def main(args: argparse.Namespace) -> None:
     cfg.MODEL.DEVICE = "cpu"  # here, not in the exported config
 
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    trusted = cfg.MODEL.TRUSTED_WEIGHTS
+    FeedbackCheckpointer(model, trusted_weights=trusted).load(cfg.MODEL.WEIGHTS)
     args.output.mkdir(parents=True, exist_ok=True)
     weights = args.output / "model.pth"
     torch.save({"model": plain_state_dict(model)}, weights)

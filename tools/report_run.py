@@ -17,6 +17,7 @@ from tabulate import tabulate
 from ss_detectron import add_ss_config
 from ss_detectron.comparison import read_metrics
 from ss_detectron.comparison.plots import plot_training
+from ss_detectron.config import merge_config_file
 from ss_detectron.data import register_coco_from_config
 from ss_detectron.visualize import draw_detections
 
@@ -30,7 +31,7 @@ def main(run: Path, count: int, score_threshold: float) -> None:
             sys.exit(f"{run} is no finished detection run: {path} is not there")
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_file(str(needed[0]))
+    merge_config_file(cfg, str(needed[0]))
     register_coco_from_config(cfg)
     rule = cfg.MODEL.FEEDBACK.RULE or cfg.MODEL.BACKBONE.NAME
     metrics = read_metrics(needed[1])

@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from ..compilation import compile_parts
-from ..config import add_ss_config, find_config
+from ..config import add_ss_config, merge_config_file
 from ..engine import Trainer
 from ..layers import AsymmetricLayer, convert_feedback, get_rule
 from ..solver import build_optimizer
@@ -129,7 +129,7 @@ class Contestant:
 def _config(case: Case, rule: str) -> CfgNode:
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_file(find_config(NETWORKS[case.network].config))
+    merge_config_file(cfg, NETWORKS[case.network].config)
     cfg.MODEL.DEVICE = case.device
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.CHANNELS_LAST = case.uses("channels_last")

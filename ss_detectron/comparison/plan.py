@@ -9,7 +9,8 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from tabulate import tabulate
 
-from ..config import add_ss_config, find_config
+from ..checkpoint_files import has_checkpoint
+from ..config import add_ss_config, find_config, merge_config_file
 from ..layers import FEEDBACK_REGISTRY, get_rule
 from .metrics import ERRORS, SCORES, matching, read_metrics
 from .runs import differences, flatten_config, read_config, rule_of_config
@@ -69,7 +70,7 @@ class PlannedRun:
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to go on from."""
-        return (self.folder / "last_checkpoint").is_file()
+        return has_checkpoint(str(self.folder))
 
 
 def plan_runs(
@@ -187,7 +188,7 @@ def _sibling(config_file: str, rule: str) -> str | None:
 def _load(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_file(find_config(config_file))
+    merge_config_file(cfg, config_file)
     try:
         cfg.merge_from_list(list(options))
     except AssertionError as error:  # yacs, of a key that is not there

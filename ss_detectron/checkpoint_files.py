@@ -1,0 +1,152 @@
+"""The files of a run's checkpoints: written whole or not at all, verified, and found again."""
+
+import errno
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+__all__ = [
+    "find_checkpoints",
+    "has_checkpoint",
+    "last_checkpoint",
+    "read_checkpoint",
+    "write_whole",
+]
+
+_NUMBERED = re.compile(r"model_(\d{7,})\.pth")
+_FINAL = "model_final.pth"
+
+
+@contextmanager
+def write_whole(target: str) -> Iterator[BinaryIO]:
+    """
+    A file to write to that becomes ``target`` in one step once all of it is on the disk: a run may
+    be killed, or its machine fail, at any time. After an error, ``target`` is what it was.
+    """
+    new = target + ".new"
+    try:
+        with open(new, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, target)
+    except BaseException:
+        with suppress(OSError):  # the error before it is the one to tell
+            os.remove(new)
+        raise
+    _sync_names(os.path.dirname(target) or ".")
+
+
+def _sync_names(folder: str) -> None:
+    """Puts on the disk what the files of a folder are called."""
+    if os.name != "posix":  # there is no such thing
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path: str, *, mmap: bool = False) -> dict[str, Any]:
+    """
+    What a checkpoint holds, on the CPU. No code in it runs (torch.load's ``weights_only``), and its
+    checksums are compared: torch.load alone does not notice that a byte of a weight has changed.
+
+    Args:
+        path: of a file that torch.save has written.
+        mmap: tensors stay in the file until they are used.
+
+    Raises:
+        OSError: it is not there, or the disk fails.
+        pickle.UnpicklingError: it holds what needs pickle, or something other than a checkpoint.
+        ValueError: it is empty, truncated or damaged, or holds no dictionary.
+    """
+    zipped = _check_whole(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    except (OSError, MemoryError, pickle.UnpicklingError):
+        raise
+    except Exception as error:  # any kind: the file may hold anything
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error!r}"[:500]) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
+    return content
+
+
+def _check_whole(path: str) -> bool:
+    """Whether it is a zip file, as torch writes since 1.6; ValueError if one that is not whole."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+        if not start:
+            raise ValueError(f"{path} is empty (0 bytes)")
+        if start != b"PK\x03\x04":
+            return False
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, EOFError) as error:
+            size = os.path.getsize(path)
+            raise ValueError(f"{path} is truncated, at {size} bytes ({error})") from error
+        except Exception as error:  # any kind: the file may hold anything
+            raise ValueError(f"{path} is damaged ({error!r})"[:500]) from error
+    if damaged:
+        raise ValueError(
+            f"{path} is damaged: the checksum of its part {damaged} is wrong (or was not written, "
+            "after torch.serialization.set_crc32_options(False))"
+        )
+    return True
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The file in ``folder`` that its ``last_checkpoint`` names; None where that names none."""
+    try:
+        name = Path(folder, "last_checkpoint").read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    # After a failure of the machine, it may hold anything; and a run stays in its folder.
+    named = name.isprintable() and len(name) < 256 and os.path.basename(name) == name
+    return os.path.join(folder, name) if named and name.endswith(".pth") else None
+
+
+def find_checkpoints(folder: str) -> list[str]:
+    """
+    The files that the run in ``folder`` can go on from, best first: the one that
+    ``last_checkpoint`` names, be it there or not, then those of fewer iterations
+    (``model_NNNNNNN.pth``), down to the first; all there are where it names none.
+
+    What an earlier run has left in the folder is not among them: it is older than a checkpoint of
+    fewer iterations.
+    """
+    last = last_checkpoint(folder)
+    numbered = _NUMBERED.fullmatch(os.path.basename(last or ""))
+    end = int(numbered[1]) if numbered else math.inf
+    found = []
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if match := _NUMBERED.fullmatch(entry.name):
+                found.append((int(match[1]), entry.path, entry.stat().st_mtime_ns))
+            elif entry.name == _FINAL:
+                found.append((math.inf, entry.path, entry.stat().st_mtime_ns))
+    kept, latest = [], 0
+    for iteration, path, time in sorted(found):
+        if time >= latest and (iteration < end or last is None):
+            kept.append(path)
+            latest = time
+    return [last] * (last is not None) + kept[::-1]
+
+
+def has_checkpoint(folder: str) -> bool:
+    """Whether a resumed run is to go on from something in ``folder``, in order or not."""
+    return os.path.exists(os.path.join(folder, "last_checkpoint")) or bool(find_checkpoints(folder))
