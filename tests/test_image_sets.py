@@ -385,8 +385,10 @@ def assert_cifar10(archive, split):
         assert (record["image"].transpose(2, 0, 1).ravel() == row).all()
 
 
-def cifar10(**options):
-    return image_config(train=("cifar10_train",), test=("cifar10_test",), classes=10, **options)
+def cifar10(download=False):
+    cfg = image_config(train=("cifar10_train",), test=("cifar10_test",), classes=10)
+    cfg.DATASETS.DOWNLOAD = download
+    return cfg
 
 
 def test_cifar10_from_its_unpacked_archive(archive, root, caplog):
@@ -423,8 +425,8 @@ def test_cifar10_is_downloaded_once_and_announced(archive, web, root, monkeypatc
     url = f"{address}/{CIFAR10.filename}"
     monkeypatch.setattr(CIFAR10, "url", url)
     with ThreadPoolExecutor(3) as threads:
-        sets = list(threads.map(DatasetCatalog.get, ["cifar10_train"] * 3))
-    assert [len(s) for s in sets] == [20] * 3
+        list(threads.map(check, [cifar10(download=True)] * 3))
+    assert_cifar10(archive, "train")
     assert_cifar10(archive, "test")
     assert len(requests) == 2  # torchvision asks for redirections first
     announced = [r.getMessage() for r in caplog.records if "downloading" in r.getMessage()]
@@ -434,13 +436,30 @@ def test_cifar10_is_downloaded_once_and_announced(archive, web, root, monkeypatc
 
 
 @pytest.mark.parametrize("broken", [False, True])
+def test_cifar10_is_not_downloaded_unless_the_config_says_so(
+    archive, web, root, broken, monkeypatch
+):
+    monkeypatch.setattr(CIFAR10, "url", f"{web[0]}/{CIFAR10.filename}")
+    if broken:
+        (root / "cifar10").mkdir()
+        (root / "cifar10" / CIFAR10.filename).write_bytes(archive.read_bytes()[:-100])
+    before = list(root.rglob("*"))
+    for look in (lambda: check(cifar10()), lambda: DatasetCatalog.get("cifar10_train")):
+        with pytest.raises(FileNotFoundError, match="set DATASETS.DOWNLOAD True") as error:
+            look()
+        for part in (CIFAR10.url, f"'{root / 'cifar10'}'", f"'{CIFAR10.filename}'"):
+            assert part in str(error.value)
+    assert not web[1] and list(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("broken", [False, True])
 def test_cifar10_without_a_network(archive, root, broken):
     """It says what to put where; a damaged archive does not pass for the original."""
     if broken:
         (root / "cifar10").mkdir()
         (root / "cifar10" / CIFAR10.filename).write_bytes(archive.read_bytes()[:-100])
     with pytest.raises(FileNotFoundError, match="CIFAR-10 is not in '.*refused") as error:
-        check(cifar10())
+        check(cifar10(download=True))
     for part in (
         CIFAR10.url,
         f"'{root / 'cifar10'}'",
@@ -453,7 +472,7 @@ def test_cifar10_without_a_network(archive, root, broken):
 def test_another_file_than_cifar10_is_not_taken(archive, web, root, monkeypatch):
     monkeypatch.setattr(CIFAR10, "url", f"{web[0]}/")
     with pytest.raises(FileNotFoundError, match="fetching it from .* failed .*orrupted"):
-        DatasetCatalog.get("cifar10_test")
+        check(cifar10(download=True))
 
 
 def test_cifar10_is_an_image_set_like_any_other(archive, root):

@@ -1,16 +1,22 @@
 """A look at all data sets of a config before a model is built."""
 
+import logging
+
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from ..trust import is_url
 from .catalog import check_registered, shorten, used_datasets, where_to_put
+from .cifar import CIFAR10Metadata, read_cifar10
 from .coco import check_detection_datasets
 from .folders import FolderMetadata, check_image_folder
 from .images import skips_unreadable_images
 from .loaders import check_loader_options
 
 __all__ = ["check_classification_datasets", "check_datasets"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
@@ -34,6 +40,7 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         raise ValueError(f"DATASETS.{key} names no data set.")
     names = used_datasets(cfg, training)
     check_registered(names)
+    _check_downloads(cfg, names)
     architecture = cfg.MODEL.META_ARCHITECTURE
     classifier = _is_classifier(architecture)
     for name in names:
@@ -66,7 +73,8 @@ def check_classification_datasets(cfg: CfgNode, *, training: bool = True) -> Non
     Those in ``DATASETS.TRAIN`` and ``DATASETS.TEST`` are registered, their folders are there with
     an image for every class, they agree on the classes, and these are as many as the model's. The
     keys that say how images are loaded have values that can be followed. Sets that are generated
-    or fetched when first needed are so in passing. No image is opened.
+    when first needed, or that ``DATASETS.DOWNLOAD`` lets be downloaded, are so in passing. No image
+    is opened.
 
     Args:
         cfg: a config with ``DATASETS.IMAGE_FOLDERS``, registered already.
@@ -85,7 +93,9 @@ def check_classification_datasets(cfg: CfgNode, *, training: bool = True) -> Non
         metadata = MetadataCatalog.get(name)
         if isinstance(metadata, FolderMetadata):
             check_image_folder(metadata, where_to_put(cfg, "IMAGE_FOLDERS", name))
-        metadata.get("image_root")  # where a set is generated or fetched on access
+        if isinstance(metadata, CIFAR10Metadata):
+            read_cifar10(train=False, download=cfg.DATASETS.DOWNLOAD)
+        metadata.get("image_root")  # where a set is generated on access
         classes[name] = list(metadata.get("thing_classes", ()))
         if not classes[name]:
             raise ValueError(
@@ -100,6 +110,22 @@ def check_classification_datasets(cfg: CfgNode, *, training: bool = True) -> Non
                 f"Data set '{name}' has {len(classes[name])} classes, the model is set to "
                 f"{wanted}: set MODEL.IMAGE_CLASSIFIER.NUM_CLASSES to {len(classes[name])}."
             )
+
+
+def _check_downloads(cfg: CfgNode, names: list[str]) -> None:
+    for name in names:
+        # as_dict leaves out what is computed on access.
+        known = MetadataCatalog.get(name).as_dict()
+        for what in ("json_file", "image_root"):
+            path = str(known.get(what))
+            if not is_url(path):
+                continue
+            if not cfg.DATASETS.DOWNLOAD:
+                raise ValueError(
+                    f"Data set '{name}' would be downloaded from {path}: set DATASETS.DOWNLOAD "
+                    "True, or download it by hand and register the files."
+                )
+            logger.info("Data set '%s' is downloaded from %s where it is needed.", name, path)
 
 
 def _is_classifier(architecture: str) -> bool:

@@ -13,7 +13,7 @@ from torchvision.datasets.utils import check_integrity
 
 from .catalog import datasets_root
 
-__all__ = ["CIFAR10_CLASSES", "read_cifar10", "register_cifar10"]
+__all__ = ["CIFAR10_CLASSES", "CIFAR10Metadata", "read_cifar10", "register_cifar10"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +31,19 @@ CIFAR10_CLASSES = (
 )
 
 
-def read_cifar10(train: bool) -> CIFAR10:
+def read_cifar10(train: bool, *, download: bool = False) -> CIFAR10:
     """Read CIFAR-10 from ``cifar10`` below ``DETECTRON2_DATASETS``.
 
     Where the unpacked archive is not there, torchvision unpacks the archive that is, or downloads
-    it. Of several processes one does so, the others wait.
+    it. Of several processes one does so, the others wait. Its files are pickles, which torchvision
+    reads only if their checksums are those of the original.
 
     Args:
         train: the training or the test images.
+        download: whether it may be downloaded.
 
     Raises:
-        FileNotFoundError: it is not there and could not be downloaded.
+        FileNotFoundError: it is not there, and may not or could not be downloaded.
     """
     folder = Path(datasets_root()) / "cifar10"
     with suppress(RuntimeError):  # torchvision's, where files are missing or damaged
@@ -51,6 +53,12 @@ def read_cifar10(train: bool) -> CIFAR10:
         f"put the archive '{CIFAR10.filename}' of {CIFAR10.url} (md5 {CIFAR10.tgz_md5}), or the "
         f"folder '{CIFAR10.base_folder}' it holds, into '{folder}'"
     )
+    if not download and not check_integrity(archive, CIFAR10.tgz_md5):
+        raise FileNotFoundError(
+            f"CIFAR-10 is not in '{folder}': set DATASETS.DOWNLOAD True to have {CIFAR10.url} "
+            f"downloaded there before training (170 MB), or {by_hand}, or set DETECTRON2_DATASETS "
+            "to the folder that holds 'cifar10'."
+        )
     try:
         with file_lock(str(folder)):
             if not check_integrity(archive, CIFAR10.tgz_md5):
@@ -68,8 +76,8 @@ def read_cifar10(train: bool) -> CIFAR10:
         ) from error
 
 
-class _CIFAR10Metadata(Metadata):
-    """Metadata whose files are fetched when they are first asked for."""
+class CIFAR10Metadata(Metadata):
+    """Metadata whose files are unpacked when they are first asked for."""
 
     @property
     def image_root(self) -> str:
@@ -92,6 +100,6 @@ def register_cifar10() -> None:
     for split in ("train", "test"):
         name = f"cifar10_{split}"
         DatasetCatalog.register(name, lambda split=split: _load(split))
-        MetadataCatalog[name] = _CIFAR10Metadata(
+        MetadataCatalog[name] = CIFAR10Metadata(
             name=name, evaluator_type="classification", thing_classes=list(CIFAR10_CLASSES)
         )
