@@ -93,7 +93,9 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
     if not training or not isinstance(dicts, list) or "annotations" not in dicts[0]:
         return dicts
     usable = without_unusable_boxes(dicts, _where(names))
-    if usable is not dicts and options["filter_empty"]:
+    # Detectron2's weighted samplers load the data sets again, and count their images.
+    counted = cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted")
+    if usable is not dicts and options["filter_empty"] and not counted:
         usable = filter_images_with_only_crowd_annotations(usable)
     if not usable:
         raise ValueError(f"{_where(names)}: no image has an object that can be used.")

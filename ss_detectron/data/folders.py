@@ -6,6 +6,8 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, is_image_file, make_dataset
 
 from .catalog import datasets_root, own_entries, refuse_taken, shorten
@@ -44,9 +46,26 @@ def _register(name: str, path: str) -> None:
 
 
 def load_image_folder(folder: str) -> list[dict]:
-    """Dataset dicts of a folder of class folders, read as torchvision's ImageFolder reads it."""
+    """Dataset dicts of a folder of class folders, read as torchvision's ImageFolder reads it.
+
+    Files that are no images by their names are counted in the log.
+    """
+    others = []
+
+    def is_image(file: str) -> bool:
+        found = is_image_file(file)
+        if not found:
+            others.append(os.path.relpath(file, folder))
+        return found
+
     _, labels = find_classes(folder)
-    files = make_dataset(folder, labels, extensions=IMG_EXTENSIONS)
+    files = make_dataset(folder, labels, is_valid_file=is_image)
+    if others and comm.is_main_process():
+        message = (
+            f"'{folder}': {len(others)} files are no images by their names ({shorten(others, 3)}): "
+            "they are not used."
+        )
+        log_first_n(logging.WARNING, message, key="message", name=__name__)
     return [{"file_name": f, "image_id": i, "label": label} for i, (f, label) in enumerate(files)]
 
 
