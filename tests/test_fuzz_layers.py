@@ -352,7 +352,7 @@ def fuzz(examples: int, strange: bool) -> Counter:
 
 
 few_and_many = pytest.mark.parametrize(
-    "examples", [120, pytest.param(3000, marks=pytest.mark.slow)], ids=["few", "many"]
+    "examples", [200, pytest.param(3000, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 
 
@@ -366,3 +366,30 @@ def test_what_stock_computes(examples):
 def test_what_stock_refuses(examples):
     counts = fuzz(examples, strange=True)
     assert counts["refused"] > examples / 2, counts
+
+
+# What the search has found.
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 4, 5), (2, 0, 5)], ids=str)
+def test_a_linear_layer_of_other_than_a_matrix_may_be_changed_in_place(shape):
+    layer, x = AsymmetricLinear(5, 3, rule="bp"), torch.randn(shape)
+    F.relu_(layer(x)).sum().backward()
+    expected = torch.autograd.grad(F.linear(x, layer.weight, layer.bias).relu().sum(), layer.bias)
+    assert_close("bias", layer.bias.grad, expected[0])
+
+
+@pytest.mark.parametrize("scale", FEEDBACK_SCALES)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_without_weights(rule, scale):
+    for sizes in [(0, 3), (3, 0), (0, 0)]:
+        layer = AsymmetricLinear(*sizes, rule=rule, scale=scale)
+        x = torch.ones(2, sizes[0], requires_grad=True)
+        layer(x).sum().backward()
+        assert_equal("input", x.grad, torch.zeros_like(x))
+
+
+def test_feedback_that_could_learn_makes_a_frozen_layer_need_no_gradient():
+    layer = AsymmetricLinear(3, 2, rule="kp").requires_grad_(False)
+    layer.feedback_weight.requires_grad_()
+    assert not layer(torch.ones(1, 3)).requires_grad
