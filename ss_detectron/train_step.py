@@ -184,11 +184,14 @@ class StepTrainer(SimpleTrainer):
         ]
         ranks, message = comm.all_gather(numbers), ""
         if comm.is_main_process():
-            names = {p: name for name, p in self._model.named_parameters()}
-            gradients = {names.get(p, "?"): g for p, g in self._gradients().items()}
-            facts = describe_step(
-                self._model, self.optimizer, ranks, not_finite(gradients.items()), weights
-            )
+            gradients = self._gradients()
+            named = [
+                (name, gradients.pop(p))
+                for name, p in self._model.named_parameters()
+                if p in gradients
+            ]
+            named += [("a parameter outside the model", g) for g in gradients.values()]
+            facts = describe_step(self._model, self.optimizer, ranks, not_finite(named), weights)
             message = (
                 f"Loss or gradient not finite at iteration {self.iter}, whose step is not taken:\n"
                 f"{facts}\n{self._outcome(skip, no_use)}"

@@ -1,4 +1,4 @@
-"""A step over several batches is a step over one large batch."""
+"""A step is Detectron2's; a step over several batches is a step over one large batch."""
 
 import copy
 import math
@@ -14,6 +14,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from modeling_utils import assert_same
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -74,6 +75,17 @@ def parts(batches: torch.Tensor, passes: int) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_step_of_one_batch_is_detectron2s_bit_for_bit(rule):
+    trained = []
+    for kind in (SimpleTrainer, StepTrainer):
+        model = Model(rule).float()
+        trainer = kind(model, list(images().float()), optimizer(model))
+        losses = train(trainer)
+        trained.append((model.state_dict(), trainer.optimizer.state_dict(), losses))
+    assert_same(*trained)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_several_passes_train_as_one_large_batch(rule, passes):
     expected, expected_losses = stock(rule)
@@ -116,13 +128,6 @@ def test_a_single_loss_may_be_a_tensor():
     assert row["total_loss"] == pytest.approx(Single()(images()[0]).item())
 
 
-def test_loss_that_is_not_finite_ends_the_run():
-    model = Model()
-    trainer = StepTrainer(model, list(images() * 1e200), optimizer(model), passes=2)
-    with pytest.raises(FloatingPointError, match="iteration=0"):
-        train(trainer, 1)
-
-
 class Typed(nn.Module):
     """Records the type that a layer's output has."""
 
@@ -156,7 +161,7 @@ def test_state_goes_from_and_to_detectron2s_trainer():
     theirs = SimpleTrainer(copy.deepcopy(model), list(images()), optimizer(model))
     train(ours)
     state = ours.state_dict()
-    assert set(state) == set(theirs.state_dict())
+    assert set(state) - set(theirs.state_dict()) == {"skipped_steps"}
     theirs.load_state_dict(state)
     ours.load_state_dict(theirs.state_dict())
     assert ours.iter == STEPS - 1
