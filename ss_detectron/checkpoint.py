@@ -2,8 +2,6 @@
 
 import logging
 import os
-import pickle
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,6 +17,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
 from .checkpoint_files import (
+    NeedsPickleError,
     find_checkpoints,
     has_checkpoint,
     last_checkpoint,
@@ -219,9 +218,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             read_checkpoint(path, mmap=True)
         except FileNotFoundError:
             return f"{path} is not there"
-        except pickle.UnpicklingError as error:
+        except NeedsPickleError as error:
             if not is_trusted(path, self.trusted_weights):
-                return pickle_refusal(path, _why_pickle(error))
+                return pickle_refusal(path, error.why)
         except (OSError, ValueError) as error:
             return str(error)
         return ""
@@ -252,8 +251,8 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     def _torch_load(self, filename: str) -> dict[str, Any]:
         try:
             return read_checkpoint(filename)
-        except pickle.UnpicklingError as error:
-            self._announce_pickle(_why_pickle(error))
+        except NeedsPickleError as error:
+            self._announce_pickle(error.why)
         return torch.load(filename, map_location="cpu", weights_only=False)
 
     def _announce_pickle(self, why: str = "") -> None:
@@ -416,12 +415,6 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _why_pickle(error: pickle.UnpicklingError) -> str:
-    """Why torch.load refused to read a file without running code."""
-    held = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f"it holds {held[1]}" if held else "if it is a checkpoint at all"
 
 
 def _count(rules: dict[str, str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 __all__ = [
+    "NeedsPickleError",
     "find_checkpoints",
     "has_checkpoint",
     "last_checkpoint",
@@ -23,6 +24,14 @@ __all__ = [
 
 _NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 _FINAL = "model_final.pth"
+
+
+class NeedsPickleError(ValueError):
+    """A file cannot be read without running the code in it, if it is a checkpoint at all."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path} has to be unpickled ({why}), which runs the code in it")
+        self.why = why
 
 
 @contextmanager
@@ -70,14 +79,19 @@ def read_checkpoint(path: str, *, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         OSError: it is not there, or the disk fails.
-        pickle.UnpicklingError: it holds what needs pickle, or something other than a checkpoint.
+        NeedsPickleError: it holds objects, or is no checkpoint.
         ValueError: it is empty, truncated or damaged, or holds no dictionary.
     """
     zipped = _check_whole(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-    except (OSError, MemoryError, pickle.UnpicklingError):
+    except (OSError, MemoryError):
         raise
+    except pickle.UnpicklingError as error:
+        held = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise NeedsPickleError(
+            path, f"it holds {held[1]}" if held else "if it is a checkpoint at all"
+        ) from error
     except Exception as error:  # any kind: the file may hold anything
         raise ValueError(f"{path} cannot be read as a checkpoint: {error!r}"[:500]) from error
     if not isinstance(content, dict):

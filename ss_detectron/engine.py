@@ -4,7 +4,6 @@ import argparse
 import logging
 import math
 import os
-import pickle
 import weakref
 from typing import Any
 
@@ -415,7 +414,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             return
         try:
             saved = read_checkpoint(path, mmap=True)
-        except (OSError, ValueError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("%s. The best metric is found anew.", error)
             return
         value = saved.get("metric", {}).get(self._val_metric)
