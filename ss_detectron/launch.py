@@ -5,17 +5,18 @@ has started. Passes on requests to stop (see :mod:`.preemption`), and says which
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import torch
@@ -102,15 +103,25 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         KeyboardInterrupt: a second Ctrl-C. The other processes are killed.
     """
     timeout = timedelta(minutes=args.timeout)
-    if is_torchelastic_launched():
-        listen(spokesman=_environment("RANK") == 0)
-        # A file for torchrun, which prints the traceback of the first process to fail.
-        record(_join_torchrun)(main, args, timeout)
-    elif args.num_gpus * args.num_machines > 1:
-        _launch_processes(main, args, timeout)
-    else:
-        listen()
-        main(args)
+    with _undisturbed_end():
+        if is_torchelastic_launched():
+            listen(spokesman=_environment("RANK") == 0)
+            # Leaves the traceback to torchrun, which prints that of the first process to fail.
+            record(_join_torchrun)(main, args, timeout)
+        elif args.num_gpus * args.num_machines > 1:
+            _launch_processes(main, args, timeout)
+        else:
+            listen()
+            main(args)
+
+
+@contextmanager
+def _undisturbed_end() -> Iterator[None]:
+    """Ignores SIGTERM afterwards: it would end Python on its way out, and change the exit code."""
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _environment(name: str) -> int:
@@ -142,7 +153,7 @@ def _launch_processes(
     sys.stdout.flush()
     processes: list[BaseProcess] = []
 
-    def forward(number: Signals) -> None:
+    def forward(number: signal.Signals) -> None:
         say(f"{number.name}: all {len(processes)} processes are asked to save and stop.")
         for process in processes:
             process.terminate()
@@ -172,11 +183,12 @@ def _process(
     """One of this machine's processes. If it fails, it leaves its traceback to the parent."""
     listen(parent=parent, spokesman=index == 0)
     size, count, place = args.num_gpus * args.num_machines, args.num_gpus, args.machine_rank
-    try:
-        _distributed_worker(index, main, size, count, place, args.dist_url, (args,), timeout)
-    except Exception:
-        (failures / str(index)).write_text(traceback.format_exc())
-        sys.exit(1)
+    with _undisturbed_end():
+        try:
+            _distributed_worker(index, main, size, count, place, args.dist_url, (args,), timeout)
+        except Exception:
+            (failures / str(index)).write_text(traceback.format_exc())
+            sys.exit(1)
 
 
 def _wait(processes: Sequence[BaseProcess], first_rank: int, failures: Path) -> None:
@@ -186,13 +198,14 @@ def _wait(processes: Sequence[BaseProcess], first_rank: int, failures: Path) -> 
     Raises:
         Preempted, SystemExit: see :func:`launch`.
     """
-    running = {process.sentinel: process for process in processes}
-    failed: list[BaseProcess] = []
-    while running and not failed:
-        ended = [running.pop(sentinel) for sentinel in wait(list(running))]
-        for process in ended:
-            process.join()
-        failed = [process for process in ended if process.exitcode]
+    while True:
+        codes = [process.exitcode for process in processes]
+        failed = [process for process, code in zip(processes, codes, strict=True) if code]
+        running = [process.sentinel for process in processes if process.exitcode is None]
+        if failed or codes == [0] * len(codes):
+            break
+        # Looks after them each second: worker processes can keep the sentinel of a dead one open.
+        wait(running, timeout=1)
     if not failed:
         return
     deadline = time.monotonic() + _GRACE
@@ -237,17 +250,17 @@ def _report(
         name = f"Rank {first_rank + rank} (process {process.pid})"
         if process in hung:
             return f"{name} did not end within {_GRACE} seconds and was killed"
-        if process.exitcode < 0:
-            return f"{name} was killed by {Signals(-process.exitcode).name}"
         if rank in files:
             return f"{name} failed with {files[rank].read_text().strip().splitlines()[-1]}"
+        if process.exitcode < 0:
+            return f"{name} was killed by {signal.Signals(-process.exitcode).name}"
         return f"{name} ended with exit code {process.exitcode}"
 
     lines = []
     if (rank := processes.index(culprit)) in files:
         lines.append(files[rank].read_text())
     lines += [f"After that: {ending(process)}." for process in processes if process is not culprit]
-    if culprit.exitcode == -Signals.SIGKILL:
+    if culprit.exitcode == -signal.SIGKILL:
         lines.append("SIGKILL is also what the kernel sends where memory has run out (see dmesg).")
     lines.append(
         f"{ending(culprit)}, which ended the run. Nothing was saved for it: with --resume, it "

@@ -7,8 +7,10 @@ is saved by what a dead rank leaves behind.
 """
 
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -114,22 +116,27 @@ def listen(*, parent: int | None = None, spokesman: bool = True) -> None:
         # torch's launcher has its end signalled by SIGINT, also where that was ignored.
         signal.signal(signal.SIGINT, ignore_unless_orphaned)
         ignore_unless_orphaned(signal.SIGINT, None)
-    if hasattr(signal, "sigwaitinfo"):  # on Linux, where loaders fork their workers
-        os.register_at_fork(after_in_child=_shield_worker)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    if sys.platform == "linux":
+        # In a spawned process, the default is to spawn its workers. Each would import everything
+        # anew, which takes seconds, and any signal would end it while it does.
+        multiprocessing.set_start_method("fork", force=True)
+        os.register_at_fork(after_in_child=_shield_worker)
 
 
 def _shield_worker() -> None:
     """
     In a worker of a data loader, SIGTERM and SIGINT are ignored, which a scheduler or a terminal
-    sends to all processes of a run: without its workers a rank could not finish its step. SIGTERM
-    of the rank itself still ends its worker.
+    sends to all processes of a run: without its workers a rank could not finish its step. The rank
+    itself ends its workers by SIGTERM, and by its death, for they hold its connections open.
     """
     rank = os.getppid()
 
     def wait_for_rank() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
-            pass
+        while os.getppid() == rank:
+            received = signal.sigtimedwait({signal.SIGTERM}, 1)
+            if received is not None and received.si_pid == rank:
+                break
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
