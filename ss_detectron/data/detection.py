@@ -77,7 +77,7 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
         OSError: files are missing.
         ValueError: the data sets cannot be loaded, or nothing in them can be used.
     """
-    options = {"filter_empty": training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS}
+    options = {"filter_empty": False}  # which is done below
     if training and cfg.MODEL.KEYPOINT_ON:
         options["min_keypoints"] = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     if cfg.MODEL.LOAD_PROPOSALS:
@@ -92,14 +92,18 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
         ) from error
     if not training or not isinstance(dicts, list) or "annotations" not in dicts[0]:
         return dicts
-    usable = without_unusable_boxes(dicts, _where(names))
-    # Detectron2's weighted samplers load the data sets again, and count their images.
-    counted = cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted")
-    if usable is not dicts and options["filter_empty"] and not counted:
-        usable = filter_images_with_only_crowd_annotations(usable)
-    if not usable:
-        raise ValueError(f"{_where(names)}: no image has an object that can be used.")
-    return usable
+    where = _where(names)
+    filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    # Detectron2's weighted samplers load the data sets again: they have to find the same images.
+    weighted = cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted")
+    if filtered and weighted:
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    dicts = without_unusable_boxes(dicts, where)
+    if filtered and not weighted:
+        dicts = filter_images_with_only_crowd_annotations(dicts)
+    if not dicts:
+        raise ValueError(f"{where}: no image has an object that can be used.")
+    return dicts
 
 
 def _proposal_files(cfg: CfgNode, names: list[str], training: bool) -> list[str]:

@@ -1,0 +1,432 @@
+"""Random damage to COCO data sets: an error that says where, or the right boxes, never else."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import inference_on_dataset
+from detectron2.structures import Boxes, Instances
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from image_utils import image_config
+from PIL import Image
+
+import ss_detectron
+from ss_detectron.data import (
+    ClassificationMapper,
+    DetectionMapper,
+    UnreadableImageError,
+    check_datasets,
+    register_coco_from_config,
+)
+from ss_detectron.engine import Trainer
+
+PACKAGE = str(Path(ss_detectron.__file__).parent)
+NAME = "own_fuzzed"
+SIZES = {1: (40, 30), 2: (30, 40), 3: (33, 33)}
+"""Width and height of the images by their ids."""
+SECONDS = 120  # what has not ended by then, hangs
+
+quick = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+thorough = settings(quick, max_examples=3000, derandomize=False, print_blob=True)
+
+
+def valid_content() -> dict:
+    """Images with boxes, polygons, a crowd in RLE, keypoints, and one without objects."""
+    polygon = [[4, 5, 20, 5, 20, 25]]
+    return {
+        "info": {"year": 2024},
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "width": width, "height": height}
+            for i, (width, height) in SIZES.items()
+        ],
+        "annotations": [
+            _object(1, 1, 2, [4, 5, 16, 20], segmentation=polygon, iscrowd=0, area=160),
+            _object(2, 1, 7, [1.5, 2.5, 10, 10], segmentation=polygon, keypoints=[5, 5, 2]),
+            _object(3, 2, 2, [0, 0, 30, 40], segmentation=polygon, area=1200.0),
+            _object(
+                4,
+                2,
+                2,
+                [0, 0, 30, 40],
+                segmentation={"size": [40, 30], "counts": [0, 1200]},
+                iscrowd=1,
+                area=1200,
+            ),
+        ],
+        "categories": [{"id": 2, "name": "kite"}, {"id": 7, "name": "balloon"}],
+    }
+
+
+def _object(id: int, image: int, category: int, box: list, **more: Any) -> dict:
+    return {"id": id, "image_id": image, "category_id": category, "bbox": box, **more}
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    7,
+    -1,
+    3.0,
+    -2.5,
+    30,
+    40,
+    1000,
+    1e-9,
+    1e300,
+    -1e300,
+    2**40,
+    2**70,
+    10**400,
+    math.nan,
+    math.inf,
+    -math.inf,
+    "",
+    "1",
+    "2.png",
+    "..",
+    "\x00",
+    "\ud800",
+    "Käse 猫",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [[1, 2]],
+    [[1, 2, "a", 4, 5, 6]],
+    [1, 2, 3, 4],
+    [9, 9, 0, 0],
+    [-5, -5, 100, 100],
+    [50, 50, 5, 5],
+    [9, 9, -5, -5],
+    {"size": [40, 30], "counts": "zzzzabc"},
+    {"size": [30, 40], "counts": [1200]},
+]
+
+
+def _places(content: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The paths to all values in a tree of lists and dicts, but for its root."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in items:
+        yield (*path, key)
+        if isinstance(value, (dict, list)):
+            yield from _places(value, (*path, key))
+
+
+def _at(content: Any, path: tuple) -> Any:
+    for key in path:
+        content = content[key]
+    return content
+
+
+@st.composite
+def damaged_contents(draw: st.DrawFn) -> Any:
+    """The valid content with up to four other boxes, and up to three changes anywhere in it."""
+    content = valid_content()
+    for annotation in content["annotations"]:
+        if draw(st.booleans()):
+            annotation["bbox"] = draw(
+                st.lists(st.floats(-60, 90, width=16), min_size=4, max_size=4)
+            )
+    for _ in range(draw(st.integers(0, 3))):
+        places = list(_places(content))
+        if not places:
+            break
+        path = draw(st.sampled_from(places))
+        parent, key = _at(content, path[:-1]), path[-1]
+        kind = draw(st.sampled_from(["replace", "remove", "repeat", "exchange"]))
+        if kind == "replace":
+            parent[key] = copy.deepcopy(draw(st.sampled_from(ODD)))
+        elif kind == "remove":
+            del parent[key]
+        elif kind == "repeat" and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[key]))
+        else:
+            keys = list(parent) if isinstance(parent, dict) else range(len(parent))
+            other = draw(st.sampled_from(keys))
+            parent[key], parent[other] = parent[other], parent[key]
+    return content
+
+
+# What has to come of it --------------------------------------------------------------------------
+
+
+def _expected(content: dict) -> dict[Any, list]:
+    """By image, the classes and boxes to be trained on, worked out from the content alone."""
+    classes = {
+        c["id"]: i for i, c in enumerate(sorted(content["categories"], key=lambda c: c["id"]))
+    }
+    expected = {image["id"]: [] for image in content["images"]}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    for annotation in content["annotations"]:
+        polygons = annotation.get("segmentation")
+        if annotation["image_id"] not in expected or annotation.get("iscrowd"):
+            continue
+        polygons = polygons if isinstance(polygons, list) else []
+        if polygons and not any(len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
+            continue
+        x, y, w, h = annotation["bbox"]
+        width, height = sizes[annotation["image_id"]]
+        box = np.float32([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)])
+        if w > 0 and h > 0 and (box[2:] - box[:2] > 1e-5).all():
+            label = classes[annotation["category_id"]]
+            expected[annotation["image_id"]].append((label, tuple(box.tolist())))
+    return {image: sorted(found) for image, found in expected.items()}
+
+
+def _config(folder: Path, unreadable: str, masks: str | None) -> CfgNode:
+    cfg = image_config(train=(NAME,), test=(NAME,))
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.RETINANET.NUM_CLASSES = 2
+    cfg.DATASETS.COCO_INSTANCES = [[NAME, str(folder / "labels.json"), str(folder / "images")]]
+    cfg.DATALOADER.UNREADABLE_IMAGES = unreadable
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    cfg.INPUT.MIN_SIZE_TRAIN = cfg.INPUT.MIN_SIZE_TEST = (0,)  # not resized
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.OUTPUT_DIR = str(folder / "output")
+    cfg.SEED = 0
+    if masks:
+        cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, masks
+    return cfg
+
+
+@contextmanager
+def _no_longer_than(seconds: int) -> Iterator[None]:
+    def give_up(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def use(folder: Path, cfg: CfgNode) -> None:
+    """Trains on and evaluates a data set, or gets an error of ours that names it or its file."""
+    try:
+        with _no_longer_than(SECONDS), _quiet():
+            register_coco_from_config(cfg)
+            check_datasets(cfg)
+            content = json.loads((folder / "labels.json").read_bytes())
+            expected = _expected(content)
+            _train(cfg, expected)
+            _evaluate(cfg, expected)
+    except (ValueError, FileNotFoundError, UnreadableImageError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        assert raised_in.startswith(PACKAGE), f"not ours: {error!r}"
+        assert NAME in str(error) or str(folder) in str(error), f"does not say where: {error!r}"
+    finally:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.pop(NAME, None)
+
+
+def _train(cfg: CfgNode, expected: dict[Any, list]) -> None:
+    usable = {image for image, found in expected.items() if found}
+    for batch in islice(Trainer.build_train_loader(cfg), 2 * len(expected)):
+        assert len(batch) == 1
+        for image in batch:
+            instances = image["instances"]
+            height, width = image["image"].shape[1:]
+            boxes = instances.gt_boxes.tensor
+            assert torch.isfinite(boxes).all() and (boxes >= 0).all()
+            assert (boxes[:, 2:] > boxes[:, :2]).all()
+            assert (boxes[:, [0, 2]] <= width).all() and (boxes[:, [1, 3]] <= height).all()
+            pairs = zip(instances.gt_classes.tolist(), boxes.tolist(), strict=True)
+            found = sorted((label, tuple(box)) for label, box in pairs)
+            assert image["image_id"] in usable
+            if not cfg.MODEL.MASK_ON:  # else objects of empty masks are left out as well
+                assert found == expected[image["image_id"]]
+            assert all(label in (0, 1) for label, _ in found)
+
+
+def _evaluate(cfg: CfgNode, expected: dict[Any, list]) -> None:
+    def oracle(images: list[dict]) -> list[dict]:
+        outputs = []
+        for image in images:
+            found = expected[image["image_id"]]
+            instances = Instances((image["height"], image["width"]))
+            instances.pred_boxes = Boxes(torch.tensor([b for _, b in found]).reshape(-1, 4))
+            instances.scores = torch.ones(len(found))
+            instances.pred_classes = torch.tensor([c for c, _ in found], dtype=torch.int64)
+            outputs.append({"instances": instances})
+        return outputs
+
+    loader = Trainer.build_test_loader(cfg, NAME)
+    evaluator = Trainer.build_evaluator(cfg, NAME)
+    results = inference_on_dataset(oracle, loader, evaluator)
+    ap = results["bbox"]["AP"] if results else math.nan
+    assert math.isnan(ap) or 0 <= ap <= 100.0001
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The images of the valid content."""
+    folder = tmp_path_factory.mktemp("fuzzed")
+    (folder / "images").mkdir()
+    for i, size in SIZES.items():
+        Image.new("RGB", size, (60 * i, 9, 9)).save(folder / "images" / f"{i}.png")
+    return folder
+
+
+UNREADABLE = st.sampled_from(["error", "skip"])
+MASKS = st.sampled_from([None, None, "polygon", "bitmask"])
+
+
+def _damaged_content(folder: Path, content: Any, unreadable: str, masks: str | None) -> None:
+    (folder / "labels.json").write_text(json.dumps(content))
+    use(folder, _config(folder, unreadable, masks))
+
+
+def _damaged_text(folder: Path, start: int, length: int, other: bytes) -> None:
+    text = json.dumps(valid_content()).encode()
+    start %= len(text)
+    (folder / "labels.json").write_bytes(text[:start] + other + text[start + length :])
+    use(folder, _config(folder, "error", None))
+
+
+def test_valid_content_is_used(folder):
+    """So that the others do not just see one error after the other."""
+    (folder / "labels.json").write_text(json.dumps(valid_content()))
+    for masks in (None, "polygon", "bitmask"):
+        cfg = _config(folder, "error", masks)
+        register_coco_from_config(cfg)
+        try:
+            check_datasets(cfg)
+            expected = _expected(valid_content())
+            assert [len(found) for found in expected.values()] == [2, 1, 0]
+            _train(cfg, expected)
+            _evaluate(cfg, expected)
+        finally:
+            DatasetCatalog.remove(NAME)
+            MetadataCatalog.pop(NAME)
+
+
+contents = given(content=damaged_contents(), unreadable=UNREADABLE, masks=MASKS)
+texts = given(start=st.integers(0, 2000), length=st.integers(0, 9), other=st.binary(max_size=4))
+
+
+@quick
+@contents
+def test_damaged_content(folder, content, unreadable, masks):
+    _damaged_content(folder, content, unreadable, masks)
+
+
+@quick
+@texts
+def test_damaged_text(folder, start, length, other):
+    _damaged_text(folder, start, length, other)
+
+
+@pytest.mark.slow
+@thorough
+@contents
+def test_damaged_content_thoroughly(folder, content, unreadable, masks):
+    _damaged_content(folder, content, unreadable, masks)
+
+
+@pytest.mark.slow
+@thorough
+@texts
+def test_damaged_text_thoroughly(folder, start, length, other):
+    _damaged_text(folder, start, length, other)
+
+
+# Images ------------------------------------------------------------------------------------------
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+FORMS = ["png", "jpeg", "bmp", "tiff", "gif", "webp"]
+
+
+def _damaged_image(folder: Path, form: str, start: int, length: int, other: bytes) -> None:
+    """Mappers give an image of the right size, of a PNG the right one, or an error naming it."""
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, form)
+    content = buffer.getvalue()
+    start = start * len(content) // 1000
+    content = content[:start] + other + (content[start + length :] if length < 9 else b"")
+    file = folder / "damaged image"
+    file.write_bytes(content)
+    cfg = _config(folder, "error", None)
+    record = {"file_name": str(file), "width": 32, "height": 24, "image_id": 0, "annotations": []}
+    with _no_longer_than(SECONDS):
+        with contextlib.suppress(UnreadableImageError):
+            image = _mapped(DetectionMapper(cfg, True), record)
+            assert image.shape == (3, 24, 32)
+            if form == "png":
+                assert np.array_equal(image.permute(1, 2, 0).numpy(), PIXELS)
+        cfg.INPUT.CLASSIFICATION.TRANSFORM = "resize"
+        cfg.INPUT.CLASSIFICATION.SIZE = 8
+        with contextlib.suppress(UnreadableImageError):
+            image = _mapped(ClassificationMapper(cfg, True), {**record, "label": 0})
+            assert image.shape == (3, 8, 8)
+
+
+def _mapped(mapper: Any, record: dict) -> torch.Tensor:
+    with _quiet():
+        try:
+            return mapper(record)["image"]
+        except UnreadableImageError as error:
+            assert "damaged image' cannot be " in str(error)
+            raise
+
+
+images = given(
+    form=st.sampled_from(FORMS),
+    start=st.integers(0, 999),
+    length=st.integers(0, 9),
+    other=st.binary(max_size=8),
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damage
+@quick
+@images
+def test_damaged_image(folder, form, start, length, other):
+    _damaged_image(folder, form, start, length, other)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@thorough
+@images
+def test_damaged_image_thoroughly(folder, form, start, length, other):
+    _damaged_image(folder, form, start, length, other)
