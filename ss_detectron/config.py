@@ -1,15 +1,19 @@
 """The config keys this package adds to Detectron2's, and where its config files are found."""
 
 import difflib
+import logging
 import os
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 
 from .trust import is_url
 
 __all__ = ["add_ss_config", "find_config", "merge_config_file"]
+
+logger = logging.getLogger(__name__)
 
 
 def add_ss_config(cfg: CfgNode) -> None:
@@ -148,8 +152,15 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
         ValueError: the file, or one it builds on, has tags of Python or is a URL, or is no YAML of
             keys and values; or a value does not fit.
     """
-    path = name if is_url(name) else find_config(name)
-    if not allow_unsafe:
+    if allow_unsafe:
+        logger.warning(
+            "The Python in the tags of %s and of what it builds on is run, and what is a URL is "
+            "downloaded.",
+            name,
+        )
+        path = PathManager.get_local_path(name) if is_url(name) else find_config(name)
+    else:
+        path = name if is_url(name) else find_config(name)
         _check_plain(path)
     cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
     return path
@@ -172,7 +183,8 @@ def _check_plain(file: str, builders: tuple[str, ...] = ()) -> None:
     if any(os.path.samefile(file, builder) for builder in builders):
         raise ValueError(f"{where} builds on itself (_BASE_)")
     try:
-        content = yaml.safe_load(Path(file).read_bytes())
+        with open(file, "rb") as stream:
+            content = yaml.safe_load(stream)
     except yaml.constructor.ConstructorError as error:
         line = error.problem_mark.line + 1
         raise ValueError(
@@ -180,7 +192,8 @@ def _check_plain(file: str, builders: tuple[str, ...] = ()) -> None:
             f"code: write out what they stand for, {allow}"
         ) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where} is not valid YAML: {reason}") from error
     bases = content.get("_BASE_", []) if isinstance(content, dict) else None
     if isinstance(bases, str):
         bases = [bases]

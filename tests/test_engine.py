@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import _cached_log_stream, setup_logger
 from torch import nn
 
-from ss_detectron import add_ss_config, convert_feedback
+from ss_detectron import add_ss_config, convert_feedback, find_config
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.data import generate_shapes
 from ss_detectron.engine import BestCheckpointer, Trainer, argument_parser, setup
@@ -87,16 +87,64 @@ def stock(**solver) -> CfgNode:
     return cfg
 
 
+# What runs code, or comes from a network ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weights",
+    ["detectron2://a/R-50.pkl", "https://x.org/a.pth", "a.pkl", "a.pkl?x=y", "a.pyth"],
+)
+def test_weights_that_are_not_trusted_are_refused_before_the_run_begins(weights, prepare):
+    for name in ("a.pkl", "a.pyth"):
+        Path(name).touch()
+    trusted = weights.partition("?")[0]
+    with pytest.raises(ValueError, match=rf"MODEL.TRUSTED_WEIGHTS \"\['{trusted}'\]\""):
+        prepare("MODEL.WEIGHTS", weights, "OUTPUT_DIR", "out")
+    assert not Path("out/config.yaml").exists()
+    prepare("MODEL.WEIGHTS", weights, "MODEL.TRUSTED_WEIGHTS", [trusted], "OUTPUT_DIR", "out")
+    assert Path("out/config.yaml").exists()
+    said = Path("out/log.txt").read_text()
+    assert (f"MODEL.WEIGHTS is {weights}: it will be fetched" in said) == ("://" in weights)
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+@pytest.mark.parametrize("file", ["proposals.pkl", "https://x.org/proposals.pkl"])
+def test_proposals_are_pickles_too(file, split, prepare):
+    words = (
+        "OUTPUT_DIR",
+        "out",
+        "MODEL.LOAD_PROPOSALS",
+        True,
+        f"DATASETS.PROPOSAL_FILES_{split}",
+        (file,),
+    )
+    with pytest.raises(ValueError, match=f"{file}.*MODEL.TRUSTED_WEIGHTS"):
+        prepare(*words)
+    prepare(*words, "MODEL.TRUSTED_WEIGHTS", [file])
+    said = Path("out/log.txt").read_text()
+    assert f"The proposals {file} are unpickled, which runs the code in them" in said
+
+
+def test_code_in_a_config_runs_where_the_flag_asks_for_it(prepare):
+    Path("my.yaml").write_text(
+        f"_BASE_: {find_config('quick/shapes_retinanet_ss.yaml')}\n"
+        "SEED: !!python/object/apply:eval ['3 * 4']"
+    )
+    with pytest.raises(ValueError, match="line 2, could not .*--allow-unsafe-config"):
+        prepare(config="my.yaml")
+    assert prepare(config="my.yaml", flags=["--allow-unsafe-config"]).SEED == 12
+
+
 # What is refused, and how --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("opts", "error", "message"),
     [
-        (["MODEL.FEEDBACK.RULE", "signs"], ValueError, "unknown .*'signs'.*sign_symmetry"),
-        (["MODEL.FEEDBACK.LAST_LAYER_RULE", "x"], ValueError, "unknown feedback rule 'x'"),
-        (["MODEL.FEEDBACK.SCALE", "max"], ValueError, "unknown .*'max'.*mean_abs"),
-        (["MODEL.FEEDBACK.GAIN", -0.5], ValueError, "gain is -0.5.*positive"),
+        (["MODEL.FEEDBACK.RULE", "signs"], ValueError, "FEEDBACK.RULE is 'signs'.*sign_symmetry"),
+        (["MODEL.FEEDBACK.LAST_LAYER_RULE", "x"], ValueError, "LAST_LAYER_RULE is 'x'.*sign_symmetry"),
+        (["MODEL.FEEDBACK.SCALE", "max"], ValueError, "SCALE is 'max'.*mean_abs"),
+        (["MODEL.FEEDBACK.GAIN", -0.5], ValueError, "GAIN is -0.5.*above 0"),
         (["MODEL.FEEDBACK.GANE", 1.0], AssertionError, "key: MODEL.FEEDBACK.GANE"),
         (["SOLVER.OPTIMIZER", "Adam"], ValueError, "'Adam'.*'SGD' or 'AdamW'"),
         (["MODEL.WEIGHTS", "no.pth"], FileNotFoundError, "MODEL.WEIGHTS is 'no.pth'.*train it"),
@@ -161,7 +209,7 @@ def test_evaluation_alone_does_not_need_the_training_set(prepare, shapes):
 def test_a_refused_run_leaves_the_config_of_the_run_before(prepare):
     prepare("OUTPUT_DIR", "run")
     before = Path("run/config.yaml").read_text()
-    with pytest.raises(ValueError, match="unknown feedback rule"):
+    with pytest.raises(ValueError, match="FEEDBACK.RULE is 'magic'"):
         prepare("OUTPUT_DIR", "run", "MODEL.FEEDBACK.RULE", "magic")
     assert Path("run/config.yaml").read_text() == before
 

@@ -101,7 +101,7 @@ def plan_runs(
         raise ValueError(f"KEY VALUE ... come in pairs; got {' '.join(options)}")
     if own := OWN_KEYS.intersection(options[::2]):
         raise ValueError(f"{', '.join(sorted(own))}: the comparison sets this itself")
-    find_config(config_file)
+    _load(config_file)
     runs: list[PlannedRun] = []
     for name, seeds in rules.items():
         rule = get_rule(name)

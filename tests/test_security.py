@@ -1,0 +1,423 @@
+"""No code in a file runs, and nothing is downloaded, unless a key or a flag says so."""
+
+import ast
+import functools
+import http.server
+import logging
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.config import get_cfg
+from run_utils import ROOT, end, start
+from torch import nn
+
+from ss_detectron import add_ss_config, demo
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.comparison.plan import plan_runs
+from ss_detectron.config import merge_config_file
+from ss_detectron.data import check_datasets, register_coco_from_config
+from ss_detectron.engine import argument_parser, setup
+from ss_detectron.trust import is_trusted
+
+ZOO = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# What a file does whose code is run.
+TAG = "!!python/object/apply:os.mkdir [harmed]"
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+@pytest.fixture(autouse=True)
+def harmed(tmp_path, monkeypatch):
+    """Whether the code in a file has run; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return (tmp_path / "harmed").is_dir
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A folder that is on the web, its address, and the requests it got."""
+    folder, requests = tmp_path / "web", []
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, form, *args):
+            requests.append(form % args)
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    handler = functools.partial(Handler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
+        thread.join()
+
+
+def empty_config():
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    return cfg
+
+
+# Configs -----------------------------------------------------------------------------------------
+
+READERS = {
+    "merge_config_file": lambda name: merge_config_file(empty_config(), name),
+    "train_net.py": lambda name: setup(argument_parser().parse_args(["--config-file", name])),
+    "demo.py": lambda name: demo.load_config(name),
+    "compare_rules.py": lambda name: plan_runs(name, {"bp": [1]}, Path("out")),
+}
+read_by = pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+
+
+@read_by
+@pytest.mark.parametrize(
+    "form",
+    ["MODEL: {WEIGHTS: TAG}", "OUTPUT_DIR: TAG", "NO_KEY: [1, {a: TAG}]", "{TAG : 1}", "TAG"],
+)
+def test_code_in_a_config_does_not_run(reader, form, harmed):
+    Path("my.yaml").write_text("\n" + form.replace("TAG", TAG))
+    with pytest.raises(ValueError) as error:
+        reader("my.yaml")
+    for part in (
+        "the config my.yaml is not plain YAML: line 2, could not determine a constructor for the "
+        "tag 'tag:yaml.org,2002:python/object/apply:os.mkdir'",
+        "--allow-unsafe-config",
+    ):
+        assert part in str(error.value)
+    assert not harmed()
+
+
+@read_by
+@pytest.mark.parametrize("form", ["sub/base.yaml", "[plain.yaml, sub/base.yaml]", "ABSOLUTE"])
+def test_nor_in_one_that_it_builds_on(reader, form, harmed, tmp_path):
+    Path("sub").mkdir()
+    Path("plain.yaml").write_text("SEED: 1")
+    Path("sub/base.yaml").write_text("_BASE_: ../sub/deep.yaml")
+    Path("sub/deep.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
+    Path("my.yaml").write_text(f"_BASE_: {form.replace('ABSOLUTE', f'{tmp_path}/sub/base.yaml')}")
+    with pytest.raises(ValueError) as error:
+        reader("my.yaml")
+    assert "sub/deep.yaml <- " in str(error.value) and " <- my.yaml is not" in str(error.value)
+    assert "line 2, could not" in str(error.value)
+    assert not harmed()
+
+
+def test_it_runs_where_the_flag_allows_it(harmed, caplog):
+    Path("my.yaml").write_text(f"_BASE_: base.yaml\nMODEL: {{WEIGHTS: {TAG}}}")
+    Path("base.yaml").write_text("SEED: !!python/object/apply:eval ['3 * 4']")
+    cfg = empty_config()
+    assert merge_config_file(cfg, "my.yaml", allow_unsafe=True) == "my.yaml"
+    assert cfg.SEED == 12 and harmed()
+    assert caplog.messages[0].startswith("The Python in the tags of my.yaml and of what it builds")
+
+
+@read_by
+@pytest.mark.parametrize("way", ["itself", "a base", "a base of a base"])
+def test_a_config_is_not_downloaded(reader, way, web):
+    folder, address, requests = web
+    (folder / "base.yaml").write_text("SEED: 12")
+    Path("my.yaml").write_text(f"_BASE_: [{address}/base.yaml]")
+    Path("upon.yaml").write_text("_BASE_: my.yaml")
+    name = {"itself": f"{address}/base.yaml", "a base": "my.yaml"}.get(way, "upon.yaml")
+    with pytest.raises(ValueError, match=f"{address}/base.yaml.* would be downloaded") as error:
+        reader(name)
+    assert "--allow-unsafe-config" in str(error.value)
+    assert not requests
+    cfg = empty_config()
+    merge_config_file(cfg, name, allow_unsafe=True)
+    assert cfg.SEED == 12 and requests
+
+
+@pytest.mark.parametrize("base", ["detectron2://a.yaml", "catalog://a", "s3://b/a.yaml", "ftp://a"])
+def test_nor_by_any_other_protocol(base):
+    Path("my.yaml").write_text(f"_BASE_: {base}")
+    with pytest.raises(ValueError, match=f"{base} <- my.yaml would be downloaded"):
+        merge_config_file(empty_config(), "my.yaml")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "does not consist of keys and values"),
+        ("- SEED", "does not consist of keys and values"),
+        ("_BASE_: 3", "does not consist of keys and values, with files as _BASE_"),
+        ("_BASE_: [[a]]", "does not consist of keys and values, with files as _BASE_"),
+        ("A: [1,", "my.yaml is not valid YAML: .*line 1"),
+        ("A: \x00", "my.yaml is not valid YAML: "),
+        ("[" * 3000, "my.yaml is not valid YAML: "),
+        ("_BASE_: my.yaml", "my.yaml <- my.yaml builds on itself"),
+        ("_BASE_: sub/../my.yaml", "my.yaml builds on itself"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(content, message):
+    Path("sub").mkdir()
+    Path("my.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        merge_config_file(empty_config(), "my.yaml")
+
+
+def test_a_base_that_is_not_there_is_named():
+    Path("my.yaml").write_text("_BASE_: base.yaml")
+    with pytest.raises(FileNotFoundError, match="the config base.yaml <- my.yaml is not there"):
+        merge_config_file(empty_config(), "my.yaml")
+
+
+@pytest.mark.parametrize("name", CONFIGS, ids=[str(p.relative_to(ROOT)) for p in CONFIGS])
+def test_what_a_run_dumps_loads_again(name):
+    cfg = empty_config()
+    merge_config_file(cfg, str(name))
+    cfg.merge_from_list(["DATASETS.COCO_INSTANCES", "(('a', 'b', 'c'),)"])
+    Path("config.yaml").write_text(cfg.dump())
+    again = empty_config()
+    merge_config_file(again, "config.yaml")
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
+
+
+# Weights -----------------------------------------------------------------------------------------
+
+
+def checkpointer(trusted=(), folder=""):
+    return FeedbackCheckpointer(nn.Linear(2, 2), str(folder), trusted_weights=trusted)
+
+
+def content(**rest):
+    return {"model": {"weight": torch.full((2, 2), 3.0), "bias": torch.ones(2)}, **rest}
+
+
+def pickled(path, **rest):
+    """As in the model zoo, with numpy arrays."""
+    arrays = {name: value.numpy() for name, value in content()["model"].items()}
+    made_by = {"__author__": "zoo", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps({"model": arrays, **made_by, **rest}))
+
+
+WRITERS = {
+    "a.pkl": pickled,
+    "a.pyth": lambda path, **rest: torch.save({"model_state": content()["model"], **rest}, path),
+    "a.pth": lambda path, **rest: torch.save(content(**rest), path),
+    "old.pth": lambda path, **rest: torch.save(
+        content(**rest), path, _use_new_zipfile_serialization=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_code_in_weights_does_not_run_unless_they_are_trusted(name, harmed, caplog):
+    WRITERS[name](Path(name), extra=Harm())
+    untouched = checkpointer(trusted=["b.pkl", f"{name}.other", "other/*"])
+    before = untouched.model.weight.clone()
+    for _ in range(2):
+        with pytest.raises(ValueError) as error:
+            untouched.resume_or_load(name, resume=False)
+        assert f"{name} has to be unpickled" in str(error.value)
+        assert f"set MODEL.TRUSTED_WEIGHTS \"['{name}']\"" in str(error.value)
+        assert name.endswith(".pth") <= ("(it holds posix.mkdir)" in str(error.value))
+    assert not harmed()
+    assert torch.equal(untouched.model.weight, before)
+
+    caplog.clear()
+    trusting = checkpointer(trusted=[name])
+    if name == "a.pyth":  # read by Detectron2, which trusts it less than we do
+        with pytest.raises(pickle.UnpicklingError):
+            trusting.load(name)
+    else:
+        trusting.load(name)
+        assert harmed() and trusting.model.weight[0, 0] == 3
+    (warning,) = [r for r in caplog.records if "is unpickled, which runs" in r.getMessage()]
+    assert warning.levelno == logging.WARNING and name in warning.getMessage()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_plain_weights_need_trust_only_where_they_are_pickles(name, caplog):
+    WRITERS[name](Path(name))
+    if name.endswith(".pth"):
+        loaded = checkpointer()
+        loaded.load(name)
+        assert "unpickled" not in caplog.text
+    else:
+        with pytest.raises(ValueError, match="has to be unpickled"):
+            checkpointer().load(name)
+        loaded = checkpointer(trusted=[name])
+        loaded.load(name)
+    assert (loaded.model.weight == 3).all()
+
+
+def test_what_torch_refuses_is_named_and_can_be_trusted():
+    torch.save(content(metric=np.float64(0.5), when=Path("x")), "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth has to be unpickled \(it holds [\w.]*numpy"):
+        checkpointer().load("a.pth")
+    assert checkpointer(trusted=["*.pth"]).load("a.pth")["metric"] == 0.5
+
+
+def test_a_resumed_run_does_not_run_code_either(tmp_path, harmed, caplog):
+    run = checkpointer(folder=tmp_path)
+    run.save("model_0000009", iteration=9)
+    run.save("model_0000019", iteration=Harm())
+    assert checkpointer(folder=tmp_path).resume_or_load("", resume=True)["iteration"] == 9
+    assert "model_0000019.pth has to be unpickled (it holds posix.mkdir)" in caplog.text
+    assert not harmed()
+    run.save("model_0000009", iteration=Harm())
+    with pytest.raises(OSError, match="nothing to resume from .*TRUSTED_WEIGHTS"):
+        checkpointer(folder=tmp_path).resume_or_load("", resume=True)
+    assert not harmed()
+    checkpointer([f"{tmp_path}/model_*.pth"], tmp_path).resume_or_load("", resume=True)
+    assert harmed()
+
+
+@pytest.mark.parametrize("name", ["../evil.pkl", "evil.pkl", "ABSOLUTE", "http://127.0.0.1/a.pth"])
+def test_a_resumed_run_stays_in_its_folder(name, tmp_path, harmed):
+    run = tmp_path / "run"
+    run.mkdir()
+    for place in (tmp_path, run):
+        pickled(place / "evil.pkl", extra=Harm())
+        torch.save(content(extra=Harm()), place / "evil.pth")
+    (run / "last_checkpoint").write_text(name.replace("ABSOLUTE", f"{tmp_path}/evil.pth"))
+    with pytest.raises(OSError, match="last_checkpoint names no checkpoint"):
+        checkpointer(["*"], run).resume_or_load("", resume=True)
+    assert not harmed()
+
+
+def test_weights_are_downloaded_where_they_are_trusted_and_announced_before(web, caplog):
+    caplog.set_level(logging.INFO)
+    folder, address, requests = web
+    WRITERS["a.pth"](folder / "a.pth")
+    pickled(folder / "a.pkl")
+    for name in ("a.pth", "a.pkl"):
+        with pytest.raises(ValueError) as error:
+            checkpointer(trusted=["a.*", f"{address}/b.pth"]).load(f"{address}/{name}")
+        assert f"{address}/{name}, which would be downloaded" in str(error.value)
+        assert f"set MODEL.TRUSTED_WEIGHTS \"['{address}/{name}']\"" in str(error.value)
+    assert not requests and not Path("cache").exists()
+
+    loaded = checkpointer(trusted=[f"{address}/*.p*"])
+    for name in ("a.pth", "a.pkl"):
+        caplog.clear()
+        nn.init.zeros_(loaded.model.weight)
+        loaded.load(f"{address}/{name}")
+        assert (loaded.model.weight == 3).all()
+        said = [record.getMessage() for record in caplog.records]
+        announced = said.index(f"Downloading {address}/{name}, unless it is in the cache.")
+        assert announced < said.index(f"Downloading {address}/{name} ...")  # as iopath says
+        assert ("is unpickled" in caplog.text) == (name == "a.pkl")
+    assert len(requests) == 2
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth"])
+def test_the_demo_trusts_what_the_config_names(name, harmed):
+    WRITERS[name](Path(name), extra=Harm())
+    load = functools.partial(demo.load_config, "quick/shapes_resnet18_ss.yaml", weights=name)
+    with pytest.raises(ValueError, match=rf"MODEL.TRUSTED_WEIGHTS \"\['{name}'\]\""):
+        demo.Predictor(load())
+    assert not harmed()
+    with pytest.raises(ValueError, match="has nothing of this"):
+        demo.Predictor(load(["MODEL.TRUSTED_WEIGHTS", f"['{name}']"]))
+    assert harmed()
+
+
+@pytest.mark.parametrize(
+    "path, pattern, trusted",
+    [
+        (ZOO, ZOO, True),
+        (ZOO, "detectron2://ImageNetPretrained/MSRA/*.pkl", True),
+        (ZOO, "detectron2://ImageNetPretrained/*/R-??.pkl", True),
+        (ZOO, "detectron2://*", False),
+        (ZOO, "*", False),
+        (ZOO, ZOO[:-4], False),
+        (ZOO, "https://ImageNetPretrained/MSRA/R-50.pkl", False),
+        (f"{ZOO}?matching_heuristics=True", ZOO, True),
+        ("https://evil.org/good.org/a.pth", "https://*good.org/a.pth", False),
+        ("https://good.org/a.pth", "https://*good.org/a.pth", True),
+        ("sub/a.pkl", "sub/a.pkl", True),
+        ("sub/a.pkl", "./sub/../sub/a.pkl", True),
+        ("sub/a.pkl", "sub/*", True),
+        ("sub/a.pkl", "HERE/sub/a.pkl", True),
+        ("HERE/sub/a.pkl", "sub/[a-c].pkl", True),
+        ("sub/a.pkl", "*", False),
+        ("sub/a.pkl", "a.pkl", False),
+        ("sub/../a.pkl", "sub/*", False),
+        ("sub/deep/a.pkl", "sub/*", False),
+        ("sub/A.pkl", "sub/a.pkl", False),
+        ("run[1]/a.pkl", "run[1]/a.pkl", True),
+    ],
+)
+def test_what_a_pattern_names(path, pattern, trusted, tmp_path):
+    path, pattern = (text.replace("HERE", str(tmp_path)) for text in (path, pattern))
+    assert is_trusted(path, [pattern]) == is_trusted(path, pattern) == trusted
+    assert not is_trusted(path, [])
+
+
+@pytest.mark.parametrize("paths", [("https://x.org/a.json", "images"), ("a.json", "s3://images")])
+def test_data_sets_are_not_downloaded_unless_the_config_says_so(paths, caplog, request):
+    caplog.set_level(logging.INFO)
+    cfg = empty_config()
+    name = request.node.name
+    merge_config_file(cfg, "quick/shapes_retinanet_ss.yaml")
+    cfg.DATASETS.COCO_INSTANCES = [[name, *paths]]
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    register_coco_from_config(cfg)
+    with pytest.raises(ValueError, match="would be downloaded from .*DATASETS.DOWNLOAD True"):
+        check_datasets(cfg)
+    cfg.DATASETS.DOWNLOAD = True
+    Path("a.json").write_text("{")
+    with pytest.raises((FileNotFoundError, ValueError), match="no image folder|not valid JSON"):
+        check_datasets(cfg)
+    assert f"Data set '{name}' is downloaded from" in caplog.text
+
+
+# The package -------------------------------------------------------------------------------------
+
+
+def calls(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            yield ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+
+
+def test_nothing_in_the_package_reads_files_in_another_way():
+    files = [*(ROOT / "ss_detectron").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    assert len(files) > 40
+    for file in files:
+        for name, keywords in calls(file):
+            assert name not in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load")
+            assert name != "torch.load" or "weights_only" in keywords, file
+            assert not name.endswith(".merge_from_file") or file.name == "config.py", file
+
+
+TOOLS = {
+    "train_net.py": ["--config-file", "my.yaml"],
+    "compare_rules.py": ["--config-file", "my.yaml", "--rules", "bp", "--output", "out"],
+    "demo.py": ["--config-file", "my.yaml", "--input", "a.png", "--output", "out"],
+    "export.py": ["--config-file", "my.yaml", "--output", "out"],
+    "report_run.py": ["run"],
+}
+
+
+@pytest.mark.parametrize(
+    "tool", ["train_net.py", *(pytest.param(t, marks=pytest.mark.slow) for t in list(TOOLS)[1:])]
+)
+def test_no_tool_runs_code_in_a_config(tool, tmp_path, harmed):
+    (tmp_path / "my.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
+    run = tmp_path / "run"
+    (run / "inference").mkdir(parents=True)
+    (run / "config.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
+    for file in ("metrics.json", "inference/coco_instances_results.json", "../a.png"):
+        (run / file).touch()
+    process = start(*TOOLS[tool], cwd=tmp_path, script=ROOT / "tools" / tool)
+    output, _ = process.communicate()
+    end(process)
+    assert process.returncode != 0
+    assert "is not plain YAML: line 2, could not determine a constructor" in output, output
+    assert not harmed()
