@@ -49,6 +49,7 @@ from .ranks import load_rank_state, rank_state, share_buffers
 from .solver import build_optimizer, check_solver
 from .train_step import StepTrainer
 from .trust import check_download, check_pickle, needs_pickle
+from .values import check_values
 
 __all__ = ["Trainer", "argument_parser", "setup"]
 
@@ -90,6 +91,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             cfg, args.config_file, allow_unsafe=args.allow_unsafe_config
         )
     cfg.merge_from_list(args.opts)
+    check_values(cfg)
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
@@ -323,6 +325,23 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """
+        Detectron2's.
+
+        Raises:
+            ValueError: as there, but names the keys.
+        """
+        try:
+            return super().build_lr_scheduler(cfg, optimizer)
+        except (AssertionError, ValueError) as error:
+            keys = ("LR_SCHEDULER_NAME", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS")
+            values = ", ".join(f"SOLVER.{key} {cfg.SOLVER[key]!r}" for key in keys)
+            raise ValueError(
+                f"there is no schedule of learning rates by {values}: {error}"
+            ) from error
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """
         The loader of DATASETS.TRAIN, endless. Its batches follow from SEED. A batch has the images
@@ -465,21 +484,13 @@ def _on_cpu(cfg: CfgNode) -> bool:
 
 
 def _check_options(cfg: CfgNode) -> None:
-    """Refuses unknown values of this package's keys before anything is built."""
-    feedback = cfg.MODEL.FEEDBACK
-    for rule in (feedback.RULE or "backpropagation", feedback.LAST_LAYER_RULE):
-        get_rule(rule)(feedback.SCALE, feedback.GAIN)
+    """Refuses options that do not go together, or not with this machine."""
     if _on_cpu(cfg) and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(
             "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
             "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
         )
     check_solver(cfg)
-    if cfg.TEST.ALIGNMENT_PERIOD < 0:
-        raise ValueError(
-            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD}: choose a number of iterations, "
-            "or 0 for never"
-        )
     if cfg.TEST.ALIGNMENT_PERIOD and cfg.MODEL.COMPILED:
         raise ValueError(
             f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True, but "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from .layers import AsymmetricLayer
+from .values import check_values
 
 __all__ = ["SGD", "build_optimizer", "check_solver", "match_feedback_groups"]
 
@@ -202,9 +203,8 @@ def check_solver(cfg: CfgNode) -> None:
     Raises:
         ValueError: names the key.
     """
+    check_values(cfg)
     solver = cfg.SOLVER
-    if solver.OPTIMIZER not in ("SGD", "AdamW"):
-        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
     if solver.OPTIMIZER != "SGD":
         options = {
             "BATCH_MANHATTAN": solver.BATCH_MANHATTAN,
@@ -219,21 +219,6 @@ def check_solver(cfg: CfgNode) -> None:
                     f"SOLVER.{key} is an option of SGD, and SOLVER.OPTIMIZER is "
                     f"{solver.OPTIMIZER!r}: set SOLVER.OPTIMIZER 'SGD' or SOLVER.{key} False"
                 )
-    if not solver.LAST_LAYER.BASE_LR >= 0:
-        raise ValueError(
-            f"SOLVER.LAST_LAYER.BASE_LR is {solver.LAST_LAYER.BASE_LR}; it must be positive, or 0 "
-            "for SOLVER.BASE_LR"
-        )
-    if solver.ACCUMULATION_STEPS < 1:
-        raise ValueError(
-            f"SOLVER.ACCUMULATION_STEPS is {solver.ACCUMULATION_STEPS}; it must be 1 or more"
-        )
-    skips = solver.SKIP_NOT_FINITE
-    if not isinstance(skips, int) or isinstance(skips, bool) or skips < 0:
-        raise ValueError(
-            f"SOLVER.SKIP_NOT_FINITE is {skips!r}; it must be a number of steps, or 0 to end a run "
-            "at the first that is not finite"
-        )
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -118,10 +118,18 @@ class FeedbackRetinaNet(RetinaNet):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         exclude = tuple(feedback_config(cfg, cls.__name__).EXCLUDE)
-        args = super().from_config(cfg)
+        features = cfg.MODEL.RETINANET.IN_FEATURES
+        try:
+            args = super().from_config(cfg)
+        except KeyError as error:
+            if error.args[0] not in features:
+                raise
+            raise ValueError(
+                f"MODEL.RETINANET.IN_FEATURES is {features}, but the backbone has no output {error}"
+            ) from error
         if RetinaNetHead.__name__ != cfg.MODEL.RETINANET.HEAD:
             shapes = args["backbone"].output_shape()
             args["head"] = RETINANET_HEAD_REGISTRY.get(cfg.MODEL.RETINANET.HEAD)(
-                cfg, [shapes[f] for f in cfg.MODEL.RETINANET.IN_FEATURES]
+                cfg, [shapes[f] for f in features]
             )
         return {**args, "exclude": exclude}
