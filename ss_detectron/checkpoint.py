@@ -22,6 +22,7 @@ from .checkpoint_files import (
     has_checkpoint,
     last_checkpoint,
     read_checkpoint,
+    remove_unfinished,
     write_whole,
 )
 from .layers import AsymmetricLayer, feedback_report
@@ -123,6 +124,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
                 torch.save({**data, **kwargs}, file)
             if tag:
                 self.tag_last_checkpoint(name + ".pth")
+            remove_unfinished(self.save_dir)
         except (OSError, RuntimeError) as error:
             cause = _os_error(error)
             if cause is None:

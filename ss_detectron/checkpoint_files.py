@@ -19,6 +19,7 @@ __all__ = [
     "has_checkpoint",
     "last_checkpoint",
     "read_checkpoint",
+    "remove_unfinished",
     "write_whole",
 ]
 
@@ -52,6 +53,12 @@ def write_whole(target: str) -> Iterator[BinaryIO]:
             os.remove(new)
         raise
     _sync_names(os.path.dirname(target) or ".")
+
+
+def remove_unfinished(folder: str) -> None:
+    """Removes what a run that was killed had begun to write; only for the one that writes now."""
+    for path in Path(folder).glob("*.pth.new"):
+        path.unlink(missing_ok=True)
 
 
 def _sync_names(folder: str) -> None:

@@ -135,6 +135,18 @@ def test_code_in_a_config_runs_where_the_flag_asks_for_it(prepare):
     assert prepare(config="my.yaml", flags=["--allow-unsafe-config"]).SEED == 12
 
 
+def test_a_run_that_starts_anew_beside_a_checkpoint_says_so(prepare):
+    prepare("OUTPUT_DIR", "out")
+    prepare("OUTPUT_DIR", "out", flags=["--resume"])
+    FeedbackCheckpointer(nn.Linear(1, 1), "out").save("model_0000001")
+    prepare("OUTPUT_DIR", "out", flags=["--resume"])
+    prepare("OUTPUT_DIR", "out", "DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])
+    log, warning = Path("out/log.txt"), "out has a checkpoint of an earlier run, but this one"
+    assert warning not in log.read_text()
+    prepare("OUTPUT_DIR", "out")
+    assert f"OUTPUT_DIR {warning} starts anew and writes over it; --resume " in log.read_text()
+
+
 # What is refused, and how --------------------------------------------------------------------
 
 
@@ -142,7 +154,11 @@ def test_code_in_a_config_runs_where_the_flag_asks_for_it(prepare):
     ("opts", "error", "message"),
     [
         (["MODEL.FEEDBACK.RULE", "signs"], ValueError, "FEEDBACK.RULE is 'signs'.*sign_symmetry"),
-        (["MODEL.FEEDBACK.LAST_LAYER_RULE", "x"], ValueError, "LAST_LAYER_RULE is 'x'.*sign_symmetry"),
+        (
+            ["MODEL.FEEDBACK.LAST_LAYER_RULE", "x"],
+            ValueError,
+            "LAST_LAYER_RULE is 'x'.*sign_symmetry",
+        ),
         (["MODEL.FEEDBACK.SCALE", "max"], ValueError, "SCALE is 'max'.*mean_abs"),
         (["MODEL.FEEDBACK.GAIN", -0.5], ValueError, "GAIN is -0.5.*above 0"),
         (["MODEL.FEEDBACK.GANE", 1.0], AssertionError, "key: MODEL.FEEDBACK.GANE"),

@@ -117,6 +117,9 @@ def test_a_run_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         for other in tmp_path.glob("*.pth"):
             read_checkpoint(str(other))
     assert interrupted
+    (tmp_path / "model_0009999.pth.new").touch()
+    save(tmp_path, last + 1)
+    assert not list(tmp_path.glob("*.new"))
 
 
 # A full disk -------------------------------------------------------------------------------------
@@ -330,7 +333,7 @@ def test_what_an_earlier_run_has_left_is_not_gone_on_from(tmp_path):
 
 def test_iterations_beyond_seven_digits(tmp_path):
     save(tmp_path, 9999999, 10000009)
-    (tmp_path / "model_0000003.pth.new").write_bytes(b"")
+    (tmp_path / "model_10000019.pth.new").write_bytes(b"")
     (tmp_path / "model_best.pth").write_bytes(b"")
     found = find_checkpoints(str(tmp_path))
     assert [Path(p).name for p in found] == ["model_10000009.pth", "model_9999999.pth"]
