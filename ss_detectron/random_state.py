@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["get_random_state", "kept_random_state", "seeded", "set_random_state"]
+__all__ = [
+    "get_random_state",
+    "kept_random_state",
+    "seed_all",
+    "seeded",
+    "set_random_state",
+]
 
 
 def get_random_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -57,13 +63,18 @@ def kept_random_state(device: torch.device | None = None) -> Iterator[None]:
         set_random_state(state, device)
 
 
+def seed_all(*seed: int) -> None:
+    """Torch's generator (on the CPU), NumPy's and Python's begin at ``seed``."""
+    words = np.random.SeedSequence(seed).generate_state(5).tolist()
+    # Not torch.manual_seed, which seeds the GPUs as well.
+    torch.default_generator.manual_seed(words[0] << 32 | words[1])
+    np.random.seed(words[2])
+    random.seed(words[3] << 32 | words[4])
+
+
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Torch's (on the CPU), NumPy's and Python's generators begin at ``seed``, for a moment."""
-    words = np.random.SeedSequence(seed).generate_state(8)
+    """:func:`seed_all`, for a moment."""
     with kept_random_state():
-        np.random.seed(words)
-        # Not torch.manual_seed, which seeds the GPUs as well.
-        torch.default_generator.manual_seed(int.from_bytes(words[:2].tobytes(), "little"))
-        random.seed(words.tobytes())
+        seed_all(*seed)
         yield

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,7 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from ..random_state import seeded
+from ..random_state import kept_random_state, seed_all
 from .images import UnreadableImageError
 
 __all__ = ["ImageDataset", "TrainingLoader"]
@@ -135,7 +136,12 @@ class TrainingLoader:
             generator=torch.Generator(),
             **self.options,
         )
-        for batch in loader:
+        batches = iter(loader)
+        # Without worker processes, images are augmented in this one.
+        kept = nullcontext if loader.num_workers else kept_random_state
+        while True:
+            with kept():
+                batch = next(batches)
             self.batches += 1
             yield batch
 
@@ -186,7 +192,10 @@ def _numbered(indices: Iterator[int], start: int = 0) -> Iterator[tuple[int, int
 
 
 class _SeededDataset(Dataset):
-    """(position, index) -> the image, whose random numbers follow from the position."""
+    """(position, index) -> the image, whose random numbers follow from the position.
+
+    The process goes on with those that come after them.
+    """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
@@ -194,5 +203,5 @@ class _SeededDataset(Dataset):
 
     def __getitem__(self, sample: tuple[int, int]) -> Any:
         position, index = sample
-        with seeded(self.seed, position):
-            return self.dataset[index]
+        seed_all(self.seed, position)
+        return self.dataset[index]
