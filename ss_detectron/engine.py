@@ -271,6 +271,8 @@ class Trainer(DefaultTrainer):
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, kinds)]
         # A finished run that is resumed takes no step, and is not one step further for it.
         self.iter = min(self.iter, self.max_iter)
+        # Ends the loader's workers. Killed at Python's exit, they would leave temporary folders.
+        self._trainer._data_loader_iter_obj = None
         super().after_train()
 
     @classmethod
