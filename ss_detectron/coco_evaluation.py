@@ -27,7 +27,7 @@ class DetectionEvaluator(COCOEvaluator):
         self._name = dataset_name
         _complete(self._coco_api)
         annotations = self._coco_api.dataset.get("annotations", [])
-        flat = [a["id"] for a in annotations if min(a["bbox"][2:]) <= 0]
+        flat = [a["id"] for a in annotations if min(a.get("bbox", ())[2:4], default=1) <= 0]
         if flat and comm.is_main_process():
             message = (
                 f"Data set '{dataset_name}': {len(flat)} objects have a box without area (such as "
@@ -58,8 +58,9 @@ def _complete(api: COCO) -> None:
     annotations = api.dataset.get("annotations", [])
     for annotation in annotations:
         annotation.setdefault("iscrowd", 0)
-        _, _, width, height = annotation["bbox"]
-        annotation.setdefault("area", max(width, 0) * max(height, 0))
+        if "area" not in annotation:
+            _, _, width, height = annotation["bbox"]
+            annotation["area"] = max(width, 0) * max(height, 0)
     api.dataset.setdefault("info", {})  # some versions copy it
     # It marks a detection by the id of the object that it finds: 0 is none.
     if not all(isinstance(a["id"], int) and a["id"] > 0 for a in annotations):

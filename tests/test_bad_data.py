@@ -226,12 +226,14 @@ def trained_on(cfg: CfgNode, images: int = 4) -> dict[Any, list]:
 
 def oracle(images: list[dict]) -> list[dict]:
     """Finds the objects of the untouched data set."""
+    assert images  # which models need, too
     found = []
     for image in images:
+        number = int(image["image_id"])
         instances = Instances((image["height"], image["width"]))
-        instances.pred_boxes = Boxes(torch.tensor(BOXES[image["image_id"] % 4]))
+        instances.pred_boxes = Boxes(torch.tensor(BOXES[number]))
         instances.scores = torch.ones(1)
-        instances.pred_classes = torch.tensor([image["image_id"] % 2])
+        instances.pred_classes = torch.tensor([number % 2])
         found.append({"instances": instances})
     return found
 
@@ -304,6 +306,14 @@ def gaps(content: dict) -> None:
 def zero_ids(content: dict) -> None:
     for annotation in content["annotations"]:
         annotation["id"] -= 1
+
+
+def strings_as_ids(content: dict) -> None:
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    for annotation in content["annotations"]:
+        image = annotation["image_id"]
+        annotation.update(id="abcd"[image], image_id=str(image))
 
 
 def no_areas(content: dict) -> None:
@@ -457,6 +467,13 @@ DETECTION_ANNOTATIONS = [
         "duplicate annotation ids", on_object(id=1), "stops", r"2 of 4 annotations.*\(id 1\)"
     ),
     everywhere("annotation id 0", zero_ids, "used"),
+    everywhere(
+        "ids that are strings",
+        strings_as_ids,
+        "used",
+        boxes={str(i): found for i, found in BOXES.items()},
+    ),
+    everywhere("ids of both kinds", on_image(id="1"), "stops", "ids of images have .* 0 and '1'"),
     everywhere(
         "annotation without image_id", without("annotations", "image_id"), "stops", "image_id"
     ),
@@ -788,6 +805,30 @@ def test_worker_processes_count_together(workers, capfd):
     said = capfd.readouterr().err
     assert said.count("1.jpg' cannot be used") == said.count("3.jpg' cannot be used") == 1
     assert "has met 2 unreadable images" in said
+
+
+def test_worker_process_ends_the_run_with_the_name():
+    write_set(on_file(write(b"")))
+    cfg = checked(detection_config("error", "DATALOADER.NUM_WORKERS", 1))
+    for use in (trained_on, average_precision):
+        with pytest.raises(UnreadableImageError, match="1.jpg' cannot be used: cannot identify"):
+            use(cfg)
+
+
+def test_names_that_are_not_utf_8_can_be_logged(caplog):
+    """Those of files may be any bytes; a log is UTF-8."""
+    write_folders(as_bytes)
+    Path("pets/cat", NOT_UTF8).write_bytes(b"")
+    Path("pets/cat", NOT_UTF8 + ".txt").touch()
+    assert files_in_training(classification_config("skip")) == FIVE
+    assert caplog.text.encode().count(rb"\udcff\udce9.jpg") >= 2
+
+
+def test_weighted_samplers_find_the_images_they_counted():
+    write_set(on_object(bbox=[9, 9, 0, 5]))
+    cfg = checked(detection_config("error", "DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"))
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []  # which some versions of Detectron2 lack
+    assert trained_on(cfg, images=8) == {**BOXES, 1: []}
 
 
 def test_rank_zero_speaks_for_all(monkeypatch, caplog):

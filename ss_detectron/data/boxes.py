@@ -13,6 +13,9 @@ __all__ = ["without_unusable_boxes"]
 
 logger = logging.getLogger(__name__)
 
+AXES = {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}
+"""The forms of boxes that are not rotated."""
+
 Place = tuple[int, int]
 """Index of an image, and of an annotation in it. (Detectron2 does not keep the ids of these.)"""
 
@@ -38,14 +41,13 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
         (i, j)
         for i, image in enumerate(dicts)
         for j, annotation in enumerate(image["annotations"])
-        if not annotation.get("iscrowd", 0)
-        and annotation.get("bbox_mode") in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+        if not annotation.get("iscrowd", 0) and annotation.get("bbox_mode") in AXES
     ]
     if not places:
         return dicts
     boxes = _corners(dicts, places, where)
-    sizes = [[dicts[i].get(side, np.inf) for side in ("width", "height")] for i, _ in places]
-    sizes = np.array(sizes, dtype=float)
+    sizes = [(image.get("width", np.inf), image.get("height", np.inf)) for image in dicts]
+    sizes = np.array(sizes, dtype=float)[[i for i, _ in places]]
     low, high = boxes[:, :2], boxes[:, 2:]
     flat = (high <= low).any(1)
     outside = ~flat & ((high <= 0) | (low >= sizes)).any(1)

@@ -105,7 +105,12 @@ def check_registered(names: Iterable[str]) -> None:
 
 def shorten(names: list[str], length: int = 5) -> str:
     """The first few of a list of names."""
-    return ", ".join(names[:length]) + ", ..." * (len(names) > length)
+    return printable(", ".join(names[:length]) + ", ..." * (len(names) > length))
+
+
+def printable(text: str) -> str:
+    """A text in which what UTF-8 cannot hold is escaped: names of files may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _quoted(paths: Iterable[str | None]) -> str:

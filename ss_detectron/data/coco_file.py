@@ -90,7 +90,7 @@ class _Check:
         if len({type(i) for i in ids}) > 1:
             first = {type(i): repr(i) for i in reversed(ids)}
             raise ValueError(
-                f"'{self.file}': the ids of its {part} have to be integers, or all be strings; "
+                f"'{self.file}': the ids of {part} have to be integers, or all be strings; "
                 f"there are {' and '.join(first.values())}."
             )
         if len(set(ids)) == len(ids):

@@ -11,6 +11,8 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from .catalog import printable
+
 __all__ = [
     "ClassificationMapper",
     "RandomResizedCrop",
@@ -26,6 +28,9 @@ Step = Callable[[Image.Image], Image.Image]
 
 class UnreadableImageError(OSError):
     """An image that cannot be used: damaged, empty, missing, or not what is said about it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def skips_unreadable_images(cfg: CfgNode) -> bool:
