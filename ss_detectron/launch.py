@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,11 +26,13 @@ from torch.distributed import is_torchelastic_launched
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import start_processes
 
-from .preemption import EXIT_CODE, Preempted, StopSignals, deferred, listen, say
+from .preemption import EXIT_CODE, Preempted, StopSignals, listen, say, without_interrupts
 
 __all__ = ["add_launch_options", "complete_launch_options", "launch"]
 
-_GRACE = 20  # seconds for the other processes to end, once one has failed
+_GRACE = 20  # seconds for the other processes to end, once one has
+# Exit codes of a process that was asked to stop, in training and before.
+_STOPPED = (EXIT_CODE, -signal.SIGTERM, -signal.SIGINT)
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
@@ -154,18 +157,23 @@ def _launch_processes(
     processes: list[BaseProcess] = []
 
     def forward(number: signal.Signals) -> None:
-        say(f"{number.name}: all {len(processes)} processes are asked to save and stop.")
+        if processes:
+            say(f"{number.name}: all {len(processes)} processes are asked to save and stop.")
         for process in processes:
             process.terminate()
 
+    stop = StopSignals(forward)
+    stop.install()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            # Until a process has imported what it needs, a signal would end it half-way.
-            with deferred():
-                StopSignals(forward).install()
+            # Python 3.11 unblocks signals when it starts this.
+            resource_tracker.ensure_running()
+            with without_interrupts():
                 words = (main, args, timeout, os.getpid(), Path(folder))
                 context = start_processes(_process, words, nprocs=args.num_gpus, join=False)
-                processes += context.processes
+            processes += context.processes
+            if stop.first:
+                forward(stop.first)
             _wait(processes, args.machine_rank * args.num_gpus, Path(folder))
         finally:
             for process in processes:
@@ -217,10 +225,13 @@ def _wait(processes: Sequence[BaseProcess], first_rank: int, failures: Path) -> 
     for process in hung:
         process.kill()
         process.join()
-    signalled = [process for process in failed if process.exitcode < 0]
-    if not signalled and any(process.exitcode == EXIT_CODE for process in failed):
-        raise Preempted
-    raise SystemExit(_report(processes, signalled or failed, hung, first_rank, failures))
+    stopped = [process for process in failed if process.exitcode in _STOPPED]
+    killed = [process for process in failed if process.exitcode < 0 and process not in stopped]
+    if not stopped or killed:
+        raise SystemExit(_report(processes, killed or failed, hung, first_rank, failures))
+    if stopped[0].exitcode != EXIT_CODE:
+        say(f"Stopped before training had begun: nothing was saved. Exit code {EXIT_CODE}.")
+    raise Preempted
 
 
 def _report(

@@ -22,7 +22,15 @@ from detectron2.utils import comm
 
 from .ranks import any_rank
 
-__all__ = ["EXIT_CODE", "Preempted", "PreemptionHook", "StopSignals", "deferred", "listen", "say"]
+__all__ = [
+    "EXIT_CODE",
+    "Preempted",
+    "PreemptionHook",
+    "StopSignals",
+    "listen",
+    "say",
+    "without_interrupts",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -74,49 +82,67 @@ class StopSignals:
                 signal.signal(number, self.receive)
 
 
-# A process is one rank at most, and has one handler for each signal.
-_rank: StopSignals | None = None
-_training = False
+class _Rank:
+    """What SIGTERM and SIGINT do to a process that trains, see :func:`listen`."""
+
+    def __init__(self, parent: int | None, spokesman: bool) -> None:
+        self.stop = StopSignals(self._answer)
+        self.training = False
+        self._parent = parent
+        self._spokesman = spokesman
+
+    def listen(self) -> None:
+        if self._parent is None:
+            self.stop.install()
+            return
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if os.getppid() != self._parent:
+            os._exit(1)
+
+    def begin_training(self) -> None:
+        """From here on, a rank that stopped by itself would leave the others waiting."""
+        self.training = True
+        if self._parent is not None:
+            signal.signal(signal.SIGTERM, self.stop.receive)
+            signal.signal(signal.SIGINT, self._ignore_unless_orphaned)
+
+    def _answer(self, number: signal.Signals) -> None:
+        if not self.training:
+            if self._spokesman:
+                say(f"{number.name}: training has not begun, nothing is saved. The run stops.")
+            raise Preempted
+        if self._spokesman and self._parent is None:
+            say(f"{number.name}: the run stops when this step is finished and a checkpoint saved.")
+
+    def _ignore_unless_orphaned(self, number: int, frame: FrameType | None) -> None:
+        if os.getppid() != self._parent:
+            # Not an exception: what it would run on its way out may wait for other ranks.
+            os._exit(1)
+
+
+_rank: _Rank | None = None  # there is one at most in a process, with the handlers
 
 
 def listen(*, parent: int | None = None, spokesman: bool = True) -> None:
     """
-    From now on, a request ends this process: at once with :class:`Preempted` before training has
-    begun, when there is nothing to save, and later where :class:`PreemptionHook` lets it. Worker
-    processes of data loaders are kept out of it.
+    From now on, a request ends this process: at once before training has begun, when there is
+    nothing to save, and later where :class:`PreemptionHook` lets it. Worker processes of data
+    loaders are kept out of it.
 
     Args:
-        parent: the process id of the launcher that started this one, if it passes on requests as
-            SIGTERM. SIGINT then only means that the launcher is dead, or that a terminal's Ctrl-C
-            went to all its processes.
+        parent: the process id of the launcher that has started this process, if it passes on every
+            request as SIGTERM. Before training, any of these signals then ends the process even
+            while it waits for other machines. In training, SIGINT only means that the launcher is
+            dead, or that a terminal's Ctrl-C went to all processes.
         spokesman: whether this process tells the user, on standard error.
     """
     global _rank
     if _rank is not None:
         raise RuntimeError("listen() was called twice in one process")
-
-    def answer(number: signal.Signals) -> None:
-        if not _training:
-            if spokesman:
-                say(f"{number.name}: training has not begun, nothing is saved. The run stops.")
-            raise Preempted
-        if spokesman and parent is None:
-            say(f"{number.name}: the run stops when this step is finished and a checkpoint saved.")
-
-    def ignore_unless_orphaned(number: int, frame: FrameType | None) -> None:
-        if os.getppid() != parent:
-            # Not an exception: what it would run on its way out may wait for other ranks.
-            os._exit(1)
-
-    _rank = StopSignals(answer)
-    if parent is None:
-        _rank.install()
-    else:
-        signal.signal(signal.SIGTERM, _rank.receive)
-        # torch's launcher has its end signalled by SIGINT, also where that was ignored.
-        signal.signal(signal.SIGINT, ignore_unless_orphaned)
-        ignore_unless_orphaned(signal.SIGINT, None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    _rank = _Rank(parent, spokesman)
+    _rank.listen()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if sys.platform == "linux":
         # In a spawned process, the default is to spawn its workers. Each would import everything
         # anew, which takes seconds, and any signal would end it while it does.
@@ -146,13 +172,16 @@ def _shield_worker() -> None:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """SIGTERM and SIGINT wait, here and in the processes started here, until these unblock them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+def without_interrupts() -> Iterator[None]:
+    """
+    Processes started here are deaf to SIGINT until they :func:`listen`: one that still imports what
+    it needs would answer a terminal's Ctrl-C with a traceback. SIGTERM ends it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def say(text: str) -> None:
@@ -170,10 +199,16 @@ class PreemptionHook(HookBase):
     """
 
     def before_train(self) -> None:
-        global _training
-        # From here on a rank that stops by itself would leave the others waiting.
-        _training = True
-        if _rank is not None and any_rank(_rank.first is not None):
+        if _rank is None:
+            return
+        _rank.begin_training()
+        try:
+            stop = any_rank(_rank.stop.first is not None)
+        except RuntimeError:
+            if _rank.stop.first is None:
+                raise
+            stop = True  # and others have stopped already
+        if stop:
             logger.warning("Asked to stop before the first step: nothing is saved.")
             raise Preempted
 
@@ -181,9 +216,10 @@ class PreemptionHook(HookBase):
         trainer = self.trainer
         if _rank is None or trainer.iter + 1 >= trainer.max_iter:
             return
-        if not any_rank(_rank.first is not None):
+        first = _rank.stop.first
+        if not any_rank(first is not None):
             return
-        who = f"{_rank.first.name} arrived" if _rank.first else "Another rank was asked to stop"
+        who = f"{first.name} arrived" if first else "Another rank was asked to stop"
         logger.warning("%s: iteration %d is finished, saving a checkpoint.", who, trainer.iter)
         trainer.save_checkpoint()
         # The first process that ends has its launcher end the rest: none may still be saving.
