@@ -122,6 +122,29 @@ def test_a_run_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     assert not list(tmp_path.glob("*.new"))
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        place = Path(f"/proc/self/fd/{descriptor}").resolve()
+        done.append(("fsync", place.name, place.is_dir() or place.stat().st_size > 0))
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        done.append(("replace", Path(source).name, Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    save(tmp_path, 9)
+    expected = []
+    for name in ("model_0000009.pth", "last_checkpoint"):
+        expected += [("fsync", f"{name}.new", True), ("replace", f"{name}.new", name)]
+        expected += [("fsync", tmp_path.name, True)]
+    assert done == expected
+
+
 # A full disk -------------------------------------------------------------------------------------
 
 
