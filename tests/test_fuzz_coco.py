@@ -10,6 +10,7 @@ import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -385,19 +386,24 @@ def _damaged_image(folder: Path, form: str, start: int, length: int, other: byte
     content = content[:start] + other + (content[start + length :] if length < 9 else b"")
     file = folder / "damaged image"
     file.write_bytes(content)
-    cfg = _config(folder, "error", None)
     record = {"file_name": str(file), "width": 32, "height": 24, "image_id": 0, "annotations": []}
+    detection, classification = _mappers()
     with _no_longer_than(SECONDS):
         with contextlib.suppress(UnreadableImageError):
-            image = _mapped(DetectionMapper(cfg, True), record)
+            image = _mapped(detection, record)
             assert image.shape == (3, 24, 32)
             if form == "png":
                 assert np.array_equal(image.permute(1, 2, 0).numpy(), PIXELS)
-        cfg.INPUT.CLASSIFICATION.TRANSFORM = "resize"
-        cfg.INPUT.CLASSIFICATION.SIZE = 8
         with contextlib.suppress(UnreadableImageError):
-            image = _mapped(ClassificationMapper(cfg, True), {**record, "label": 0})
+            image = _mapped(classification, {**record, "label": 0})
             assert image.shape == (3, 8, 8)
+
+
+@cache
+def _mappers() -> tuple[DetectionMapper, ClassificationMapper]:
+    cfg = image_config(TRANSFORM="resize", SIZE=8)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (0,), "none"
+    return DetectionMapper(cfg, True), ClassificationMapper(cfg, True)
 
 
 def _mapped(mapper: Any, record: dict) -> torch.Tensor:
