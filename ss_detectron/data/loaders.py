@@ -86,7 +86,7 @@ def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[s
     dataset = ImageDataset(dicts, mapper, skip=skips_unreadable_images(cfg), replace=True)
     wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        wide = [record["width"] > record["height"] for record in dicts]
+        wide = _which_are_wide(dicts)
     return TrainingLoader(
         dataset,
         partial(_detection_sampler, cfg, dataset.records),
@@ -96,6 +96,18 @@ def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[s
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
     )
+
+
+def _which_are_wide(dicts: list[dict]) -> list[bool] | None:
+    try:
+        return [record["width"] > record["height"] for record in dicts]
+    except KeyError as missing:
+        logger.warning(
+            "DATALOADER.ASPECT_RATIO_GROUPING is not followed: there are images whose %s the data "
+            "set does not say.",
+            missing,
+        )
+        return None
 
 
 def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sampler[int]:
