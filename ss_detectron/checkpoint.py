@@ -1,11 +1,12 @@
 """Checkpoints that know which rule trained which layer, and weights that find their place."""
 
+import errno
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -47,9 +48,15 @@ from .weights import (
     rename_state,
 )
 
-__all__ = ["FeedbackCheckpointer"]
+__all__ = ["FeedbackCheckpointer", "NotWrittenError"]
 
 logger = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NotWrittenError(OSError):
+    """A run could not write a file; says which, and from which checkpoint it can go on."""
 
 
 class FeedbackCheckpointer(DetectionCheckpointer):
@@ -108,7 +115,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             **kwargs: what else to save.
 
         Raises:
-            OSError: the disk is full, or fails; what was there before is still there.
+            NotWrittenError: the disk is full, or fails; what was there before is still there.
         """
         if not (self.save_dir and self.save_to_disk):
             return
@@ -129,7 +136,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             cause = _os_error(error)
             if cause is None:
                 raise
-            raise OSError(cause.errno, self._not_written(target, cause)) from error
+            raise NotWrittenError(cause.errno, self._not_written(target, cause)) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if is_url(self.save_dir):
@@ -137,10 +144,28 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         with write_whole(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
+    @contextmanager
+    def explaining_a_full_disk(self) -> Iterator[None]:
+        """
+        Makes of a full disk's error, whichever file of the run meets it first, one that says what
+        is left.
+
+        Raises:
+            NotWrittenError: the disk is full.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL or isinstance(error, NotWrittenError):
+                raise
+            what = error.filename or f"a file of the run in {self.save_dir}"
+            raise NotWrittenError(error.errno, self._not_written(what, error)) from error
+
     def _not_written(self, target: str, error: OSError) -> str:
         said = [error.strerror or str(error)]
         with suppress(OSError):
-            said.append(f"{shutil.disk_usage(self.save_dir).free:,} bytes are free there")
+            free = shutil.disk_usage(self.save_dir).free
+            said.append(f"{free:,} bytes are free in {self.save_dir}")
         earlier = last_checkpoint(self.save_dir)
         if earlier and os.path.isfile(earlier):
             rest = f"The checkpoint before it, {earlier}, is intact, and --resume goes on from it"

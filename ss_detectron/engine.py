@@ -247,7 +247,10 @@ class Trainer(DefaultTrainer):
         # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
         # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
         # nothing to go without; a GPU is not exact to the bit in any case.
-        with torch.jit.optimized_execution(not _on_cpu(self.cfg)):
+        with (
+            torch.jit.optimized_execution(not _on_cpu(self.cfg)),
+            self.checkpointer.explaining_a_full_disk(),
+        ):
             return super().train()
 
     def before_train(self) -> None:
@@ -336,11 +339,12 @@ class Trainer(DefaultTrainer):
         """
         try:
             return super().build_lr_scheduler(cfg, optimizer)
-        except (AssertionError, ValueError) as error:
-            keys = ("LR_SCHEDULER_NAME", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS")
-            values = ", ".join(f"SOLVER.{key} {cfg.SOLVER[key]!r}" for key in keys)
+        except Exception as error:  # of all kinds, as it checks few of its values
+            keys = ("LR_SCHEDULER_NAME", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "GAMMA")
+            keys += ("NUM_DECAYS", "WARMUP_FACTOR", "WARMUP_ITERS", "RESCALE_INTERVAL")
+            values = ", ".join(f"{key} {cfg.SOLVER[key]!r}" for key in keys)
             raise ValueError(
-                f"there is no schedule of learning rates by {values}: {error}"
+                f"no schedule of learning rates follows from SOLVER's {values}: {error}"
             ) from error
 
     @classmethod
@@ -521,7 +525,8 @@ def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) ->
         raise ValueError(
             f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it: "
             f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r} and MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE!r}; use a build_feedback_* backbone and "
+            f"{cfg.MODEL.META_ARCHITECTURE!r} (and MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}); use a "
+            "build_feedback_* backbone and "
             "ImageClassifier, or FeedbackRetinaNet with MODEL.RETINANET.HEAD "
             "FeedbackRetinaNetHead, or call convert_feedback on the model"
         )
