@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -286,7 +287,14 @@ class Trainer(DefaultTrainer):
         """
         share_buffers(model)
         with kept_random_state(torch.device(cfg.MODEL.DEVICE)):
-            return super().test(cfg, model, evaluators)
+            results = super().test(cfg, model, evaluators)
+        for task, *expected in cfg.TEST.EXPECTED_RESULTS:
+            if results and not isinstance(results.get(task), Mapping):
+                raise ValueError(
+                    f"TEST.EXPECTED_RESULTS expects {[task, *expected]}, and the evaluation gives "
+                    f"results of {', '.join(results)}"
+                )
+        return results
 
     @property
     def _device(self) -> torch.device:
@@ -524,11 +532,10 @@ def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) ->
     if feedback.RULE and get_rule(feedback.RULE) is not Backpropagation and not asymmetric:
         raise ValueError(
             f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it: "
-            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r} and MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE!r} (and MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}); use a "
-            "build_feedback_* backbone and "
-            "ImageClassifier, or FeedbackRetinaNet with MODEL.RETINANET.HEAD "
-            "FeedbackRetinaNetHead, or call convert_feedback on the model"
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}, MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE!r} and MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}; use a "
+            "build_feedback_* backbone and ImageClassifier, or FeedbackRetinaNet with "
+            "MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call convert_feedback on the model"
         )
     unread = []
     if cfg.MODEL.RETINANET.HEAD != "RetinaNetHead" and not isinstance(model, FeedbackRetinaNet):

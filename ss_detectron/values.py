@@ -173,7 +173,7 @@ def _values() -> dict[str, _Values]:
         "MODEL.RETINANET.FOCAL_LOSS_GAMMA": _number(0),
         "MODEL.RETINANET.FOCAL_LOSS_ALPHA": _or(share, -1),
         "SOLVER.OPTIMIZER": _one_of(("SGD", "AdamW")),
-        "SOLVER.MAX_ITER": _whole(1),
+        "SOLVER.MAX_ITER": _whole(1, (1 << 31) - 1),
         "SOLVER.STEPS": _increasing(_list(_whole(1))),
         "SOLVER.GAMMA": _number(0),
         "SOLVER.NUM_DECAYS": _whole(1),
@@ -282,6 +282,11 @@ def _conflicts(cfg: CfgNode) -> Iterator[str]:
         )
     if solver.NESTEROV and solver.MOMENTUM == 0:
         yield "SOLVER.NESTEROV is True and SOLVER.MOMENTUM 0; choose a momentum above 0, or False"
+    if solver.RESCALE_INTERVAL and solver.WARMUP_ITERS >= solver.MAX_ITER:
+        yield (
+            f"SOLVER.RESCALE_INTERVAL is True, SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} and "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER}; choose a shorter warm-up, or False"
+        )
     if solver.REFERENCE_WORLD_SIZE and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
         yield (
             f"SOLVER.REFERENCE_WORLD_SIZE is {solver.REFERENCE_WORLD_SIZE} and "
