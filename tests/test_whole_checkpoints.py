@@ -8,6 +8,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fvcore.common.checkpoint import PeriodicCheckpointer
-from run_utils import end, finish, model_of, start
+from run_utils import TOOL, end, finish, model_of, start
 from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
@@ -177,8 +179,8 @@ def test_a_full_disk_is_an_error_that_names_what_is_left(full, tmp_path):
         f"The checkpoint before it, {tmp_path}/model_0000009.pth, is intact, and --resume goes on",
     ):
         assert part in message
-    said = int(message.partition("device, ")[2].partition(" bytes are free")[0].replace(",", ""))
-    assert abs(said - free) < 2**30
+    said = message.partition("device, ")[2].partition(f" bytes are free in {tmp_path}. ")[0]
+    assert abs(int(said.replace(",", "")) - free) < 2**30
     kept = ["model_0000019.pth"] * (full == "last_checkpoint")
     assert_only(tmp_path, "last_checkpoint", "model_0000009.pth", *kept)
     assert resume(tmp_path) == 9
@@ -468,15 +470,58 @@ def test_a_run_whose_last_checkpoints_are_damaged_ends_as_if_they_were_not(tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_is_full_fails_and_goes_on_where_there_is_room(tmp_path):
+@pytest.mark.parametrize("file", ["model_0000003.pth.new", "metrics.json"])
+def test_a_run_that_meets_a_full_disk_fails_and_goes_on_where_there_is_room(file, tmp_path):
     finish(start(*TINY, "SOLVER.MAX_ITER", 2, cwd=tmp_path))
-    (tmp_path / "out" / "model_0000003.pth.new").symlink_to("/dev/full")
+    path = tmp_path / "out" / file
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/full")
     run = start("--resume", *TINY, cwd=tmp_path)
     output, _ = run.communicate()
     end(run)
     assert run.returncode != 0
-    assert "out/model_0000003.pth could not be written: No space left on device" in output
-    assert "out/model_final.pth, is intact, and --resume goes on from it" in output
-    output = finish(start("--resume", *TINY, cwd=tmp_path))
-    assert "Starting training from iteration 2" in output
+    message = output.splitlines()[-1]
+    what = "out/model_0000003.pth" if "model" in file else "a file of the run in out"
+    assert f"{what} could not be written: No space left on device, " in message
+    assert "out/model_final.pth, is intact, and --resume goes on from it" in message
+    path.unlink(missing_ok=True)
+    finish(start("--resume", *TINY, cwd=tmp_path))
     assert read_checkpoint(str(tmp_path / "out" / "model_final.pth"))["iteration"] == 5
+
+
+# A file system of its own, in memory, with room for two checkpoints of TINY and a half.
+SMALL_DISK = """
+mount -t tmpfs -o size=340m tmpfs out || exit
+"$@"
+echo exit code $?
+echo in the folder: $(ls out)
+mount -o remount,size=1g out
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_a_disk_that_is_too_small(tmp_path):
+    (tmp_path / "out").mkdir()
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = [*namespace, "mount", "-t", "tmpfs", "tmpfs", "out"]
+    if not shutil.which("unshare") or subprocess.run(mount, cwd=tmp_path).returncode:
+        pytest.skip("not everybody may mount a file system here")
+    words = [sys.executable, TOOL, "--resume", *TINY]
+    run = subprocess.run(
+        [*namespace, "sh", "-c", SMALL_DISK, "sh", *map(str, words)],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    small, _, large = run.stdout.partition("exit code 1\n")
+    assert large and run.returncode == 0, run.stdout[-5000:]
+    message = small.splitlines()[-1]
+    assert "out/model_0000005.pth could not be written: No space left on device, " in message
+    assert "The checkpoint before it, out/model_0000003.pth, is intact, and --resume" in message
+    (folder,) = [line for line in large.splitlines() if line.startswith("in the folder:")]
+    assert "model_0000001.pth model_0000003.pth" in folder and "model_0000005" not in folder
+    assert "Starting training from iteration 4" in large
+    assert "Saving checkpoint to out/model_final.pth" in large
