@@ -227,10 +227,10 @@ def check_exclude(model: nn.Module, exclude: Iterable[str]) -> None:
     for pattern in as_patterns(exclude):
         if not any(first_match(name, (pattern,)) for name in names):
             raise ValueError(
-                f"the exclude pattern {pattern!r} (in a config, of MODEL.FEEDBACK.EXCLUDE) matches "
-                f"no layer of {type(model).__name__}; its layers are named like "
-                f"{', '.join(map(repr, names[:3] + names[-2:]))} "
-                "(print(feedback_report(model)) lists them)"
+                f"the exclude pattern {pattern!r} matches no layer of {type(model).__name__}; "
+                f"its layers are named like {', '.join(map(repr, names[:3] + names[-2:]))} "
+                "(print(feedback_report(model)) lists them). In a config, the patterns are "
+                "MODEL.FEEDBACK.EXCLUDE."
             )
 
 
