@@ -1,0 +1,127 @@
+"""
+A run of empty steps by ss_detectron.launch, to which something happens: --event RANK STEP NAME, a
+function of this file. Ranks wait for each other in every step, as in training, and take its batch
+from a worker process. What a rank saves goes to saved<RANK>, the number of its last step to
+ended<RANK>.
+"""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from detectron2.engine import HookBase, TrainerBase, default_argument_parser
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
+
+from ss_detectron.launch import add_launch_options, complete_launch_options, launch
+from ss_detectron.preemption import PreemptionHook
+
+
+def terminate_all():
+    os.killpg(0, signal.SIGTERM)
+
+
+def interrupt_all():
+    os.killpg(0, signal.SIGINT)
+
+
+def terminate_parent():
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_parent():
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def fail():
+    raise ValueError("a step that fails")
+
+
+def exit_with_3():
+    os._exit(3)
+
+
+def interrupt_twice():
+    for _ in range(2):
+        interrupt_all()
+        time.sleep(1.5)
+    hang()
+
+
+def hang():
+    print("hangs", flush=True)
+    threading.Event().wait()
+
+
+def disturb_workers():
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        os.kill(int(pid), signal.SIGTERM)
+        os.kill(int(pid), signal.SIGINT)
+
+
+class Trainer(TrainerBase):
+    def __init__(self, events, folder):
+        super().__init__()
+        self.events = events
+        self.file = folder / f"saved{comm.get_rank()}"
+        self.checkpointer = SimpleNamespace(get_checkpoint_file=lambda: self.file)
+        self.batches = DataLoader(torch.arange(1000), num_workers=1)
+
+    def run_step(self):
+        if self.iter % 1000 == 0:
+            self.batch = iter(self.batches)
+        assert next(self.batch) == self.iter % 1000
+        comm.synchronize()
+        for rank, step, name in self.events:
+            if (int(rank), int(step)) == (comm.get_rank(), self.iter):
+                globals()[name]()
+
+    def save_checkpoint(self):
+        comm.synchronize()
+        self.file.write_text(str(self.iter))
+
+
+class Print(HookBase):
+    def after_step(self):
+        if self.trainer.iter == 5:
+            print(f"rank {comm.get_rank()} is process {os.getpid()}", flush=True)
+
+
+def main(args):
+    torch.set_num_threads(1)
+    for rank, step, name in args.event:
+        if (int(rank), step) == (comm.get_rank(), "setup"):
+            globals()[name]()
+    folder = Path(args.config_file)
+    trainer = Trainer([event for event in args.event if event[1] != "setup"], folder)
+    trainer.register_hooks([Print(), PreemptionHook()])
+    try:
+        trainer.train(0, args.steps)
+    finally:
+        (folder / f"ended{comm.get_rank()}").write_text(str(trainer.iter))
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser()
+    parser.add_argument("--event", nargs=3, action="append", default=[])
+    parser.add_argument("--steps", type=int, default=10**9)
+    add_launch_options(parser)
+    args = parser.parse_args()
+    complete_launch_options(parser, args)
+    launch(main, args)
