@@ -55,8 +55,8 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     its device, and waits for nothing. Numbers so large that the sum of their squares overflows make
     it False as well: :func:`not_finite` tells.
     """
-    tensors = [_values(tensor) for tensor in tensors]
-    return torch.stack(torch._foreach_norm(tensors)).isfinite().all()
+    norms = torch._foreach_norm([_values(tensor) for tensor in tensors])
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -87,7 +87,8 @@ class ForwardState:
     def restore(self) -> None:
         """Makes the model what it was."""
         for name, buffer in self._moving_buffers():
-            buffer.copy_(self._buffers[name])
+            if name in self._buffers:
+                buffer.copy_(self._buffers[name])
         for detector, value in self._normalizers.items():
             if value is not None:
                 detector.loss_normalizer = value
@@ -163,10 +164,8 @@ def check_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             named[name] = buffer
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.is_floating_point():
                 named[f"{key} of {names.get(parameter, 'a parameter')}"] = value
-    if all_finite(named.values()):
-        return
     if found := not_finite(named.items()):
         raise FloatingPointError(
             f"Not finite: {_counted(found)}. The training has diverged, and no checkpoint of it is "

@@ -36,8 +36,9 @@ class StepTrainer(SimpleTrainer):
     """
     Detectron2's trainer, whose steps are taken only if all losses, on all ranks, and all gradients
     are finite. Otherwise the run ends with a report: the losses and image files of every rank, the
-    learning rate, which gradients it is, and the layers whose feedback is largest. Nothing of such
-    a step is kept, and a state that is not finite is refused to checkpoints.
+    learning rate, which gradients it is, and the layers whose feedback is largest. Hooks on the
+    backward pass come before that. Nothing of such a step is kept, and a state that is not finite
+    is refused to checkpoints.
 
     It also makes steps of several batches, whose gradients are averaged, and has mixed precision on
     the CPU as well (Detectron2's AMPTrainer is CUDA's): float16 and a gradient scaler on a GPU,

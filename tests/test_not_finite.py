@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -427,7 +428,8 @@ class Constant(Model):
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    options = {"rank": rank, "world_size": 2, "timeout": timedelta(minutes=1)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", **options)
     comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
 
     def make_two(loader: list[dict], **options) -> StepTrainer:
