@@ -221,8 +221,8 @@ class StepTrainer(SimpleTrainer):
         else:
             said = "SOLVER.SKIP_NOT_FINITE N would skip up to N such steps."
         return (
-            f"The run ends with a loss or gradient that is not finite at iteration {self.iter}; its "
-            f"last checkpoint is kept. {said} A lower SOLVER.BASE_LR, a longer "
+            f"The run ends with a loss or gradient that is not finite, at iteration {self.iter}; "
+            f"its last checkpoint is kept. {said} A lower SOLVER.BASE_LR, a longer "
             "SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS or, where norm(B)/norm(W) is large, a "
             "lower MODEL.FEEDBACK.GAIN may help."
         )
