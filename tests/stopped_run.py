@@ -7,6 +7,7 @@ ended<RANK>.
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -70,9 +71,11 @@ def hang():
 
 
 def disturb_workers():
-    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        os.kill(int(pid), signal.SIGTERM)
-        os.kill(int(pid), signal.SIGINT)
+    workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert workers
+    for name in ("TERM", "INT"):
+        # By another process: a rank's own SIGTERM ends its workers.
+        subprocess.run(["kill", "-s", name, *workers], check=True)
 
 
 class Trainer(TrainerBase):
@@ -81,12 +84,12 @@ class Trainer(TrainerBase):
         self.events = events
         self.file = folder / f"saved{comm.get_rank()}"
         self.checkpointer = SimpleNamespace(get_checkpoint_file=lambda: self.file)
-        self.batches = DataLoader(torch.arange(1000), num_workers=1)
+        self.batches = DataLoader(torch.arange(100), num_workers=1)
 
     def run_step(self):
-        if self.iter % 1000 == 0:
+        if self.iter % 100 == 0:
             self.batch = iter(self.batches)
-        assert next(self.batch) == self.iter % 1000
+        assert next(self.batch) == self.iter % 100
         comm.synchronize()
         for rank, step, name in self.events:
             if (int(rank), int(step)) == (comm.get_rank(), self.iter):

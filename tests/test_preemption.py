@@ -1,7 +1,6 @@
 """Runs that are asked to stop: real processes, real signals."""
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -213,12 +212,12 @@ def test_a_request_in_the_last_step_lets_the_run_finish(processes, event, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signals_to_worker_processes_change_nothing(processes, tmp_path):
-    words = ["--num-gpus", processes, "--steps", 2500]
-    for step in (5, 900, 1001, 1500):  # a new worker starts every thousand steps
+    words = ["--num-gpus", processes, "--steps", 250]
+    for step in (5, 90, 101, 150):  # a new worker starts every hundred steps
         words += ["--event", processes - 1, step, "disturb_workers"]
     code, output = ended(run(tmp_path, *words))
     assert code == 0, output
-    assert numbers(tmp_path, "ended") == [2500] * processes
+    assert numbers(tmp_path, "ended") == [250] * processes
 
 
 @pytest.mark.slow
@@ -235,7 +234,7 @@ def test_a_second_ctrl_c_stops_a_run_that_hangs(processes, tmp_path):
     code, output = ended(run(tmp_path, "--num-gpus", processes, "--event", 0, 7, "interrupt_twice"))
     assert code == -signal.SIGINT, output
     assert numbers(tmp_path, "saved") == []
-    assert output.count("KeyboardInterrupt") == 1
+    assert output.count("\nKeyboardInterrupt\n") == 1
 
 
 @pytest.mark.slow
@@ -245,8 +244,9 @@ def test_before_training_a_request_ends_the_run_at_once(processes, event, tmp_pa
     words = ["--num-gpus", processes, "--event", 0, "setup", event, "--event", 0, "setup", "hang"]
     code, output = ended(run(tmp_path, *words))
     assert code == EXIT_CODE, output
-    assert not list(tmp_path.glob("*d[01]"))
-    assert re.search("training had? ?(has)? ?not begun|before training had begun", output)
+    assert numbers(tmp_path, "saved") == []
+    said = "before training had begun" if processes == 2 else "training has not begun"
+    assert said in output
     assert "Traceback" not in output
 
 
