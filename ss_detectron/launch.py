@@ -30,6 +30,7 @@ from .preemption import EXIT_CODE, Preempted, StopSignals, listen, say, without_
 
 __all__ = ["add_launch_options", "complete_launch_options", "launch"]
 
+_YEAR = 525600  # minutes
 _GRACE = 20  # seconds for the other processes to end, once one has
 # Exit codes of a process that was asked to stop, in training and before.
 _STOPPED = (EXIT_CODE, -signal.SIGTERM, -signal.SIGINT)
@@ -55,8 +56,8 @@ def complete_launch_options(parser: argparse.ArgumentParser, args: argparse.Name
     Fills in the options that were not given, from torchrun's environment where that has started
     this process. Ends the program with a message on options that cannot work.
     """
-    if not args.timeout > 0:
-        parser.error(f"--timeout {args.timeout:g}: give a number of minutes above 0")
+    if not 0 < args.timeout <= _YEAR:
+        parser.error(f"--timeout {args.timeout:g}: give minutes, above 0 and up to {_YEAR}")
     if is_torchelastic_launched():
         started = {
             "num_gpus": _environment("LOCAL_WORLD_SIZE"),

@@ -15,12 +15,14 @@ TOOL = ROOT / "tools" / "train_net.py"
 SECONDS = 240  # a machine may be busy
 
 
-def start(*words, cwd: Path, script: Path = TOOL) -> subprocess.Popen:
+def start(
+    *words, cwd: Path, script: Path = TOOL, interpreter: str = sys.executable
+) -> subprocess.Popen:
     """Starts the tool, or another script, where no GPU is to be seen."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, script, *map(str, words)],
+        [interpreter, script, *map(str, words)],
         cwd=cwd,
         env=env,
         stdout=subprocess.PIPE,
