@@ -139,7 +139,9 @@ def _values() -> dict[str, _Values]:
     )
     share = _number(0, 1)
     size = _whole(1, _PIXELS)
-    size_or_unchanged = _whole(0, _PIXELS)
+    # Smaller images than these, Detectron2 cannot flip.
+    side = _whole(2, _PIXELS)
+    side_or_unchanged = _or(side, 0)
     return {
         "OUTPUT_DIR": _NAME,
         "SEED": _whole(-(1 << 31), (1 << 31) - 1),
@@ -203,16 +205,16 @@ def _values() -> dict[str, _Values]:
         "INPUT.FORMAT": _one_of(_CHANNELS),
         "INPUT.MASK_FORMAT": _one_of(("polygon", "bitmask")),
         "INPUT.RANDOM_FLIP": _one_of(("horizontal", "vertical", "none")),
-        "INPUT.MIN_SIZE_TRAIN": _list(size_or_unchanged, 1),
+        "INPUT.MIN_SIZE_TRAIN": _list(side_or_unchanged, 1),
         "INPUT.MIN_SIZE_TRAIN_SAMPLING": _one_of(("choice", "range")),
-        "INPUT.MAX_SIZE_TRAIN": size,
-        "INPUT.MIN_SIZE_TEST": size_or_unchanged,
-        "INPUT.MAX_SIZE_TEST": size,
+        "INPUT.MAX_SIZE_TRAIN": side,
+        "INPUT.MIN_SIZE_TEST": side_or_unchanged,
+        "INPUT.MAX_SIZE_TEST": side,
         "INPUT.CROP.TYPE": _one_of(("relative_range", "relative", "absolute", "absolute_range")),
         "INPUT.CROP.SIZE": _list(_positive(), 2, 2),
         "INPUT.CLASSIFICATION.SIZE": size,
         "INPUT.CLASSIFICATION.RESIZE": size,
-        "INPUT.CLASSIFICATION.PAD": size_or_unchanged,
+        "INPUT.CLASSIFICATION.PAD": _whole(0, _PIXELS),
         "TEST.EVAL_PERIOD": _whole(0),
         "TEST.ALIGNMENT_PERIOD": _whole(0),
         "TEST.DETECTIONS_PER_IMAGE": _whole(1),
@@ -228,15 +230,15 @@ def _values() -> dict[str, _Values]:
             )
         ),
         "TEST.KEYPOINT_OKS_SIGMAS": _list(_positive()),
-        "TEST.AUG.MIN_SIZES": _list(size, 1),
-        "TEST.AUG.MAX_SIZE": size,
+        "TEST.AUG.MIN_SIZES": _list(side, 1),
+        "TEST.AUG.MAX_SIZE": side,
         "TEST.PRECISE_BN.NUM_ITER": _whole(1),
         "TEST.CLASSIFICATION.IMS_PER_BATCH": _whole(1, _IMAGES),
     }
 
 
 # Of an image in each of INPUT.FORMAT's.
-_CHANNELS = {"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "L": 1}
+_CHANNELS = {"BGR": 3, "RGB": 3, "L": 1}
 
 
 def _conflicts(cfg: CfgNode) -> Iterator[str]:

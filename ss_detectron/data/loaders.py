@@ -111,16 +111,27 @@ def _which_are_wide(dicts: list[dict]) -> list[bool] | None:
 
 
 def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sampler[int]:
-    """Detectron2's sampler of DATALOADER.SAMPLER_TRAIN."""
+    """
+    Detectron2's sampler of DATALOADER.SAMPLER_TRAIN.
+
+    Raises:
+        ValueError: it has none of that name, or not by these keys.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
     # Of a loader that is not used, as Detectron2 makes samplers nowhere else. Those that take no
     # seed from the config draw one.
-    with seeded(seed):
-        loader = build_detection_train_loader(
-            cfg, dataset=records, mapper=list, aspect_ratio_grouping=False, num_workers=0
-        )
+    try:
+        with seeded(seed):
+            loader = build_detection_train_loader(
+                cfg, dataset=records, mapper=list, aspect_ratio_grouping=False, num_workers=0
+            )
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}, which Detectron2 does "
+            f"not take: {error}"
+        ) from error
     return loader.dataset.sampler
 
 
