@@ -348,11 +348,12 @@ class Trainer(DefaultTrainer):
         try:
             return super().build_lr_scheduler(cfg, optimizer)
         except Exception as error:  # of all kinds, as it checks few of its values
-            keys = ("LR_SCHEDULER_NAME", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "GAMMA")
-            keys += ("NUM_DECAYS", "WARMUP_FACTOR", "WARMUP_ITERS", "RESCALE_INTERVAL")
+            keys = ("BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "GAMMA", "NUM_DECAYS")
+            keys += ("WARMUP_FACTOR", "WARMUP_ITERS", "RESCALE_INTERVAL")
             values = ", ".join(f"{key} {cfg.SOLVER[key]!r}" for key in keys)
             raise ValueError(
-                f"no schedule of learning rates follows from SOLVER's {values}: {error}"
+                f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, from which no "
+                f"schedule of learning rates follows with {values}: {error}"
             ) from error
 
     @classmethod
