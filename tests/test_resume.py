@@ -9,16 +9,22 @@ import torch
 from run_utils import SECONDS, end, finish, rows, start
 
 from ss_detectron import FEEDBACK_REGISTRY
+from ss_detectron.data import generate_shapes, generate_shapes_cls
 
 RECORDED = Path(__file__).parent / "recorded_run.py"
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 COMMON = (
     *("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 3),
     *("SOLVER.WARMUP_ITERS", 4, "SOLVER.IMS_PER_BATCH", 4),
+    # A slim one.
+    *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
 )
 DETECTION = (
     *("--config-file", "quick/shapes_retinanet_ss.yaml", *COMMON),
     *("INPUT.MIN_SIZE_TRAIN", "(48, 64)", "INPUT.MIN_SIZE_TEST", 48),
+    # Something is found after three steps too.
+    *("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 5),
     *(
         "MODEL.FPN.OUT_CHANNELS",
         16,
@@ -37,6 +43,17 @@ CLASSIFICATION = (
     *("INPUT.CLASSIFICATION.RESIZE", 36, "INPUT.RANDOM_FLIP", "horizontal"),
 )
 TASKS = {"detection": DETECTION, "classification": CLASSIFICATION}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def datasets(tmp_path_factory):
+    """Small ones: eight steps are more than an epoch."""
+    folder = tmp_path_factory.mktemp("datasets")
+    generate_shapes(folder, train=20, val=8)
+    generate_shapes_cls(folder, train=20, val=20)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("DETECTRON2_DATASETS", str(folder))
+        yield
 
 
 def assert_equal(a, b, where=""):
@@ -76,7 +93,6 @@ def evaluations_of(folder):
 
 
 def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
-    datasets = tmp_path / "datasets"
     words = ["--num-gpus", processes, *TASKS[task], *options]
 
     def run(folder, *more):
@@ -89,7 +105,6 @@ def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
         end(killed)
     assert killed.returncode == -signal.SIGKILL, output[-5000:]
     assert (tmp_path / "killed" / "last_checkpoint").read_text() == "model_0000002.pth"
-    assert datasets.exists()
     whole, resumed = run("whole"), run("killed", "--resume")
     finish(whole)
     assert "Resumed after" in finish(resumed) or "--kill-after" in kill
@@ -113,6 +128,13 @@ def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
     assert {key: repr(value) for key, value in whole.items()} == {
         key: repr(value) for key, value in resumed.items()
     }
+    if task == "detection":
+        whole, resumed = (
+            (tmp_path / folder / "inference" / "coco_instances_results.json").read_text()
+            for folder in ("whole", "killed")
+        )
+        assert len(json.loads(whole)) > 8
+        assert whole == resumed
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
