@@ -1,5 +1,5 @@
 """
-A run of empty steps by ss_detectron.launch, to which something happens: --event RANK STEP NAME, a
+A run of empty steps by ss_detectron.launch, to which something happens: --at RANK STEP NAME, a
 function of this file. Ranks wait for each other in every step, as in training, and take its batch
 from a worker process. What a rank saves goes to saved<RANK>, the number of its last step to
 ended<RANK>.
@@ -108,11 +108,11 @@ class Print(HookBase):
 
 def main(args):
     torch.set_num_threads(1)
-    for rank, step, name in args.event:
+    for rank, step, name in args.at:
         if (int(rank), step) == (comm.get_rank(), "setup"):
             globals()[name]()
     folder = Path(args.config_file)
-    trainer = Trainer([event for event in args.event if event[1] != "setup"], folder)
+    trainer = Trainer([event for event in args.at if event[1] != "setup"], folder)
     trainer.register_hooks([Print(), PreemptionHook()])
     try:
         trainer.train(0, args.steps)
@@ -122,7 +122,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = default_argument_parser()
-    parser.add_argument("--event", nargs=3, action="append", default=[])
+    parser.add_argument("--at", nargs=3, action="append", default=[])
     parser.add_argument("--steps", type=int, default=10**9)
     add_launch_options(parser)
     args = parser.parse_args()

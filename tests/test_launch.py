@@ -157,16 +157,15 @@ def failing(folder: Path, *words) -> tuple[int, str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("event", "how"),
+    ("rank", "event", "how"),
     [
-        ("die", "was killed by SIGKILL"),
-        ("fail", "failed with ValueError: a step that fails"),
-        ("exit_with_3", "ended with exit code 3"),
+        (1, "die", "was killed by SIGKILL"),
+        (1, "fail", "failed with ValueError: a step that fails"),
+        (0, "exit_with_3", "ended with exit code 3"),
     ],
 )
-@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_ends_the_run_and_is_named_last(rank, event, how, tmp_path):
-    code, output, seconds = failing(tmp_path, "--event", rank, 100, event)
+    code, output, seconds = failing(tmp_path, "--at", rank, 100, event)
     assert code == 1, output
     assert seconds < 60
     last = output.strip().splitlines()[-1]
@@ -181,7 +180,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_named_last(rank, event, how, tmp_
 
 @pytest.mark.slow
 def test_a_rank_that_dies_after_a_request_to_stop_leaves_nothing_saved(tmp_path):
-    events = ["--event", 0, 100, "terminate", "--event", 1, 100, "die"]
+    events = ["--at", 0, 100, "terminate", "--at", 1, 100, "die"]
     code, output, _ = failing(tmp_path, *events)
     assert code == 1, output
     assert "was killed by SIGKILL, which ended the run" in output.strip().splitlines()[-1]
@@ -190,7 +189,7 @@ def test_a_rank_that_dies_after_a_request_to_stop_leaves_nothing_saved(tmp_path)
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path):
-    code, output, seconds = failing(tmp_path, "--timeout", 0.1, "--event", 1, 100, "hang")
+    code, output, seconds = failing(tmp_path, "--timeout", 0.1, "--at", 1, 100, "hang")
     assert code == 1, output
     assert seconds < 60
     last = output.strip().splitlines()[-1]
@@ -201,9 +200,8 @@ def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("event", ["terminate_parent", "terminate"])
-def test_torchruns_processes_stop_at_the_same_step(event, tmp_path):
-    words = [*TORCHRUN, STOPPED_RUN, "--config-file", tmp_path, "--event", 1, 7, event]
+def test_torchruns_processes_stop_at_the_same_step(tmp_path):
+    words = [*TORCHRUN, STOPPED_RUN, "--config-file", tmp_path, "--at", 1, 7, "terminate"]
     with start(*words, cwd=tmp_path, script="-m") as process:
         try:
             output, _ = process.communicate(timeout=SECONDS)
@@ -211,8 +209,8 @@ def test_torchruns_processes_stop_at_the_same_step(event, tmp_path):
             end(process)
     assert process.returncode == 1, output  # torchrun's own
     saved = [int((tmp_path / f"saved{rank}").read_text()) for rank in (0, 1)]
-    assert saved[0] == saved[1] >= 7
-    assert (event == "terminate") == (f"exitcode  : {EXIT_CODE}" in output)
+    assert saved == [7, 7]
+    assert f"exitcode  : {EXIT_CODE}" in output
 
 
 # Runs of the tool --------------------------------------------------------------------------------
@@ -269,7 +267,7 @@ def test_a_training_that_was_terminated_saves_its_last_step_and_goes_on(launcher
 
     with training(*tiny, "SOLVER.MAX_ITER", 100000) as process:
         try:
-            until(process, "Starting training")
+            until(process, "  iter: 19  ")
             os.killpg(process.pid, signal.SIGTERM)
             output, _ = process.communicate(timeout=SECONDS)
         finally:
@@ -296,7 +294,7 @@ def test_a_training_of_which_a_rank_is_killed_ends_and_saves_nothing(tiny, tmp_p
     words = ["--num-gpus", 2, *tiny, "SOLVER.MAX_ITER", 100000]
     with start(*words, cwd=tmp_path) as process:
         try:
-            until(process, "Starting training")
+            until(process, "  iter: 19  ")
             killed = ranks_of(process)[1]
             os.kill(killed, signal.SIGKILL)
             began = time.monotonic()
@@ -311,7 +309,9 @@ def test_a_training_of_which_a_rank_is_killed_ends_and_saves_nothing(tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_training_again_that_goes_on(tiny, tmp_path):
+def test_torchrun_starts_a_training_again_that_goes_on(tiny, tmp_path, monkeypatch):
+    # Without it, torch's new processes may read the addresses of the old ones.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     folder = tmp_path / "out"
     words = [*TORCHRUN, "--max-restarts", 1, TOOL, "--resume", *tiny]
     words += ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.MAX_ITER", 20]
@@ -382,7 +382,7 @@ def submit(folder: Path, *words) -> subprocess.Popen:
 def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_goes_on(slurm, tiny, tmp_path):
     with submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000) as process:
         try:
-            until(process, "Starting training from iteration 0")
+            until(process, "  iter: 19  ")
             os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM)
             output, _ = process.communicate(timeout=SECONDS)
         finally:
@@ -400,7 +400,7 @@ def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_goes_on(slurm, tiny,
 def test_a_job_that_slurm_ends_as_a_whole_is_left_to_slurm(slurm, tiny, tmp_path):
     with submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000) as process:
         try:
-            until(process, "Starting training from iteration 0")
+            until(process, "  iter: 19  ")
             os.killpg(process.pid, signal.SIGTERM)
             output, _ = process.communicate(timeout=SECONDS)
         finally:
@@ -418,5 +418,5 @@ def test_a_job_that_fails_is_not_requeued(slurm, tiny, tmp_path):
         finally:
             end(process)
     assert process.returncode == 1, output
-    assert "Non-existent config key: NO.SUCH_KEY" in output
+    assert "NO.SUCH_KEY" in output
     assert not (tmp_path / "requeued").exists()
