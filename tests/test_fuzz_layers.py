@@ -13,7 +13,7 @@ import detectron2.layers
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -335,6 +335,7 @@ def fuzz(examples: int, strange: bool) -> Counter:
     @settings(
         max_examples=examples,
         derandomize=True,
+        phases=[Phase.generate, Phase.shrink],  # to explain failures would trace every line
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
