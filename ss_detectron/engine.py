@@ -514,11 +514,11 @@ def _check_options(cfg: CfgNode) -> None:
         )
     if _on_cpu(cfg) and (cfg.MODEL.COMPILED or cfg.SOLVER.COMPILED):
         check_compiler()
-    if _on_cpu(cfg) and cfg.MODEL.COMPILED and cfg.SOLVER.AMP.ENABLED:
+    if _on_cpu(cfg) and cfg.SOLVER.AMP.ENABLED and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         logger.warning(
-            "MODEL.COMPILED and SOLVER.AMP.ENABLED on the CPU: of a feature map of a single pixel "
-            "(p7 of images of up to 128 pixels), the gradient that torch compiles for bfloat16 is "
-            "not always finite. Use larger images, or set one of the two False."
+            "SOLVER.AMP.ENABLED on the CPU: on a feature map of a single pixel (p7 of images of up "
+            "to 128 pixels), torch's gradient in bfloat16 is now and then not finite. Use larger "
+            "images, or set SOLVER.AMP.ENABLED False."
         )
 
 

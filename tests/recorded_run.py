@@ -11,10 +11,11 @@ import signal
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase, launch
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ss_detectron.engine import Trainer, argument_parser, setup
+from ss_detectron.launch import add_launch_options, complete_launch_options, launch
 
 
 def kill_all():
@@ -68,7 +69,9 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argument_parser()
+    add_launch_options(parser)
     parser.add_argument("--kill-after", type=int, default=-1)
     parser.add_argument("--kill-in-evaluation", type=int, default=-1)
     args = parser.parse_args()
-    launch(main, args.num_gpus, dist_url="auto", args=(args,))
+    complete_launch_options(parser, args)
+    launch(main, args)

@@ -163,7 +163,8 @@ def test_processes_and_workers(task, workers, processes, tmp_path):
 OTHERS = {
     "precise-bn": ("classification", "TEST.PRECISE_BN.ENABLED", True),
     "passes": ("detection", "SOLVER.ACCUMULATION_STEPS", 2),
-    "amp": ("detection", "SOLVER.AMP.ENABLED", True),
+    # In bfloat16, torch's gradient on a map of one pixel (p7 of small images) is not always finite.
+    "amp": ("detection", "SOLVER.AMP.ENABLED", True, "INPUT.MIN_SIZE_TRAIN", "(160,)"),
     "sgd": ("classification", "SOLVER.OPTIMIZER", "SGD", "SOLVER.BATCH_MANHATTAN", True),
     "alignment": ("detection", "TEST.ALIGNMENT_PERIOD", 2),
     "repeat-factor": ("detection", "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
