@@ -367,7 +367,9 @@ def test_measuring_the_alignment_does_not_change_training(rule, prepare, tmp_pat
 
 
 def test_mixed_precision_on_the_cpu_is_bfloat16_over_float32_weights(prepare):
-    cfg = prepare("MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2)
+    keys = ("MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.MAX_ITER", 2)
+    # No map of a single pixel, where torch's gradient in bfloat16 is not always finite.
+    cfg = prepare(*keys, "INPUT.MIN_SIZE_TRAIN", "(160,)", "TEST.EVAL_PERIOD", 0)
     trainer = Trainer(cfg)
     seen = set()
     stem = trainer.model.backbone.bottom_up.stem.conv1
