@@ -1,5 +1,6 @@
 """What the processes of a run (ranks) have to agree on, and what each has of its own."""
 
+import gc
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from .random_state import get_random_state, set_random_state
 
-__all__ = ["any_rank", "load_rank_state", "rank_state", "share_buffers"]
+__all__ = ["any_rank", "leave_group", "load_rank_state", "rank_state", "share_buffers"]
 
 
 def any_rank(flag: bool) -> bool:
@@ -26,6 +27,22 @@ def share_buffers(model: nn.Module) -> None:
     if comm.get_world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def leave_group() -> None:
+    """
+    Ends this process's part in a run of several, once it has no more to say to the others: torch's
+    process group, its threads included. A thread of gloo's that is still there when Python ends,
+    and then comes to release a tensor, aborts the process ("terminate called without an active
+    exception"), whatever it has achieved. The threads end with the last reference to the group.
+    """
+    if not dist.is_initialized():
+        return
+    comm._LOCAL_PROCESS_GROUP = None
+    comm.create_local_process_group.cache_clear()
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # trainers and DistributedDataParallel, which refer to it, are in cycles
+    dist.destroy_process_group()
 
 
 def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:

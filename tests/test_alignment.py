@@ -1,16 +1,14 @@
 import copy
 import json
 import math
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.modeling import build_model
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from group_utils import run_ranks
 from modeling_utils import NARROW, assert_same, load_config, losses, make_batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -305,10 +303,6 @@ def test_period_has_to_be_positive():
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
     model = DistributedDataParallel(Double())
     run = Run.__new__(Run)
     TrainerBase.__init__(run)
@@ -321,7 +315,6 @@ def _worker(rank: int, folder: str) -> None:
     if rank == 0:
         with open(f"{folder}/row.json", "w") as file:
             json.dump(run.rows[0], file)
-    dist.destroy_process_group()
 
 
 class Double(nn.Module):
@@ -343,7 +336,7 @@ class Double(nn.Module):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_measure_what_one_does(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    run_ranks(_worker, tmp_path)
     row = json.loads((tmp_path / "row.json").read_text())
     model = Double()
     with EventStorage():

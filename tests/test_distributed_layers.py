@@ -1,12 +1,11 @@
 """Two processes: the same feedback on each, and the gradients of one process."""
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from group_utils import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,9 +53,6 @@ def _images():
 
 
 def _worker(rank, folder):
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     half = BATCH // 2
     results = {}
     for rule in RULES:
@@ -73,13 +69,12 @@ def _worker(rank, folder):
         torch.manual_seed(200 + rank)
         results[rule] = start, _train(wrapped, _images()[:, rank * half : (rank + 1) * half])
     torch.save(results, f"{folder}/{rank}.pth")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    mp.spawn(_worker, (str(folder),), nprocs=2)
+    run_ranks(_worker, folder)
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
 

@@ -1,14 +1,12 @@
 import json
 import logging
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import InferenceSampler
-from detectron2.utils import comm
+from group_utils import run_ranks
 
 from ss_detectron.evaluation import ClassificationEvaluator
 
@@ -153,12 +151,7 @@ def _scores(size: int) -> tuple[list[int], torch.Tensor]:
     return labels, torch.rand(size, 9, generator=generator)
 
 
-def _worker(rank: int, world: int, folder: str, size: int) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world
-    )
-    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
+def _worker(rank: int, folder: str, size: int) -> None:
     labels, scores = _scores(size)
     register(labels, 9)
     evaluator = ClassificationEvaluator(NAME, per_class=True)
@@ -172,7 +165,6 @@ def _worker(rank: int, world: int, folder: str, size: int) -> None:
     if found is not None:
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -181,5 +173,5 @@ def test_processes_together_give_what_one_gives(tmp_path, size, world):
     labels, scores = _scores(size)
     register(labels, 9)
     alone = evaluate(labels, list(scores), per_class=True)
-    mp.spawn(_worker, (world, str(tmp_path), size), nprocs=world)
+    run_ranks(_worker, tmp_path, size, world=world)
     assert json.loads((tmp_path / "found.json").read_text()) == alone

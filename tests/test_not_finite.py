@@ -4,19 +4,16 @@ import copy
 import json
 import logging
 import math
-import os
 import re
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer, TrainerBase, hooks
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
+from group_utils import run_ranks
 from modeling_utils import assert_same, load_config, make_batch
 from PIL import Image
 from run_utils import SECONDS, end, model_of, rows, start
@@ -426,12 +423,6 @@ class Constant(Model):
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    options = {"rank": rank, "world_size": 2, "timeout": timedelta(minutes=1)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", **options)
-    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
-
     def make_two(loader: list[dict], **options) -> StepTrainer:
         model = DistributedDataParallel(Constant("kp"), broadcast_buffers=False)
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -454,12 +445,11 @@ def _worker(rank: int, folder: str) -> None:
         except FloatingPointError as error:
             result[how] = str(error)
     torch.save(result, f"{folder}/rank{rank}.pth")
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    run_ranks(_worker, tmp_path)
     results = [torch.load(tmp_path / f"rank{i}.pth") for i in (0, 1)]
     assert results[0] == results[1]
     for how, text in results[0].items():

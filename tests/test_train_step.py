@@ -2,18 +2,16 @@
 
 import copy
 import math
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer
 from detectron2.solver.build import maybe_add_gradient_clipping
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from group_utils import run_ranks
 from modeling_utils import assert_same
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -231,10 +229,6 @@ def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
 
 
 def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
-    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
     wrapped = DistributedDataParallel(Model(rule))
     reductions = 0
 
@@ -250,14 +244,13 @@ def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
     if rank == 0:
         result = {"model": wrapped.module.state_dict(), "losses": losses, "reductions": reductions}
         torch.save(result, f"{folder}/result.pth")
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("rule", ["ss", "kp"])
 def test_two_processes_train_as_one_and_exchange_gradients_once_a_step(rule, tmp_path):
     expected, expected_losses = stock(rule)
-    mp.spawn(_worker, (str(tmp_path), rule, 2), nprocs=2)
+    run_ranks(_worker, tmp_path, rule, 2)
     result = torch.load(tmp_path / "result.pth", weights_only=True)
     torch.testing.assert_close(result["model"], expected.state_dict(), rtol=1e-9, atol=1e-12)
     for row, other in zip(result["losses"], expected_losses, strict=True):

@@ -23,6 +23,7 @@ from torch import nn
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.checkpoint_files import find_checkpoints, read_checkpoint
 from ss_detectron.engine import BestCheckpointer
+from ss_detectron.ranks import leave_group
 
 # A process that imports the package once, and of which the others are copies.
 processes = multiprocessing.get_context("forkserver")
@@ -394,7 +395,7 @@ def resume_rank(rank, place, rendezvous, results):
     except OSError as error:
         results.put((rank, f"{type(error).__name__}: {error}"))
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def resume_both(tmp_path, *places):

@@ -1,0 +1,46 @@
+"""The end of a process's part in a run of several."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ss_detectron.ranks import leave_group
+
+TASKS = Path("/proc/self/task")
+
+
+def gloo_threads() -> int:
+    names = [(task / "comm").read_text() for task in TASKS.iterdir()]
+    return sum("gloo" in name for name in names)
+
+
+class Trainer:
+    """In a cycle, as trainers are with their hooks."""
+
+    def __init__(self) -> None:
+        self.model = DistributedDataParallel(nn.Linear(2, 1))
+        self.hook = self
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.skipif(not TASKS.is_dir(), reason="needs Linux's list of threads")
+def test_no_thread_outlives_the_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    leave_group()  # of none
+    for attempt in range(2):  # another group can follow
+        dist.init_process_group("gloo", f"file://{tmp_path}/{attempt}", rank=0, world_size=1)
+        comm.create_local_process_group(1)
+        assert comm.all_gather("x") == ["x"] and comm._get_global_gloo_group() is not None
+        trainer = Trainer()
+        trainer.model(torch.ones(1, 2)).sum().backward()
+        comm.synchronize()
+        assert gloo_threads() > 0
+        del trainer
+        leave_group()
+        assert gloo_threads() == 0
+        assert comm.get_world_size() == 1 and not dist.is_initialized()
