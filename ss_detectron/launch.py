@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import start_processes
 
 from .preemption import EXIT_CODE, Preempted, StopSignals, listen, say, without_interrupts
+from .ranks import leave_group
 
 __all__ = ["add_launch_options", "complete_launch_options", "launch"]
 
@@ -138,8 +139,28 @@ def _join_torchrun(
     if _environment("WORLD_SIZE") == 1:
         return main(args)
     rank = _environment("LOCAL_RANK")
-    size, count, place = _environment("WORLD_SIZE"), args.num_gpus, args.machine_rank
-    _distributed_worker(rank, main, size, count, place, "env://", (args,), timeout)
+    _take_part(rank, main, args, _environment("WORLD_SIZE"), "env://", timeout)
+
+
+def _take_part(
+    rank: int,
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    size: int,
+    url: str,
+    timeout: timedelta,
+) -> None:
+    """One of a run's ``size`` processes, this machine's number ``rank``."""
+    stopped = None
+    try:
+        words = (rank, main, size, args.num_gpus, args.machine_rank, url, (args,), timeout)
+        _distributed_worker(*words)
+    except Preempted as request:
+        stopped = request.with_traceback(None)  # whose frames refer to the group
+    # After a failure, the others may not answer, and the exit code says it anyway.
+    leave_group()
+    if stopped is not None:
+        raise stopped
 
 
 # Processes of our own ----------------------------------------------------------------------------
@@ -191,10 +212,10 @@ def _process(
 ) -> None:
     """One of this machine's processes. If it fails, it leaves its traceback to the parent."""
     listen(parent=parent, spokesman=index == 0)
-    size, count, place = args.num_gpus * args.num_machines, args.num_gpus, args.machine_rank
+    size = args.num_gpus * args.num_machines
     with _undisturbed_end():
         try:
-            _distributed_worker(index, main, size, count, place, args.dist_url, (args,), timeout)
+            _take_part(index, main, args, size, args.dist_url, timeout)
         except Exception:
             (failures / str(index)).write_text(traceback.format_exc())
             sys.exit(1)
