@@ -33,6 +33,7 @@ __all__ = ["add_launch_options", "complete_launch_options", "launch"]
 
 _YEAR = 525600  # minutes
 _GRACE = 20  # seconds for the other processes to end, once one has
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 # Exit codes of a process that was asked to stop, in training and before.
 _STOPPED = (EXIT_CODE, -signal.SIGTERM, -signal.SIGINT)
 
@@ -210,14 +211,19 @@ def _process(
     parent: int,
     failures: Path,
 ) -> None:
-    """One of this machine's processes. If it fails, it leaves its traceback to the parent."""
+    """
+    One of this machine's processes. If it fails, it leaves the parent a file: the error in a line,
+    and its traceback.
+    """
     listen(parent=parent, spokesman=index == 0)
     size = args.num_gpus * args.num_machines
     with _undisturbed_end():
         try:
             _take_part(index, main, args, size, args.dist_url, timeout)
-        except Exception:
-            (failures / str(index)).write_text(traceback.format_exc())
+        except Exception as error:
+            summary = traceback.format_exception_only(error)[-1].splitlines()[0]
+            text = f"{summary}\n{traceback.format_exc()}"
+            (failures / str(index)).write_text(text, "utf-8", errors="backslashreplace")
             sys.exit(1)
 
 
@@ -252,7 +258,7 @@ def _wait(processes: Sequence[BaseProcess], first_rank: int, failures: Path) -> 
     if not stopped or killed:
         raise SystemExit(_report(processes, killed or failed, hung, first_rank, failures))
     if stopped[0].exitcode != EXIT_CODE:
-        say(f"Stopped before training had begun: nothing was saved. Exit code {EXIT_CODE}.")
+        say(f"Stopped outside training: there was nothing to save. Exit code {EXIT_CODE}.")
     raise Preempted
 
 
@@ -267,36 +273,36 @@ def _report(
     What has ended the run, with its traceback, and how the other processes ended then.
 
     Args:
-        processes: all, ended.
+        processes: all of this machine, ended.
         failed: those that were first to end.
         hung: those that had to be killed.
         first_rank: the first process's rank.
-        failures: of each process that an exception has ended, a file with its traceback.
+        failures: of each process that an exception has ended, the file that it left.
     """
-    files = {int(file.name): file for file in failures.iterdir()}
-    by_exception = [processes[i] for i in sorted(files, key=lambda i: files[i].stat().st_mtime_ns)]
+    files = sorted(failures.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    errors = {processes[int(file.name)]: file.read_text("utf-8") for file in files}
     # An exception takes others down before its own process has ended: the first in time counts.
-    culprit = next((p for p in failed if p not in by_exception), None) or by_exception[0]
+    culprit = next((process for process in failed if process not in errors), None)
+    culprit = culprit or next(iter(errors))
 
     def ending(process: BaseProcess) -> str:
-        rank = processes.index(process)
-        name = f"Rank {first_rank + rank} (process {process.pid})"
+        name = f"Rank {first_rank + processes.index(process)} (process {process.pid})"
         if process in hung:
             return f"{name} did not end within {_GRACE} seconds and was killed"
-        if rank in files:
-            return f"{name} failed with {files[rank].read_text().strip().splitlines()[-1]}"
+        if process in errors:
+            return f"{name} failed with {errors[process].splitlines()[0]}"
         if process.exitcode < 0:
-            return f"{name} was killed by {signal.Signals(-process.exitcode).name}"
+            return f"{name} was killed by {_SIGNALS.get(-process.exitcode, -process.exitcode)}"
         return f"{name} ended with exit code {process.exitcode}"
 
     lines = []
-    if (rank := processes.index(culprit)) in files:
-        lines.append(files[rank].read_text())
+    if culprit in errors:
+        lines.append(errors[culprit].partition("\n")[2])
     lines += [f"After that: {ending(process)}." for process in processes if process is not culprit]
     if culprit.exitcode == -signal.SIGKILL:
         lines.append("SIGKILL is also what the kernel sends where memory has run out (see dmesg).")
     lines.append(
-        f"{ending(culprit)}, which ended the run. Nothing was saved for it: with --resume, it "
+        f"{ending(culprit)}, which ended the run here. Nothing was saved for it: with --resume, it "
         "goes on from the last checkpoint in OUTPUT_DIR."
     )
     return "\n".join(lines)

@@ -110,7 +110,7 @@ class _Rank:
     def _answer(self, number: signal.Signals) -> None:
         if not self.training:
             if self._spokesman:
-                say(f"{number.name}: training has not begun, nothing is saved. The run stops.")
+                say(f"{number.name} outside training: there is nothing to save, the run stops.")
             raise Preempted
         if self._spokesman and self._parent is None:
             say(f"{number.name}: the run stops when this step is finished and a checkpoint saved.")

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,13 +101,19 @@ def test_options_that_cannot_work_are_refused(capsys, words, message):
 # What is said of a failure -----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Ended:
+    pid: int
+    exitcode: int
+
+
 def report(folder: Path, codes: list[int], errors: dict[int, str], failed: list[int], hung=()):
     """Of processes 100, 101 ..., whose tracebacks were written in the order of ``errors``."""
     for second, (index, text) in enumerate(errors.items()):
         file = folder / str(index)
-        file.write_text(f"Traceback (most recent call last):\n  ...\n{text}\n")
+        file.write_text(f"{text}\nTraceback (most recent call last):\n  ...\n{text}\n")
         os.utime(file, (1000 + second, 1000 + second))
-    processes = [SimpleNamespace(pid=100 + i, exitcode=code) for i, code in enumerate(codes)]
+    processes = [Ended(100 + i, code) for i, code in enumerate(codes)]
     named = ([processes[i] for i in indices] for indices in (failed, hung))
     return _report(processes, *named, first_rank=8, failures=folder)
 
@@ -131,12 +137,13 @@ def test_a_process_that_was_killed_has_ended_the_run_before_any_exception(tmp_pa
 
 
 def test_processes_that_ended_otherwise_are_named_so(tmp_path):
-    lines = report(tmp_path, [-9, 3, -11], {}, failed=[1], hung=[0]).splitlines()
+    lines = report(tmp_path, [-9, 3, -11, -40], {}, failed=[1], hung=[0]).splitlines()
     assert lines[0] == (
         "After that: Rank 8 (process 100) did not end within 20 seconds and was killed."
     )
     assert lines[1] == "After that: Rank 10 (process 102) was killed by SIGSEGV."
-    assert lines[2].startswith("Rank 9 (process 101) ended with exit code 3, which ended the run")
+    assert lines[2] == "After that: Rank 11 (process 103) was killed by 40."
+    assert lines[3].startswith("Rank 9 (process 101) ended with exit code 3, which ended the run")
 
 
 # Runs of empty steps -----------------------------------------------------------------------------
