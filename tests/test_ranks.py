@@ -1,11 +1,14 @@
 """The end of a process's part in a run of several."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from group_utils import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,6 +38,7 @@ def test_no_thread_outlives_the_group(tmp_path, monkeypatch):
     for attempt in range(2):  # another group can follow
         dist.init_process_group("gloo", f"file://{tmp_path}/{attempt}", rank=0, world_size=1)
         comm.create_local_process_group(1)
+        assert comm.get_local_size() == 1
         assert comm.all_gather("x") == ["x"] and comm._get_global_gloo_group() is not None
         trainer = Trainer()
         trainer.model(torch.ones(1, 2)).sum().backward()
@@ -44,3 +48,23 @@ def test_no_thread_outlives_the_group(tmp_path, monkeypatch):
         leave_group()
         assert gloo_threads() == 0
         assert comm.get_world_size() == 1 and not dist.is_initialized()
+
+
+def _end_before_a_thread(rank: int, folder: str) -> None:
+    """Of the last sum, one of the group's threads still holds what Python has to release."""
+    begun = threading.Event()
+
+    def linger(future: torch.futures.Future) -> None:
+        begun.set()
+        for _ in range(1000):
+            time.sleep(0.001)
+
+    work = dist.all_reduce(torch.ones(1), group=comm.get_local_process_group(), async_op=True)
+    work.get_future().then(linger)
+    begun.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_python_ends_after_the_groups_threads(tmp_path):
+    run_ranks(_end_before_a_thread, tmp_path)
