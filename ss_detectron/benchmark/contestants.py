@@ -143,7 +143,7 @@ def _config(case: Case, rule: str) -> CfgNode:
             )
     else:
         cfg.MODEL.FEEDBACK.RULE = get_rule(rule).name
-    cfg.SOLVER.BASE_LR = 0.0
+    cfg.SOLVER.BASE_LR = 1e-20  # which no weight notices
     return cfg
 
 
