@@ -148,6 +148,7 @@ def test_killed_generation_is_not_taken_for_complete(root):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_generates(root, caplog):
     caplog.set_level("INFO")
     more = [{split: 10 * number for split, number in case.few.items()} for case in CASES]

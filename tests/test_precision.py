@@ -460,6 +460,7 @@ def test_a_detector_trains_and_is_evaluated_with_all_keys(run, tmp_path):
     assert math.isfinite(found["total_loss"]) and math.isfinite(found["bbox/AP"])
 
 
+@pytest.mark.slow
 def test_a_classifier_trains_and_is_evaluated_with_all_keys(run, tmp_path):
     for split in ("train", "test"):
         write_images(tmp_path / split, size=(32, 32), dark=3, light=3)

@@ -53,7 +53,7 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "inference" / "classification_results.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["bp", "ss"])
+@pytest.mark.parametrize("kind", [pytest.param("bp", marks=pytest.mark.slow), "ss"])
 def test_real_digits_are_learned(kind, digits, tmp_path):
     steps = {"SOLVER.MAX_ITER": 100, "SOLVER.STEPS": (80,)}
     words = ["--config-file", f"imagenet_resnet18_{kind}.yaml", *options(digits, **steps)]

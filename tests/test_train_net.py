@@ -190,6 +190,7 @@ def test_two_processes_hold_the_same_weights_and_feedback_in_two_runs_at_a_time(
         assert ranks[0] == ranks[1]
 
 
+@pytest.mark.slow
 def test_two_machines_train_together(options, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -207,6 +208,7 @@ def test_two_machines_train_together(options, tmp_path):
     assert not (tmp_path / "machine1" / "out" / "model_final.pth").exists()
 
 
+@pytest.mark.slow
 def test_terminating_a_run_ends_its_processes_where_sigint_is_ignored(options, tmp_path):
     words = ["--config-file", "quick/shapes_retinanet_ss.yaml", "--num-gpus", 2, *options]
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and shell scripts do

@@ -246,6 +246,7 @@ def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
         torch.save(result, f"{folder}/result.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("rule", ["ss", "kp"])
 def test_two_processes_train_as_one_and_exchange_gradients_once_a_step(rule, tmp_path):
