@@ -1,6 +1,6 @@
 """
 A run of empty steps by ss_detectron.launch, to which something happens: --at RANK STEP NAME, a
-function of this file. Ranks wait for each other in every step, as in training, and take its batch
+function of this file. Ranks wait for each other in every step, as in training, and take batches
 from a worker process. What a rank saves goes to saved<RANK>, the number of its last step to
 ended<RANK>.
 """
@@ -22,8 +22,14 @@ from ss_detectron.launch import add_launch_options, complete_launch_options, lau
 from ss_detectron.preemption import PreemptionHook
 
 
+def kill(name, *pids):
+    # By a process outside of the run: a rank's own SIGTERM ends its workers.
+    command = ["kill", "-s", name, "--", *map(str, pids)]
+    subprocess.run(command, check=True, start_new_session=True)
+
+
 def terminate_all():
-    os.killpg(0, signal.SIGTERM)
+    kill("TERM", -os.getpgid(0))
 
 
 def terminate_all_for_long():
@@ -33,7 +39,7 @@ def terminate_all_for_long():
 
 
 def interrupt_all():
-    os.killpg(0, signal.SIGINT)
+    kill("INT", -os.getpgid(0))
 
 
 def terminate_parent():
@@ -79,9 +85,8 @@ def hang():
 def disturb_workers():
     workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert workers
-    for name in ("TERM", "INT"):
-        # By another process: a rank's own SIGTERM ends its workers.
-        subprocess.run(["kill", "-s", name, *workers], check=True)
+    kill("TERM", *workers)
+    kill("INT", *workers)
 
 
 class Trainer(TrainerBase):
@@ -93,13 +98,14 @@ class Trainer(TrainerBase):
         self.batches = DataLoader(torch.arange(100), num_workers=1)
 
     def run_step(self):
-        if self.iter % 100 == 0:
-            self.batch = iter(self.batches)
-        assert next(self.batch) == self.iter % 100
         comm.synchronize()
         for rank, step, name in self.events:
             if (int(rank), int(step)) == (comm.get_rank(), self.iter):
                 globals()[name]()
+        if self.iter % 20 == 0:
+            self.batch = iter(self.batches)
+        for _ in range(5):  # more than a worker has prepared
+            next(self.batch)
 
     def save_checkpoint(self):
         comm.synchronize()

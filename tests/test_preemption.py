@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_a_request_in_the_last_step_lets_the_run_finish(processes, event, tmp_pa
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signals_to_worker_processes_change_nothing(processes, tmp_path):
     words = ["--num-gpus", processes, "--steps", 250]
-    for step in (5, 90, 101, 150):  # a new worker starts every hundred steps
+    for step in (5, 19, 21, 150):  # a new worker starts every twenty steps
         words += ["--at", processes - 1, step, "disturb_workers"]
     code, output = ended(run(tmp_path, *words))
     assert code == 0, output
@@ -259,12 +260,24 @@ def test_before_training_a_request_ends_the_run_at_once(processes, event, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_processes_that_still_start_or_wait_for_another_machine_end_at_once(number, tmp_path):
-    words = ["--num-gpus", 2, "--num-machines", 2, "--dist-url", "tcp://127.0.0.1:9", "--steps", 8]
+@pytest.mark.parametrize("moment", ["importing", "waiting for another machine"])
+def test_processes_that_cannot_answer_end_at_once(moment, number, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--num-gpus", 2, "--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{port}"]
     process = run(tmp_path, *words)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def has_come() -> bool:
+        if moment == "importing":
+            maps = [Path(f"/proc/{pid}/maps") for pid in children.read_text().split()]
+            return any("libtorch" in file.read_text() for file in maps)
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
     deadline = time.monotonic() + SECONDS
-    while len(children.read_text().split()) < 3:  # with multiprocessing's resource tracker
+    while not has_come():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
