@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 
 from .config import add_ss_config
 from .layers import FEEDBACK_REGISTRY, FEEDBACK_SCALES, get_rule
@@ -264,12 +265,13 @@ def _conflicts(cfg: CfgNode) -> Iterator[str]:
                 f"INPUT.FORMAT is {given.FORMAT!r} and MODEL.{key} {model[key]}; choose "
                 f"{channels} number{'s' * (channels > 1)}"
             )
-    if not torch.cuda.is_available() or torch.device(model.DEVICE).type == "cpu":
+    on_cpu = not torch.cuda.is_available() or torch.device(model.DEVICE).type == "cpu"
+    if on_cpu and comm.get_world_size() > 1:
         for part in ("RESNETS", "FPN", "RETINANET"):
             if model[part].NORM in ("SyncBN", "nnSyncBN"):
                 yield (
-                    f"MODEL.{part}.NORM is {model[part].NORM!r}, which is for GPUs, and the model "
-                    "runs on the CPU; choose 'GN', 'BN' or 'naiveSyncBN'"
+                    f"MODEL.{part}.NORM is {model[part].NORM!r}, which several processes can train "
+                    "on GPUs only, and the model runs on the CPU; choose 'naiveSyncBN'"
                 )
     if given.MIN_SIZE_TRAIN_SAMPLING == "range" and len(given.MIN_SIZE_TRAIN) != 2:
         yield (
