@@ -306,7 +306,8 @@ class Trainer(DefaultTrainer):
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is not cfg:
             scaled.defrost()
-            scaled.SOLVER.LAST_LAYER.BASE_LR *= scaled.SOLVER.BASE_LR / cfg.SOLVER.BASE_LR
+            scale = scaled.SOLVER.IMS_PER_BATCH / cfg.SOLVER.IMS_PER_BATCH
+            scaled.SOLVER.LAST_LAYER.BASE_LR *= scale
             scaled.freeze()
         return scaled
 

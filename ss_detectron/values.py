@@ -180,7 +180,7 @@ def _values() -> dict[str, _Values]:
         "SOLVER.STEPS": _increasing(_list(_whole(1))),
         "SOLVER.GAMMA": _number(0),
         "SOLVER.NUM_DECAYS": _whole(1),
-        "SOLVER.BASE_LR": _positive(),
+        "SOLVER.BASE_LR": _number(0),
         "SOLVER.BASE_LR_END": _number(0),
         "SOLVER.LAST_LAYER.BASE_LR": _number(0),
         "SOLVER.BIAS_LR_FACTOR": _number(0),
