@@ -5,13 +5,14 @@ import logging
 import os
 from pathlib import Path
 
+import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from .trust import is_url
 
-__all__ = ["add_ss_config", "find_config", "merge_config_file"]
+__all__ = ["add_ss_config", "find_config", "merge_config_file", "runs_on_cpu"]
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +203,11 @@ def _check_plain(file: str, builders: tuple[str, ...] = ()) -> None:
     for base in bases:
         beside = os.path.join(os.path.dirname(file), os.path.expanduser(base))
         _check_plain(beside, (*builders, file))
+
+
+def runs_on_cpu(cfg: CfgNode) -> bool:
+    """Whether MODEL.DEVICE is the CPU."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cpu"
 
 
 def find_config(name: str) -> str:

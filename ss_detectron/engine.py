@@ -27,9 +27,10 @@ from torch import nn
 from .alignment import AlignmentHook
 from .checkpoint import FeedbackCheckpointer
 from .checkpoint_files import has_checkpoint, read_checkpoint
+from .checks import check_conversion, check_options, check_proposals, check_weights
 from .coco_evaluation import DetectionEvaluator
-from .compilation import check_compiler, compile_parts
-from .config import add_ss_config, merge_config_file
+from .compilation import compile_parts
+from .config import add_ss_config, merge_config_file, runs_on_cpu
 from .data import (
     build_classification_test_loader,
     build_classification_train_loader,
@@ -41,15 +42,12 @@ from .data import (
 )
 from .data.stream import TrainingLoader
 from .evaluation import ClassificationEvaluator
-from .layers import FeedbackReport, check_exclude, feedback_report, get_rule, reset_feedback
-from .layers.feedback import Backpropagation
-from .modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
+from .layers import feedback_report, reset_feedback
 from .preemption import PreemptionHook
 from .random_state import kept_random_state
 from .ranks import load_rank_state, rank_state, share_buffers
-from .solver import build_optimizer, check_solver
+from .solver import build_optimizer
 from .train_step import StepTrainer
-from .trust import check_download, check_pickle, needs_pickle
 from .values import check_values
 
 __all__ = ["Trainer", "argument_parser", "setup"]
@@ -101,12 +99,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     # Checked before default_setup, which overwrites the config.yaml of an earlier run.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
-    _check_options(cfg)
+    check_options(cfg)
     check_datasets(cfg, training=not args.eval_only)
-    _check_proposals(cfg)
+    check_proposals(cfg)
     found = has_checkpoint(cfg.OUTPUT_DIR)
     if not (args.resume and found):
-        _check_weights(cfg, args.eval_only)
+        check_weights(cfg, args.eval_only)
     if found and not args.resume and not args.eval_only:
         logger.warning(
             "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew and writes "
@@ -116,7 +114,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     if on_cpu:
         logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
-    if _on_cpu(cfg) and comm.get_world_size() > 1:
+    if runs_on_cpu(cfg) and comm.get_world_size() > 1:
         # The processes of one machine share its cores.
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
     return cfg
@@ -146,7 +144,7 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
 
-        on_cpu = _on_cpu(cfg)
+        on_cpu = runs_on_cpu(cfg)
         device_ids = {"device_ids": None} if on_cpu else {}
         model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
         if comm.get_world_size() > 1:
@@ -249,7 +247,7 @@ class Trainer(DefaultTrainer):
         # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
         # nothing to go without; a GPU is not exact to the bit in any case.
         with (
-            torch.jit.optimized_execution(not _on_cpu(self.cfg)),
+            torch.jit.optimized_execution(not runs_on_cpu(self.cfg)),
             self.checkpointer.explaining_a_full_disk(),
         ):
             return super().train()
@@ -324,7 +322,7 @@ class Trainer(DefaultTrainer):
         """
         model = super().build_model(cfg)
         report = feedback_report(model)
-        _check_conversion(cfg, model, report)
+        check_conversion(cfg, model, report)
         logger.info("Which layers learn by which rule:\n%s", report)
         if cfg.MODEL.CHANNELS_LAST:
             # Feedback follows its weight. That of the weights gives that of all feature maps.
@@ -493,111 +491,3 @@ def _log_epochs(cfg: CfgNode, images: int) -> None:
 
 def _is_classification(dataset_name: str) -> bool:
     return MetadataCatalog.get(dataset_name).get("evaluator_type") == "classification"
-
-
-def _on_cpu(cfg: CfgNode) -> bool:
-    return torch.device(cfg.MODEL.DEVICE).type == "cpu"
-
-
-def _check_options(cfg: CfgNode) -> None:
-    """Refuses options that do not go together, or not with this machine."""
-    if _on_cpu(cfg) and torch.cuda.is_available() and comm.get_world_size() > 1:
-        raise ValueError(
-            "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
-            "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
-        )
-    check_solver(cfg)
-    if cfg.TEST.ALIGNMENT_PERIOD and cfg.MODEL.COMPILED:
-        raise ValueError(
-            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True, but "
-            "a compiled model cannot give backpropagation's gradients beside its own: set "
-            "MODEL.COMPILED False to measure the alignment, or TEST.ALIGNMENT_PERIOD 0"
-        )
-    if _on_cpu(cfg) and (cfg.MODEL.COMPILED or cfg.SOLVER.COMPILED):
-        check_compiler()
-    if _on_cpu(cfg) and cfg.SOLVER.AMP.ENABLED and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
-        logger.warning(
-            "SOLVER.AMP.ENABLED on the CPU: on a feature map of a single pixel (p7 of images of up "
-            "to 128 pixels), torch's gradient in bfloat16 is now and then not finite. Use larger "
-            "images, or set SOLVER.AMP.ENABLED False."
-        )
-
-
-def _check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:
-    """
-    Refuses MODEL.FEEDBACK keys to no effect at all, and warns of a model that follows them only
-    in part: stock and converting builders can be mixed.
-    """
-    feedback = cfg.MODEL.FEEDBACK
-    check_exclude(model, feedback.EXCLUDE)
-    asymmetric = any(row.rule != Backpropagation.name for row in report)
-    if feedback.RULE and get_rule(feedback.RULE) is not Backpropagation and not asymmetric:
-        raise ValueError(
-            f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it: "
-            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}, MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE!r} and MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}; use a "
-            "build_feedback_* backbone and ImageClassifier, or FeedbackRetinaNet with "
-            "MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call convert_feedback on the model"
-        )
-    unread = []
-    if cfg.MODEL.RETINANET.HEAD != "RetinaNetHead" and not isinstance(model, FeedbackRetinaNet):
-        unread.append("MODEL.RETINANET.HEAD")
-    has_last_layers = isinstance(model, ImageClassifier) or isinstance(
-        getattr(model, "head", None), FeedbackRetinaNetHead
-    )
-    if get_rule(feedback.LAST_LAYER_RULE) is not Backpropagation and not has_last_layers:
-        unread.append("MODEL.FEEDBACK.LAST_LAYER_RULE")
-    if unread:
-        logger.warning("Nothing in this model reads %s.", " and ".join(unread))
-    left = [row.name for row in report if row.reason == "not converted"]
-    if asymmetric and left:
-        logger.warning(
-            "%d layers that no builder converted stay on backpropagation: %s%s",
-            len(left),
-            ", ".join(left[:5]),
-            ", ..." * (len(left) > 5),
-        )
-
-
-def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
-    """
-    Announces weights that will be fetched; refuses a local file that is not there, and what is not
-    trusted.
-    """
-    weights = cfg.MODEL.WEIGHTS
-    check_download(weights, cfg.MODEL.TRUSTED_WEIGHTS)
-    if needs_pickle(weights):
-        check_pickle(weights, cfg.MODEL.TRUSTED_WEIGHTS)
-    if "://" in weights:
-        logger.info(
-            "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
-            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. (Those of "
-            "Detectron2's model zoo were trained by backpropagation.)",
-            weights,
-        )
-    elif weights and not os.path.isfile(weights.partition("?")[0]):
-        raise FileNotFoundError(
-            f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
-            "another, or set MODEL.WEIGHTS '' to start from scratch"
-        )
-    elif not weights and eval_only:
-        logger.warning("MODEL.WEIGHTS is empty: this evaluates a network that was never trained.")
-    elif (
-        not weights and "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    ):
-        logger.warning(
-            "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN, which does not learn: from "
-            "scratch, a network needs norms that do and nothing frozen, as in "
-            "retinanet_scratch_*.yaml and imagenet_*.yaml."
-        )
-
-
-def _check_proposals(cfg: CfgNode) -> None:
-    """Refuses proposals, which Detectron2 downloads and unpickles, that are not trusted."""
-    if not cfg.MODEL.LOAD_PROPOSALS:
-        return
-    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
-        for file in cfg.DATASETS[key]:
-            check_download(file, cfg.MODEL.TRUSTED_WEIGHTS, f"DATASETS.{key}")
-            check_pickle(file, cfg.MODEL.TRUSTED_WEIGHTS)
-            logger.warning("The proposals %s are unpickled, which runs the code in them.", file)

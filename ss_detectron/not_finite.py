@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
 from .alignment import weight_alignment
+from .loss_normalizer import get_loss_normalizers, set_loss_normalizers
 
 __all__ = [
     "ForwardState",
@@ -72,16 +72,13 @@ def _values(tensor: Tensor) -> Tensor:
 class ForwardState:
     """
     What a forward pass in training changes in a model, as it is now: its buffers, such as the
-    statistics of batch norm, but for feedback; and the number by which dense detectors such as
-    RetinaNet divide their loss, which Detectron2 keeps in a plain attribute.
+    statistics of batch norm, but for feedback; and the loss normalisers of dense detectors.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._buffers = {name: buffer.clone() for name, buffer in self._moving_buffers()}
-        self._normalizers = {
-            detector: vars(detector).get("loss_normalizer") for detector in self._detectors()
-        }
+        self._normalizers = get_loss_normalizers(model)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -89,19 +86,12 @@ class ForwardState:
         for name, buffer in self._moving_buffers():
             if name in self._buffers:
                 buffer.copy_(self._buffers[name])
-        for detector, value in self._normalizers.items():
-            if value is not None:
-                detector.loss_normalizer = value
-            else:  # made by the first forward pass
-                vars(detector).pop("loss_normalizer", None)
+        set_loss_normalizers(self._model, self._normalizers)
 
     def _moving_buffers(self) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in self._model.named_buffers():
             if not name.rpartition(".")[2].startswith("feedback"):
                 yield name, buffer
-
-    def _detectors(self) -> Iterator[DenseDetector]:
-        return (m for m in self._model.modules() if isinstance(m, DenseDetector))
 
 
 def describe_step(

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
+from .loss_normalizer import get_loss_normalizers, set_loss_normalizers
 from .random_state import get_random_state, set_random_state
 
 __all__ = ["any_rank", "leave_group", "load_rank_state", "rank_state", "share_buffers"]
@@ -47,31 +47,24 @@ def leave_group() -> None:
 
 def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:
     """
-    What a checkpoint has to hold of each rank, in tensors, numbers and strings: its random numbers,
-    and the mean number of foreground anchors by which dense detectors such as RetinaNet divide
-    their loss, which Detectron2 keeps in a plain attribute.
+    What a checkpoint has to hold of each rank, in tensors, numbers and strings: its random numbers
+    and the loss normalisers of its own images.
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
         device: the model's.
     """
-    normalizers = {
-        name: module.loss_normalizer
-        for name, module in _dense_detectors(model).items()
-        if hasattr(module, "loss_normalizer")
+    return {
+        "random": get_random_state(device),
+        "loss_normalizer": get_loss_normalizers(_unwrapped(model)),
     }
-    return {"random": get_random_state(device), "loss_normalizer": normalizers}
 
 
 def load_rank_state(model: nn.Module, device: torch.device, state: dict[str, Any]) -> None:
     """Puts :func:`rank_state` back."""
-    modules = _dense_detectors(model)
-    for name, value in state["loss_normalizer"].items():
-        if name in modules:
-            modules[name].loss_normalizer = value
+    set_loss_normalizers(_unwrapped(model), state["loss_normalizer"])
     set_random_state(state["random"], device)
 
 
-def _dense_detectors(model: nn.Module) -> dict[str, DenseDetector]:
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return {n: m for n, m in model.named_modules() if isinstance(m, DenseDetector)}
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

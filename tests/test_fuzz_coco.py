@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_utils import image_config
 from PIL import Image
+from time_limit import within
 
 import ss_detectron
 from ss_detectron.data import (
@@ -218,20 +218,6 @@ def _config(folder: Path, unreadable: str, masks: str | None) -> CfgNode:
 
 
 @contextmanager
-def _no_longer_than(seconds: int) -> Iterator[None]:
-    def give_up(*_: Any) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
@@ -244,7 +230,7 @@ def _quiet() -> Iterator[None]:
 def use(folder: Path, cfg: CfgNode) -> None:
     """Trains on and evaluates a data set, or gets an error of ours that names it or its file."""
     try:
-        with _no_longer_than(SECONDS), _quiet():
+        with within(SECONDS), _quiet():
             register_coco_from_config(cfg)
             check_datasets(cfg)
             content = json.loads((folder / "labels.json").read_bytes())
@@ -388,7 +374,7 @@ def _damaged_image(folder: Path, form: str, start: int, length: int, other: byte
     file.write_bytes(content)
     record = {"file_name": str(file), "width": 32, "height": 24, "image_id": 0, "annotations": []}
     detection, classification = _mappers()
-    with _no_longer_than(SECONDS):
+    with within(SECONDS):
         with contextlib.suppress(UnreadableImageError):
             image = _mapped(detection, record)
             assert image.shape == (3, 24, 32)

@@ -8,10 +8,8 @@ import gc
 import logging
 import math
 import re
-import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import defaults
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from time_limit import within
 
 from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, engine
 from ss_detectron.data import generate_shapes, generate_shapes_cls
@@ -162,22 +161,6 @@ def train(cfg: CfgNode) -> None:
     assert losses and all(map(math.isfinite, losses))
     del trainer
     gc.collect()  # worker processes and their memory
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Ends what hangs."""
-
-    def end(*args: Any) -> None:
-        raise TimeoutError(f"more than {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def parts(value: Any) -> Iterator[str]:

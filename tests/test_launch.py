@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from run_utils import ROOT, SECONDS, TOOL, end, finish, rows, start
+from time_limit import within
 
 from ss_detectron.data import generate_shapes
 from ss_detectron.engine import argument_parser
@@ -244,8 +246,16 @@ def tiny(tmp_path_factory) -> list[str]:
     return words + [str(word) for pair in changes.items() for word in pair]
 
 
-def until(process: subprocess.Popen, text: str) -> None:
-    assert any(text in line for line in process.stdout)
+def output_after(process: subprocess.Popen, text: str, act: Callable[[], None]) -> str:
+    """Acts when a run has printed a line with that text; returns what it prints after it."""
+    with process:
+        try:
+            with within(SECONDS):
+                assert any(text in line for line in process.stdout)
+                act()
+                return process.communicate()[0]
+        finally:
+            end(process)
 
 
 def last_iteration(folder: Path) -> int:
@@ -272,13 +282,8 @@ def test_a_training_that_was_terminated_saves_its_last_step_and_goes_on(launcher
         script = "-m" if launcher == "torchrun" else TOOL
         return start(*words, *more, cwd=tmp_path, script=script)
 
-    with training(*tiny, "SOLVER.MAX_ITER", 100000) as process:
-        try:
-            until(process, "  iter: 19  ")
-            os.killpg(process.pid, signal.SIGTERM)
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
+    process = training(*tiny, "SOLVER.MAX_ITER", 100000)
+    output = output_after(process, "  iter: 19  ", lambda: os.killpg(process.pid, signal.SIGTERM))
     assert process.returncode == (1 if launcher == "torchrun" else EXIT_CODE), output
     iteration = last_iteration(folder)
     assert f"iteration {iteration} is finished, saving a checkpoint" in output
@@ -299,19 +304,18 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 @pytest.mark.slow
 def test_a_training_of_which_a_rank_is_killed_ends_and_saves_nothing(tiny, tmp_path):
     words = ["--num-gpus", 2, *tiny, "SOLVER.MAX_ITER", 100000]
-    with start(*words, cwd=tmp_path) as process:
-        try:
-            until(process, "  iter: 19  ")
-            killed = ranks_of(process)[1]
-            os.kill(killed, signal.SIGKILL)
-            began = time.monotonic()
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
+    process, killed = start(*words, cwd=tmp_path), []
+
+    def kill() -> None:
+        killed.extend((ranks_of(process)[1], time.monotonic()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    output = output_after(process, "  iter: 19  ", kill)
     assert process.returncode == 1, output
-    assert time.monotonic() - began < 60
+    rank, when = killed
+    assert time.monotonic() - when < 60
     last = output.strip().splitlines()[-1]
-    assert last.startswith(f"Rank 1 (process {killed}) was killed by SIGKILL")
+    assert last.startswith(f"Rank 1 (process {rank}) was killed by SIGKILL")
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
@@ -322,13 +326,9 @@ def test_torchrun_starts_a_training_again_that_goes_on(tiny, tmp_path, monkeypat
     folder = tmp_path / "out"
     words = [*TORCHRUN, "--max-restarts", 1, TOOL, "--resume", *tiny]
     words += ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.MAX_ITER", 20]
-    with start(*words, cwd=tmp_path, script="-m") as process:
-        try:
-            until(process, "Saving checkpoint to out/model_0000005.pth")
-            os.kill(ranks_of(process)[1], signal.SIGKILL)
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
+    process = start(*words, cwd=tmp_path, script="-m")
+    saved = "Saving checkpoint to out/model_0000005.pth"
+    output = output_after(process, saved, lambda: os.kill(ranks_of(process)[1], signal.SIGKILL))
     assert process.returncode == 0, output
     assert "Loading from out/model_" in output
     assert torch.load(folder / "model_final.pth")["iteration"] == 19
@@ -387,13 +387,10 @@ def submit(folder: Path, *words) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_goes_on(slurm, tiny, tmp_path):
-    with submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000) as process:
-        try:
-            until(process, "  iter: 19  ")
-            os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM)
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
+    process, task = submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000), tmp_path / "task"
+    output = output_after(
+        process, "  iter: 19  ", lambda: os.kill(int(task.read_text()), signal.SIGTERM)
+    )
     assert process.returncode == EXIT_CODE, output
     assert (tmp_path / "requeued").read_text().split() == [slurm]
     iteration = last_iteration(tmp_path / "out")
@@ -405,13 +402,8 @@ def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_goes_on(slurm, tiny,
 
 @pytest.mark.slow
 def test_a_job_that_slurm_ends_as_a_whole_is_left_to_slurm(slurm, tiny, tmp_path):
-    with submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000) as process:
-        try:
-            until(process, "  iter: 19  ")
-            os.killpg(process.pid, signal.SIGTERM)
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
+    process = submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000)
+    output = output_after(process, "  iter: 19  ", lambda: os.killpg(process.pid, signal.SIGTERM))
     assert process.returncode == EXIT_CODE, output
     last_iteration(tmp_path / "out")
     assert not (tmp_path / "requeued").exists()

@@ -23,6 +23,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from ss_detectron import FEEDBACK_REGISTRY, engine
 from ss_detectron.alignment import backpropagation_gradients
+from ss_detectron.checks import check_options
 from ss_detectron.compilation import compile_parts, compiled_parts
 from ss_detectron.data import generate_shapes
 from ss_detectron.layers import AsymmetricLayer, convert_part, reset_feedback
@@ -367,7 +368,7 @@ def test_the_alignment_of_a_compiled_model_is_refused(compiler):
         backpropagation_gradients(model, loss)
     cfg = config("classifier", *COMPILED, "TEST.ALIGNMENT_PERIOD", 2)
     with pytest.raises(ValueError, match="ALIGNMENT_PERIOD is 2 and MODEL.COMPILED is True"):
-        engine._check_options(cfg)
+        check_options(cfg)
 
 
 @pytest.mark.parametrize("key", ["MODEL.COMPILED", "SOLVER.COMPILED"])
@@ -375,8 +376,8 @@ def test_without_a_compiler_on_the_cpu_compilation_is_refused(key, monkeypatch):
     cfg = config("classifier", key, True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match="need a C.. compiler.*'no-such-compiler'.*CXX"):
-        engine._check_options(cfg)
-    engine._check_options(config("classifier"))
+        check_options(cfg)
+    check_options(config("classifier"))
 
 
 # All keys together ---------------------------------------------------------------------------
