@@ -7,11 +7,8 @@ is saved by what a dead rank leaves behind.
 """
 
 import logging
-import multiprocessing
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +18,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from .ranks import any_rank
+from .workers import prepare_workers
 
 __all__ = [
     "EXIT_CODE",
@@ -143,32 +141,7 @@ def listen(*, parent: int | None = None, spokesman: bool = True) -> None:
     _rank = _Rank(parent, spokesman)
     _rank.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if sys.platform == "linux":
-        # In a spawned process, the default is to spawn its workers. Each would import everything
-        # anew, which takes seconds, and any signal would end it while it does.
-        multiprocessing.set_start_method("fork", force=True)
-        os.register_at_fork(after_in_child=_shield_worker)
-
-
-def _shield_worker() -> None:
-    """
-    In a worker of a data loader, SIGTERM and SIGINT are ignored, which a scheduler or a terminal
-    sends to all processes of a run: without its workers a rank could not finish its step. The rank
-    itself ends its workers by SIGTERM, and by its death, for they hold its connections open.
-    """
-    rank = os.getppid()
-
-    def wait_for_rank() -> None:
-        while os.getppid() == rank:
-            received = signal.sigtimedwait({signal.SIGTERM}, 1)
-            if received is not None and received.si_pid == rank:
-                break
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Blocked rather than handled: torch gives its workers a handler of its own after this.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait_for_rank, name="SIGTERM", daemon=True).start()
+    prepare_workers()
 
 
 @contextmanager

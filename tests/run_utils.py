@@ -16,9 +16,19 @@ SECONDS = 240  # a machine may be busy
 
 
 def start(
-    *words, cwd: Path, script: Path = TOOL, interpreter: str = sys.executable
+    *words,
+    cwd: Path,
+    script: Path = TOOL,
+    interpreter: str = sys.executable,
+    interrupts: signal.Handlers = signal.SIG_DFL,
 ) -> subprocess.Popen:
-    """Starts the tool, or another script, where no GPU is to be seen."""
+    """
+    Starts the tool, or another script, where no GPU is to be seen.
+
+    Args:
+        interrupts: what it does on SIGINT, unless it has a handler; a shell has what it starts in
+            the background ignore it, these tests included.
+    """
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return subprocess.Popen(
@@ -29,13 +39,8 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=_hear_interrupts,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
     )
-
-
-def _hear_interrupts() -> None:
-    """A shell has what it starts in the background ignore Ctrl-C, these tests included."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen) -> None:
