@@ -431,6 +431,14 @@ DETECTION_ANNOTATIONS = [
         ap=TWO_OF_THREE,
     ),
     everywhere(
+        "box of a side up to 1e-5 pixels, or up to that inside",
+        on_object(bbox=[63.999995, 9, 5, 5]),
+        "left out",
+        "1 boxes lie outside",
+        boxes=THREE,
+        ap=ONE_WRONG,
+    ),
+    everywhere(
         "only box of an image unusable",
         on_object(bbox=[9, 9, 0, 5]),
         "left out",
@@ -901,6 +909,7 @@ def test_boxes_of_both_kinds_and_none():
         for annotations in (
             [{"bbox": (1, 2, 3, 4), "bbox_mode": 0}, {"bbox": (5, 5, 5, 9), "bbox_mode": 0}],
             [{"bbox": (5, 5, 4, 9), "bbox_mode": 1}, {"bbox": (20, 5, 4, 9), "bbox_mode": 1}],
+            [{"bbox": (0, 8, 1, 1.001358e-5), "bbox_mode": 1}],  # less in float32
             [{"bbox": (1, 2, -3, 4, 90), "bbox_mode": 4}],
             [{"bbox": (1, 2, 0, 4), "bbox_mode": 1, "iscrowd": 1}],
             [],
@@ -909,7 +918,7 @@ def test_boxes_of_both_kinds_and_none():
     before = json.dumps(dicts)
     found = without_unusable_boxes(dicts, "here")
     assert json.dumps(dicts) == before
-    assert [len(image["annotations"]) for image in found] == [1, 1, 1, 1, 0]
+    assert [len(image["annotations"]) for image in found] == [1, 1, 0, 1, 1, 0]
     assert found[1]["annotations"] == [{"bbox": (5, 5, 4, 9), "bbox_mode": 1}]
     assert without_unusable_boxes(found, "here") is found
 

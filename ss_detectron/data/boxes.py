@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 AXES = {BoxMode.XYXY_ABS, BoxMode.XYWH_ABS}
 """The forms of boxes that are not rotated."""
 
+EMPTY = 1e-5
+"""Sides of up to this many pixels are none to Detectron2 (filter_empty_instances)."""
+
 Place = tuple[int, int]
 """Index of an image, and of an annotation in it. (Detectron2 does not keep the ids of these.)"""
 
@@ -49,8 +52,8 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
     sizes = [(image.get("width", np.inf), image.get("height", np.inf)) for image in dicts]
     sizes = np.array(sizes, dtype=float)[[i for i, _ in places]]
     low, high = boxes[:, :2], boxes[:, 2:]
-    flat = (high <= low).any(1)
-    outside = ~flat & ((high <= 0) | (low >= sizes)).any(1)
+    flat = _is_empty(low, high)
+    outside = ~flat & _is_empty(np.maximum(low, 0), np.minimum(high, sizes))
     # Rounding takes many boxes just over the edge.
     beyond = ~flat & ~outside & ((low < -1) | (high > sizes + 1)).any(1)
     for kind, rows in (
@@ -63,6 +66,12 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
             logger.warning("%s: %d boxes %s: %s.", where, rows.sum(), kind, examples)
     unusable = {places[row] for row in np.flatnonzero(flat | outside)}
     return _without(dicts, unusable) if unusable else dicts
+
+
+def _is_empty(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(N,) whether Detectron2 drops such boxes, given by two corners of (N, 2)."""
+    low, high = low.astype(np.float32), high.astype(np.float32)
+    return (high - low <= EMPTY).any(1)
 
 
 def _corners(dicts: list[dict], places: list[Place], where: str) -> np.ndarray:
