@@ -7,6 +7,9 @@
 PYTHON ?= python3
 DETECTRON2_SOURCE ?= auto
 
+# Two tests at a time, those of a file one after the other.
+PARALLEL := -n 2 --dist loadfile
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -36,11 +39,11 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tools/install_detectron2.py --report
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(PARALLEL)
 
 test-all: $(READY)
 	@$(BIN)/python tools/install_detectron2.py --report
-	$(BIN)/python -m pytest tests -m "slow or not slow"
+	$(BIN)/python -m pytest tests $(PARALLEL) -m "slow or not slow"
 
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check .

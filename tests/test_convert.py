@@ -189,7 +189,7 @@ def test_conversion_leaves_weights_and_outputs(rule):
         ("s*", ["stem", "score"]),
         ("[hs]*e*", LAYERS),
         ("*", LAYERS),
-        (iter(["stem"]), ["stem"]),
+        pytest.param(iter(["stem"]), ["stem"], id="iterator"),
     ],
     ids=str,
 )
