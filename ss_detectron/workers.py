@@ -46,7 +46,7 @@ def _runs(thread: str) -> bool:
         state = Path(f"/proc/self/task/{thread}/stat").read_text()
     except OSError:  # it has ended
         return False
-    return state.rpartition(")")[2].split()[0] == "R"
+    return state.rpartition(")")[2].split()[0] in "RD"
 
 
 def _shield_worker() -> None:
