@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import reprlib
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator
@@ -22,12 +23,16 @@ class DetectionEvaluator(COCOEvaluator):
     """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
-        """See Detectron2's."""
+        """See Detectron2's.
+
+        Raises:
+            ValueError: an annotation has no box; names it.
+        """
         super().__init__(dataset_name, *args, **kwargs)
         self._name = dataset_name
-        _complete(self._coco_api)
+        _complete(self._coco_api, dataset_name)
         annotations = self._coco_api.dataset.get("annotations", [])
-        flat = [a["id"] for a in annotations if min(a.get("bbox", ())[2:4], default=1) <= 0]
+        flat = [a["id"] for a in annotations if min(a["bbox"][2:]) <= 0]
         if flat and comm.is_main_process():
             message = (
                 f"Data set '{dataset_name}': {len(flat)} objects have a box without area (such as "
@@ -53,13 +58,24 @@ class DetectionEvaluator(COCOEvaluator):
         return super().evaluate(img_ids)
 
 
-def _complete(api: COCO) -> None:
-    """Gives annotations what pycocotools' evaluation takes for granted."""
+def _complete(api: COCO, name: str) -> None:
+    """Gives annotations what pycocotools' evaluation takes for granted, but for their boxes.
+
+    Raises:
+        ValueError: an annotation has no box, as only those of checked data sets surely have.
+    """
     annotations = api.dataset.get("annotations", [])
     for annotation in annotations:
+        box = annotation.get("bbox")
+        if not isinstance(box, list) or [type(n) in (int, float) for n in box] != [True] * 4:
+            found = f"has the bbox {reprlib.repr(box)}" if "bbox" in annotation else "has no bbox"
+            raise ValueError(
+                f"Data set '{name}': annotation {annotation['id']!r} {found}, not [x, y, width, "
+                "height] in pixels."
+            )
         annotation.setdefault("iscrowd", 0)
         if "area" not in annotation:
-            _, _, width, height = annotation["bbox"]
+            _, _, width, height = box
             annotation["area"] = max(width, 0) * max(height, 0)
     api.dataset.setdefault("info", {})  # some versions copy it
     # It marks a detection by the id of the object that it finds: 0 is none.

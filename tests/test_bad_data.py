@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils import logger as detectron2_logger
 from image_utils import datasets_folder, image_config
 from PIL import Image
+from pycocotools import mask as mask_util
 
 from ss_detectron.data import (
     DetectionMapper,
@@ -32,6 +33,7 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 from ss_detectron.data.boxes import without_unusable_boxes
+from ss_detectron.data.coco_file import read_coco_file
 from ss_detectron.engine import Trainer
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "bad_data.md"
@@ -225,13 +227,14 @@ def trained_on(cfg: CfgNode, images: int = 4) -> dict[Any, list]:
 
 
 def oracle(images: list[dict]) -> list[dict]:
-    """Finds the objects of the untouched data set."""
+    """Finds the objects of the untouched data set, and masks that fill their boxes."""
     assert images  # which models need, too
     found = []
     for image in images:
         number = int(image["image_id"])
         instances = Instances((image["height"], image["width"]))
         instances.pred_boxes = Boxes(torch.tensor(BOXES[number]))
+        instances.pred_masks = torch.tensor(np.stack([box_mask(BOXES[number][0])])).bool()
         instances.scores = torch.ones(1)
         instances.pred_classes = torch.tensor([number % 2])
         found.append({"instances": instances})
@@ -239,9 +242,19 @@ def oracle(images: list[dict]) -> list[dict]:
 
 
 def average_precision(cfg: CfgNode) -> float:
+    def find(images: list[dict]) -> list[dict]:
+        found = oracle(images)
+        if not cfg.MODEL.MASK_ON:
+            for image in found:
+                image["instances"].remove("pred_masks")
+        return found
+
     loader = Trainer.build_test_loader(cfg, "own_sky")
     evaluator = Trainer.build_evaluator(cfg, "own_sky")
-    return inference_on_dataset(oracle, loader, evaluator)["bbox"]["AP"]
+    results = inference_on_dataset(find, loader, evaluator)
+    assert set(results) == ({"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"})
+    assert len({round(kind["AP"], 6) for kind in results.values()}) == 1
+    return results["bbox"]["AP"]
 
 
 def on_file(change: Callable[[Path], None]) -> Callable[[dict], None]:
@@ -324,7 +337,7 @@ def no_areas(content: dict) -> None:
 def polygons(*found: Any) -> Callable[[dict], None]:
     def add(content: dict) -> None:
         for annotation in content["annotations"]:
-            annotation["segmentation"] = [[4, 8, 24, 8, 24, 18]]
+            annotation["segmentation"] = [TRIANGLE]
         content["annotations"][1]["segmentation"] = found[0] if found else None
 
     return add
@@ -332,6 +345,38 @@ def polygons(*found: Any) -> Callable[[dict], None]:
 
 def rle(size: list, counts: Any) -> Callable[[dict], None]:
     return on_object(segmentation={"size": size, "counts": counts})
+
+
+def box_mask(box: tuple) -> np.ndarray:
+    left, top, right, bottom = map(int, box)
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def compressed(mask: np.ndarray) -> str:
+    return mask_util.encode(np.asfortranarray(mask))["counts"].decode()
+
+
+def masks(form: str, **changes: Any) -> Callable[[dict], None]:
+    """Every object fills its box; then one is changed."""
+
+    def add(content: dict) -> None:
+        for annotation in content["annotations"]:
+            [(x, y, right, bottom)] = BOXES[annotation["image_id"]]
+            mask = [[x, y, right, y, right, bottom, x, bottom]]
+            if form == "RLE":
+                counts = compressed(box_mask((x, y, right, bottom)))
+                mask = {"size": [HEIGHT, WIDTH], "counts": counts}
+            annotation["segmentation"] = mask
+        on_object(**changes)(content)
+
+    return add
+
+
+def without_crowd_mask(content: dict) -> None:
+    masks("polygons", iscrowd=1)(content)
+    del content["annotations"][1]["segmentation"]
 
 
 # COCO's AP is the mean, over recalls of 0, 1, ... 100 %, of the best precision there or beyond. Of
@@ -343,6 +388,8 @@ TWO_OF_THREE = 100 * (1 + 67 / 101) / 2  # two of three are
 THREE = {i: BOXES[i] for i in (0, 2, 3)}
 CROWDED = {**BOXES, 0: BOXES[0] + 3000 * [(4.0, 4.0, 6.0, 6.0)]}
 MASKS = ("MODEL.MASK_ON", True)
+BITMASKS = (*MASKS, "INPUT.MASK_FORMAT", "bitmask")
+TRIANGLE = [4, 8, 24, 8, 24, 18]
 
 DETECTION_IMAGES = [
     *(Case(name, on_file(change), "ends", "skipped", m) for name, change, m in UNREADABLE),
@@ -384,7 +431,19 @@ DETECTION_ANNOTATIONS = [
     everywhere("JSON of another form", text(b'{"images": 3}'), "stops", "'images' is 3"),
     everywhere("no images", lambda c: c["images"].clear(), "stops", "has no images"),
     everywhere("no annotations", lambda c: c["annotations"].clear(), "stops", "has no annotations"),
+    everywhere(
+        "null in place of annotations",
+        lambda c: c.update(annotations=None),
+        "stops",
+        "'annotations' is None",
+    ),
     everywhere("no categories", lambda c: c["categories"].clear(), "stops", "has no categories"),
+    everywhere(
+        "category name that cannot be encoded",
+        lambda c: c["categories"][1].update(name="\ud800"),
+        "stops",
+        r"the name '\\ud800', which cannot be encoded",
+    ),
     everywhere("image that is no object", lambda c: c["images"].append(7), "stops", "is 7, not an"),
     everywhere("image without id", without("images", "id"), "stops", "has no id, not an integer"),
     everywhere("image without file_name", without("images", "file_name"), "stops", "no file_name"),
@@ -550,11 +609,89 @@ DETECTION_ANNOTATIONS = [
         options=MASKS,
     ),
     everywhere(
+        "segmentation of a crowd missing, MODEL.MASK_ON",
+        without_crowd_mask,
+        "stops",
+        "MODEL.MASK_ON needs",
+        options=MASKS,
+    ),
+    everywhere(
+        "polygons of fewer than three points, MODEL.MASK_ON",
+        polygons([[4, 8, 24, 8]]),
+        "stops",
+        "of three points or more",
+        options=MASKS,
+    ),
+    everywhere(
+        "empty polygon before another, MODEL.MASK_ON",
+        polygons([[], TRIANGLE]),
+        "stops",
+        "of three points or more",
+        options=MASKS,
+    ),
+    everywhere(
+        "polygon of an odd length, MODEL.MASK_ON",
+        polygons([[*TRIANGLE, 4]]),
+        "stops",
+        "of three points or more",
+        options=MASKS,
+    ),
+    everywhere(
+        "polygons of strings, MODEL.MASK_ON",
+        polygons([list("abcdef")]),
+        "stops",
+        "not all numbers",
+        options=MASKS,
+    ),
+    everywhere(
+        "crowd with polygons of strings, MODEL.MASK_ON",
+        masks("polygons", iscrowd=1, segmentation=[list("abcdef")]),
+        "stops",
+        "not all numbers",
+        options=MASKS,
+    ),
+    everywhere(
         "RLE, MODEL.MASK_ON with polygons",
         rle([HEIGHT, WIDTH], [HEIGHT * WIDTH]),
         "stops",
         "INPUT.MASK_FORMAT to 'bitmask'",
         options=MASKS,
+    ),
+    everywhere(
+        "damaged compressed RLE, MODEL.MASK_ON with bitmasks",
+        masks("RLE", segmentation={"size": [HEIGHT, WIDTH], "counts": "0oooooooooo1"}),
+        "stops",
+        "RLE of the counts '0oooooooooo1', not those of its size",
+        options=BITMASKS,
+    ),
+    everywhere(
+        "crowd with damaged compressed RLE, MODEL.MASK_ON",
+        masks("polygons", iscrowd=1, segmentation={"size": [HEIGHT, WIDTH], "counts": "111"}),
+        "stops",
+        "RLE of the counts '111', not those of its size",
+        options=MASKS,
+    ),
+    everywhere("polygons, MODEL.MASK_ON", masks("polygons"), "used", options=MASKS),
+    everywhere(
+        "polygons and a crowd, MODEL.MASK_ON",
+        masks("polygons", iscrowd=1),
+        "used",
+        boxes=THREE,
+        options=MASKS,
+    ),
+    everywhere(
+        "polygons and a crowd in compressed RLE, MODEL.MASK_ON",
+        masks(
+            "polygons",
+            iscrowd=1,
+            segmentation={"size": [HEIGHT, WIDTH], "counts": compressed(box_mask(BOXES[1][0]))},
+        ),
+        "used",
+        boxes=THREE,
+        options=MASKS,
+    ),
+    everywhere(
+        "compressed RLE, MODEL.MASK_ON with bitmasks", masks("RLE"), "used", options=BITMASKS
     ),
 ]
 
@@ -951,11 +1088,108 @@ def test_masks_by_rle():
 
 
 def test_mask_that_cannot_be_decoded_is_the_image_s():
+    """Of a data set that is not parsed beforehand."""
+
     def add(content: dict) -> None:
         for annotation in content["annotations"]:
             annotation["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": "zzzzabc\x7f"}
 
     write_set(add)
-    cfg = checked(detection_config("error", *MASKS, "INPUT.MASK_FORMAT", "bitmask"))
+    cfg = detection_config("error", *BITMASKS)
+    register_coco_from_config(cfg)
+    MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
+    check_datasets(cfg)
     with pytest.raises(UnreadableImageError, match=r"images/\d.jpg' cannot be used: Invalid RLE"):
         next(iter(Trainer.build_train_loader(cfg)))
+
+
+def read_with_rle(counts: Any, **changes: Any) -> None:
+    size = {"size": [HEIGHT, WIDTH], "counts": counts}
+    Path("sky").mkdir(exist_ok=True)
+    box = {"bbox": [4, 8, 9, 9], "segmentation": size, **changes}
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": HEIGHT, "width": WIDTH}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, **box}],
+        "categories": [{"id": 1, "name": "kite"}],
+    }
+    Path("sky/labels.json").write_text(json.dumps(content))
+    read_coco_file("sky/labels.json", annotated=True, masks=True)
+
+
+def test_compressed_rle_of_any_mask_is_read():
+    random = np.random.default_rng(0)
+    for share in (0, 1e-3, 0.01, 0.1, 0.5, 0.9, 1):
+        for _ in range(9):
+            counts = compressed((random.random((HEIGHT, WIDTH)) < share).astype(np.uint8))
+            read_with_rle(counts)
+
+
+@pytest.mark.parametrize("iscrowd", [0, 1])
+def test_damaged_compressed_rle_is_refused(iscrowd):
+    """It would keep pycocotools busy for good, or give a mask of whatever is in its memory."""
+    good = compressed(box_mask(BOXES[1][0]))
+    minus = chr(48 + 31)  # -1
+    read_with_rle(good, iscrowd=iscrowd)
+    for counts in (
+        "0oooooooooo1",
+        "",
+        "111",
+        good[:-1],
+        good[1:],
+        good + "1",
+        good + minus,
+        good + "\ud800",
+        good + "\0",
+        good + "p",
+        good + " ",
+        "o" * 100_000,
+        "é" + good,
+        good + 6 * "P" + "0",  # a zero of seven digits
+    ):
+        with pytest.raises(ValueError, match=r"\(id 1\) has RLE of the counts .*, not those of"):
+            read_with_rle(counts, iscrowd=iscrowd)
+    with pytest.raises(ValueError, match="not those of its size") as error:
+        read_with_rle("o" * 100_000)
+    assert len(str(error.value)) < 300
+
+
+def test_null_in_place_of_the_annotations_of_a_test_set():
+    """Those of COCO's test sets have no such key at all."""
+    write_set(lambda content: content.update(annotations=None))
+    with pytest.raises(ValueError, match="'own_sky': .*'annotations' is None"):
+        checked_for_evaluation()
+
+
+def test_no_annotations_of_a_test_set():
+    write_set(lambda content: content.pop("annotations"))
+    checked_for_evaluation()
+
+
+def checked_for_evaluation() -> None:
+    cfg = detection_config()
+    register_coco_from_config(cfg)
+    check_datasets(cfg, training=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"area": 9}, "has no bbox"),
+        ({}, "has no bbox"),
+        ({"bbox": None}, "has the bbox None"),
+        ({"bbox": None, "area": 9}, "has the bbox None"),
+        ({"bbox": [1, 2, 3]}, r"has the bbox \[1, 2, 3\]"),
+        ({"bbox": [1, 2, "3", 4]}, r"has the bbox \[1, 2, '3', 4\]"),
+    ],
+)
+def test_evaluation_of_sets_that_are_not_parsed_beforehand(changes, message):
+    def change(content: dict) -> None:
+        annotation = content["annotations"][1]
+        del annotation["bbox"], annotation["area"]
+        annotation.update(changes)
+
+    write_set(change)
+    cfg = detection_config()
+    register_coco_from_config(cfg)
+    with pytest.raises(ValueError, match=f"Data set 'own_sky': annotation 2 {message}, not"):
+        Trainer.build_evaluator(cfg, "own_sky")

@@ -14,6 +14,7 @@ FORM = (
     "image_id, category_id, bbox) and 'categories' (id, name)"
 )
 LARGEST = 1e9  # of a number in pixels: what lies beyond is no measure of an image
+DIGITS = 6  # of a number in compressed RLE: beyond, pycocotools' C code loses bits
 
 
 @dataclass
@@ -37,8 +38,8 @@ def read_coco_file(
     Args:
         file: its path.
         annotated: whether there have to be annotations, as for training.
-        masks: whether every object needs a mask, crowds excepted.
-        polygons: whether such a mask has to be given by polygons.
+        masks: whether every object and crowd needs a mask that pycocotools can evaluate.
+        polygons: whether those of objects have to be given by polygons; crowds are not trained on.
 
     Raises:
         OSError: it cannot be opened.
@@ -46,7 +47,7 @@ def read_coco_file(
     """
     content = _parse(file)
     lists = {part: content.get(part) for part in ("images", "categories", "annotations")}
-    if lists["annotations"] is None and not annotated:
+    if "annotations" not in content and not annotated:
         lists["annotations"] = []  # as in the files of COCO's test sets
     for part, entries in lists.items():
         if not isinstance(entries, list):
@@ -136,6 +137,10 @@ def _category_problem(category: Any) -> str | None:
         return f"{_has(category, 'id')}, not an integer"
     if not isinstance(category.get("name"), str):
         return f"{_has(category, 'name')}, not a string"
+    try:
+        category["name"].encode()
+    except UnicodeEncodeError:  # JSON can escape half a character, which no log can hold
+        return f"{_has(category, 'name')}, which cannot be encoded in UTF-8"
     return None
 
 
@@ -194,23 +199,30 @@ class _AnnotationProblem:
         return None
 
     def _mask_problem(self, annotation: dict) -> str | None:
-        mask, needed = annotation.get("segmentation"), not annotation.get("iscrowd", 0)
-        needed = needed and self.masks
+        mask = annotation.get("segmentation")
         if not mask:
-            return "has no segmentation, which MODEL.MASK_ON needs" if needed else None
+            return "has no segmentation, which MODEL.MASK_ON needs" if self.masks else None
         if isinstance(mask, dict):
-            if needed and self.polygons:
+            if self.masks and self.polygons and not annotation.get("iscrowd", 0):
                 return "has RLE for segmentation: set INPUT.MASK_FORMAT to 'bitmask'"
             return self._rle_problem(annotation)
         if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
             return f"{_has(annotation, 'segmentation')}, neither polygons nor RLE"
         # Whoever needs no masks never looks at the many numbers of polygons.
-        if needed and not all(_is_number(number) for polygon in mask for number in polygon):
+        if not self.masks:
+            return None
+        if not all(_is_number(number) for polygon in mask for number in polygon):
             return f"{_has(annotation, 'segmentation')}, not all numbers"
+        # Detectron2 drops such polygons for training, pycocotools fails on them in evaluation.
+        if not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
+            return (
+                f"{_has(annotation, 'segmentation')}, not all polygons [x1, y1, x2, y2, x3, y3, "
+                "...] of three points or more"
+            )
         return None
 
     def _rle_problem(self, annotation: dict) -> str | None:
-        """pycocotools writes beyond its memory where the sizes do not agree."""
+        """pycocotools reads and writes beyond its memory, or never ends, if sizes do not agree."""
         mask = annotation["segmentation"]
         image = self.images.get(annotation["image_id"])
         size, counts = mask.get("size"), mask.get("counts")
@@ -219,7 +231,9 @@ class _AnnotationProblem:
         ):
             return f"has RLE of {_has(mask, 'size')[4:]}, not of its image's [height, width]"
         if isinstance(counts, str):
-            return None
+            if not self.masks:  # then nobody decodes it
+                return None
+            counts = _decompressed(counts)
         if (
             not isinstance(counts, list)
             or not all(type(count) is int and count >= 0 for count in counts)
@@ -227,3 +241,27 @@ class _AnnotationProblem:
         ):
             return f"has RLE of {_has(mask, 'counts')[4:]}, not those of its size"
         return None
+
+
+def _decompressed(counts: str) -> list[int] | None:
+    """The numbers in a string of compressed RLE, as pycocotools reads them, or None.
+
+    Each is of digits of 5 bits, the lowest first, a sixth bit saying that more follow; from the
+    fourth on, they are differences to the last but one.
+    """
+    if not counts.isascii():
+        return None
+    numbers, value, shift = [], 0, 0
+    for byte in counts.encode():
+        digit = byte - ord("0")
+        if not 0 <= digit < 64 or shift == 5 * DIGITS:
+            return None
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:  # the sign
+            value -= 1 << shift
+        numbers.append(value + (numbers[-2] if len(numbers) > 2 else 0))
+        value = shift = 0
+    return None if shift else numbers
