@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,14 +18,17 @@ __all__ = [
     "NeedsPickleError",
     "find_checkpoints",
     "has_checkpoint",
+    "is_checkpoint_name",
     "last_checkpoint",
     "read_checkpoint",
     "remove_unfinished",
+    "set_aside",
     "write_whole",
 ]
 
 _NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 _FINAL = "model_final.pth"
+_BEST = "model_best.pth"
 
 
 class NeedsPickleError(ValueError):
@@ -145,10 +149,8 @@ def find_checkpoints(folder: str) -> list[str]:
     """
     The files that the run in ``folder`` can go on from, best first: the one that
     ``last_checkpoint`` names, be it there or not, then those of fewer iterations
-    (``model_NNNNNNN.pth``), down to the first; all there are where it names none.
-
-    What an earlier run has left in the folder is not among them: it is older than a checkpoint of
-    fewer iterations.
+    (``model_NNNNNNN.pth``), down to the first; all there are where it names none. See
+    :func:`set_aside` for what an earlier run has left.
     """
     last = last_checkpoint(folder)
     numbered = _NUMBERED.fullmatch(os.path.basename(last or ""))
@@ -157,15 +159,44 @@ def find_checkpoints(folder: str) -> list[str]:
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if match := _NUMBERED.fullmatch(entry.name):
-                found.append((int(match[1]), entry.path, entry.stat().st_mtime_ns))
-            elif entry.name == _FINAL:
-                found.append((math.inf, entry.path, entry.stat().st_mtime_ns))
-    kept, latest = [], 0
-    for iteration, path, time in sorted(found):
-        if time >= latest and (iteration < end or last is None):
-            kept.append(path)
-            latest = time
+                found.append((int(match[1]), entry.path))
+            elif entry.name == _FINAL and last is None:
+                found.append((_iteration(entry.path), entry.path))
+    kept = [path for iteration, path in sorted(found) if iteration < end or last is None]
     return [last] * (last is not None) + kept[::-1]
+
+
+def _iteration(path: str) -> float:
+    """That of a checkpoint whose name does not say it; of one that cannot be read, the latest."""
+    try:
+        return read_checkpoint(path, mmap=True).get("iteration", math.inf)
+    except (OSError, ValueError):
+        return math.inf
+
+
+def set_aside(folder: str) -> str | None:
+    """
+    Moves the checkpoints of an earlier run to a folder of their own, ``earlier_run_N`` in
+    ``folder``: a run that began there anew, once interrupted, would go on from them.
+
+    Returns:
+        that folder; None if there are no checkpoints.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = [name for name in names if is_checkpoint_name(name)]
+    if not names:
+        return None
+    numbers = (os.path.join(folder, f"earlier_run_{number}") for number in count(1))
+    aside = next(path for path in numbers if not os.path.exists(path))
+    os.mkdir(aside)
+    for name in names:
+        os.replace(os.path.join(folder, name), os.path.join(aside, name))
+    return aside
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a run may write a file of this name in its OUTPUT_DIR, and read it when resumed."""
+    return name in (_FINAL, _BEST, "last_checkpoint") or bool(_NUMBERED.fullmatch(name))
 
 
 def has_checkpoint(folder: str) -> bool:

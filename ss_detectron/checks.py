@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from .checkpoint_files import is_checkpoint_name
 from .compilation import check_compiler
 from .config import runs_on_cpu
 from .layers import FeedbackReport, check_exclude, get_rule
@@ -81,10 +82,10 @@ def check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> 
         )
 
 
-def check_weights(cfg: CfgNode, eval_only: bool) -> None:
+def check_weights(cfg: CfgNode, *, training: bool) -> None:
     """
-    Announces weights that will be fetched; refuses a local file that is not there, and what is not
-    trusted.
+    Announces weights that will be fetched; refuses a local file that is not there, what is not
+    trusted, and what a training would move.
     """
     weights = cfg.MODEL.WEIGHTS
     check_download(weights, cfg.MODEL.TRUSTED_WEIGHTS)
@@ -102,7 +103,13 @@ def check_weights(cfg: CfgNode, eval_only: bool) -> None:
             f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
             "another, or set MODEL.WEIGHTS '' to start from scratch"
         )
-    elif not weights and eval_only:
+    elif weights and training and _is_of_run(weights, cfg.OUTPUT_DIR):
+        raise ValueError(
+            f"MODEL.WEIGHTS is {weights!r}, a checkpoint of an earlier run in OUTPUT_DIR "
+            f"{cfg.OUTPUT_DIR!r}, which a run that starts anew sets aside: give this run another "
+            "OUTPUT_DIR, or go on with the earlier one by --resume"
+        )
+    elif not weights and not training:
         logger.warning("MODEL.WEIGHTS is empty: this evaluates a network that was never trained.")
     elif (
         not weights and "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.NORM == "FrozenBN"
@@ -112,6 +119,11 @@ def check_weights(cfg: CfgNode, eval_only: bool) -> None:
             "scratch, a network needs norms that do and nothing frozen, as in "
             "retinanet_scratch_*.yaml and imagenet_*.yaml."
         )
+
+
+def _is_of_run(weights: str, folder: str) -> bool:
+    where, name = os.path.split(os.path.realpath(weights.partition("?")[0]))
+    return is_checkpoint_name(name) and where == os.path.realpath(folder)
 
 
 def check_proposals(cfg: CfgNode) -> None:

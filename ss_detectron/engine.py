@@ -20,13 +20,14 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .alignment import AlignmentHook
 from .checkpoint import FeedbackCheckpointer
-from .checkpoint_files import has_checkpoint, read_checkpoint
+from .checkpoint_files import has_checkpoint, read_checkpoint, set_aside
 from .checks import check_conversion, check_options, check_proposals, check_weights
 from .coco_evaluation import DetectionEvaluator
 from .compilation import compile_parts
@@ -104,11 +105,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_proposals(cfg)
     found = has_checkpoint(cfg.OUTPUT_DIR)
     if not (args.resume and found):
-        check_weights(cfg, args.eval_only)
+        check_weights(cfg, training=not args.eval_only)
     if found and not args.resume and not args.eval_only:
         logger.warning(
-            "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew and writes "
-            "over it; --resume would have gone on from it.",
+            "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew; --resume "
+            "would have gone on from it.",
             cfg.OUTPUT_DIR,
         )
     default_setup(cfg, args)
@@ -173,18 +174,29 @@ class Trainer(DefaultTrainer):
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self._evaluation_missing = False
+        self._evaluation_missing = self._restored = False
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
         Goes on from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one, as if the
         run had not been interrupted; else loads MODEL.WEIGHTS and nothing else.
+
+        Raises:
+            OSError, ValueError: there is a checkpoint, and none that a run like this one can go on
+                from; see :meth:`FeedbackCheckpointer.resume_or_load`.
         """
         resume = resume and self.checkpointer.has_checkpoint()
+        self._restored = False
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if not resume:
             return
+        if not self._restored:
+            raise ValueError(
+                f"the checkpoint to resume from in {self.cfg.OUTPUT_DIR} holds weights, but no "
+                "state of a training: to begin with these weights, name it in MODEL.WEIGHTS and "
+                "give another OUTPUT_DIR, without --resume"
+            )
         self.start_iter = self.iter + 1
         self._evaluation_missing = not saved.get("evaluated", False)
         ranks = saved.get("ranks", [])
@@ -221,8 +233,17 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where another trainer was."""
+        """
+        Goes on where another trainer was, with the config's own settings of the optimiser and the
+        schedule: what ends by diverging is to go on with a lower learning rate.
+        """
         super().load_state_dict(state_dict)
+        self._restored = True
+        if isinstance(self.scheduler, LRMultiplier):
+            groups = self.optimizer.param_groups
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
         for name, loader in self._loaders().items():
             if name not in state_dict:
                 reason = "the checkpoint does not say where it was"
@@ -242,7 +263,9 @@ class Trainer(DefaultTrainer):
         return loaders
 
     def train(self) -> Any:
-        """DefaultTrainer's."""
+        """DefaultTrainer's; what an earlier run has left in OUTPUT_DIR is set aside."""
+        if self.start_iter == 0:
+            self._set_aside_earlier_run()
         # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
         # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
         # nothing to go without; a GPU is not exact to the bit in any case.
@@ -251,6 +274,12 @@ class Trainer(DefaultTrainer):
             self.checkpointer.explaining_a_full_disk(),
         ):
             return super().train()
+
+    def _set_aside_earlier_run(self) -> None:
+        aside = set_aside(self.cfg.OUTPUT_DIR) if comm.is_main_process() else None
+        if aside:
+            logger.warning("The checkpoints of an earlier run are now in %s.", aside)
+        comm.synchronize()
 
     def before_train(self) -> None:
         """Makes up for an evaluation that the interrupted run may not have finished, as well."""

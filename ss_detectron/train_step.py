@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 _SMALLEST_SCALE = 1e-4
 
 
+def _kind(group: dict[str, Any]) -> tuple[int, bool, bool]:
+    """What tells one group of an optimiser's parameters from another: how many, SGD's or Adam's."""
+    return len(group["params"]), "momentum" in group, "betas" in group
+
+
 class StepTrainer(SimpleTrainer):
     """
     Detectron2's trainer, whose steps are taken only if all losses, on all ranks, and all gradients
@@ -132,7 +137,35 @@ class StepTrainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Goes on where another trainer was, but with this optimiser's own settings (learning rates,
+        which follow a schedule, excepted); which of them have changed is logged.
+
+        Raises:
+            ValueError: it is the state of another optimiser, or of other parameters.
+        """
+        groups, saved = self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
+        if [_kind(group) for group in groups] != [_kind(group) for group in saved]:
+            raise ValueError(
+                "the checkpoint's optimiser is of another kind (SOLVER.OPTIMIZER) or has its "
+                "parameters in other groups (SOLVER, MODEL) than this config's: resume the run by "
+                "the config.yaml in its OUTPUT_DIR, or begin another one from its weights, by "
+                "MODEL.WEIGHTS and without --resume"
+            )
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         super().load_state_dict(state_dict)
+        changed = set()
+        for group, settings in zip(groups, own, strict=True):
+            changed |= {
+                f"{k} {group[k]} -> {v}" for k, v in settings.items() if group.get(k, v) != v
+            }
+            group.update(settings)
+        if changed:
+            logger.warning(
+                "The optimiser's settings are not those of the run that is resumed, which goes on "
+                "with the new ones: %s.",
+                ", ".join(sorted(changed)),
+            )
         self.skipped = state_dict.get("skipped_steps", 0)
         if self.scaler.is_enabled() and "grad_scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["grad_scaler"])

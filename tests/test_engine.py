@@ -1,5 +1,6 @@
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_run_that_starts_anew_beside_a_checkpoint_says_so(prepare):
     log, warning = Path("out/log.txt"), "out has a checkpoint of an earlier run, but this one"
     assert warning not in log.read_text()
     prepare("OUTPUT_DIR", "out")
-    assert f"OUTPUT_DIR {warning} starts anew and writes over it; --resume " in log.read_text()
+    assert f"OUTPUT_DIR {warning} starts anew; --resume would have" in log.read_text()
 
 
 # What is refused, and how --------------------------------------------------------------------
@@ -402,6 +403,85 @@ def test_a_resumed_run_keeps_counting_the_updates_of_its_weights(prepare):
     resumed.train()
     assert feedback(resumed)[0] == number + 3
     assert not torch.equal(feedback(resumed)[1], magnitude)
+
+
+@pytest.mark.parametrize(
+    ("changed", "rates", "said"),
+    [
+        ([], [0.25, 0.125], None),
+        (["SOLVER.BASE_LR", 0.04], [0.01, 0.005], "initial_lr 1.0 -> 0.04"),
+        (["SOLVER.GAMMA", 1.0], [1.0, 1.0], None),
+        (["SOLVER.WEIGHT_DECAY", 0.5], [0.25, 0.125], "weight_decay 0.0 -> 0.5"),
+        (["SOLVER.CLIP_GRADIENTS.ENABLED", True], [0.25, 0.125], None),
+    ],
+)
+def test_a_resumed_run_follows_its_config(changed, rates, said, prepare):
+    """A run that has diverged is told to go on with a lower learning rate."""
+    schedule = {
+        "SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR",
+        "SOLVER.STEPS": "(1, 2, 3, 4)",
+        "SOLVER.NUM_DECAYS": 4,
+        "SOLVER.GAMMA": 0.5,
+        "SOLVER.WARMUP_ITERS": 0,
+        "SOLVER.BASE_LR": 1.0,
+        "SOLVER.WEIGHT_DECAY": 0.0,
+    }
+    words = ["OUTPUT_DIR", "out", *(word for pair in schedule.items() for word in pair)]
+    first = Trainer(prepare(*words, "SOLVER.MAX_ITER", 5))
+    first.scheduler.step()
+    first.scheduler.step()
+    first.iter = 1
+    first.checkpointer.save("model_0000001", iteration=1, ranks=[])
+    resumed = Trainer(prepare(*words, "SOLVER.MAX_ITER", 5, *changed, flags=["--resume"]))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    assert {group["lr"] for group in resumed.optimizer.param_groups} == {rates[0]}
+    resumed.scheduler.step()
+    assert {group["lr"] for group in resumed.optimizer.param_groups} == {rates[1]}
+    log = Path("out/log.txt").read_text()
+    assert ("goes on with the new ones" in log) == (said is not None)
+    assert said is None or said in log
+
+
+@pytest.mark.parametrize("changed", [["SOLVER.OPTIMIZER", "SGD"], ["SOLVER.BIAS_LR_FACTOR", 2.0]])
+def test_a_run_is_not_resumed_with_another_optimiser(changed, prepare):
+    words = ["SOLVER.OPTIMIZER", "AdamW"]
+    Trainer(prepare(*words)).checkpointer.save("model_0000001", iteration=1)
+    resumed = Trainer(prepare(*words, *changed, flags=["--resume"]))
+    with pytest.raises(ValueError, match="another kind .SOLVER.OPTIMIZER. or .* in other groups"):
+        resumed.resume_or_load(resume=True)
+
+
+def test_a_run_is_not_resumed_from_weights_alone(prepare):
+    trainer = Trainer(prepare("OUTPUT_DIR", "out"))
+    FeedbackCheckpointer(trainer.model, "out").save("model_0000001", iteration=1)
+    with pytest.raises(ValueError, match="holds weights, but no state of a training"):
+        trainer.resume_or_load(resume=True)
+
+
+def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
+    prepare = partial(prepare, "OUTPUT_DIR", "out")
+    train(prepare("SOLVER.CHECKPOINT_PERIOD", 2))
+    left = {path.name for path in Path("out").glob("*.pth")} | {"last_checkpoint"}
+    assert left == {"last_checkpoint", "model_0000001.pth", "model_final.pth"}
+
+    weights = ["MODEL.WEIGHTS", "out/model_final.pth"]
+    with pytest.raises(ValueError, match="give this run another OUTPUT_DIR, or go on .* --resume"):
+        prepare(*weights)
+    prepare(*weights, flags=["--resume"])
+    prepare(*weights, "DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])
+    prepare(*weights, "OUTPUT_DIR", "other")
+
+    trainer = Trainer(prepare())
+    trainer.resume_or_load(resume=False)
+    assert left <= {path.name for path in Path("out").iterdir()}  # to look at weights moves none
+    trainer.before_train = lambda: 1 / 0  # as if the run were killed there
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert {path.name for path in Path("out/earlier_run_1").iterdir()} == left
+    again = Trainer(prepare(flags=["--resume"]))
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 0
 
 
 # Checkpoints -------------------------------------------------------------------------------------

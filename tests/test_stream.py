@@ -81,7 +81,8 @@ def test_a_restored_loader_goes_on_where_the_other_was(sampler, wide, workers):
     batches = iter(stopped)  # with workers, they are ahead of what was given out
     assert [next(batches) for _ in range(6)] == expected[:6]
     state = stopped.state_dict()
-    assert state == {"batches": 6, "seed": 3, "images": IMAGES, "images_per_batch": 4}
+    counts = {"batches": 6, "images": IMAGES, "images_per_batch": 4}
+    assert state == {"seed": 3, "grouped": wide is not None, **counts}
     restored = loader(sampler, wide, 2 - workers, seed=0)
     restored.load_state_dict(state)
     batches = iter(restored)

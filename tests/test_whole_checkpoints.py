@@ -21,7 +21,12 @@ from run_utils import TOOL, end, finish, model_of, start
 from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
-from ss_detectron.checkpoint_files import find_checkpoints, read_checkpoint
+from ss_detectron.checkpoint_files import (
+    find_checkpoints,
+    has_checkpoint,
+    read_checkpoint,
+    set_aside,
+)
 from ss_detectron.engine import BestCheckpointer
 from ss_detectron.ranks import leave_group
 
@@ -346,15 +351,26 @@ def test_the_latest_is_the_final_one_unless_the_run_was_made_longer(tmp_path):
     assert resume(tmp_path) == 29
 
 
-def test_what_an_earlier_run_has_left_is_not_gone_on_from(tmp_path):
-    save(tmp_path, 14, 24, 34, final=True)  # the earlier run
-    save(tmp_path, 9, 19, 29)
-    truncate(tmp_path / "model_0000029.pth")
-    found = find_checkpoints(str(tmp_path))
-    assert [Path(p).name for p in found] == [f"model_{i:07d}.pth" for i in (29, 19, 9)]
-    (tmp_path / "last_checkpoint").unlink()
-    found = find_checkpoints(str(tmp_path))
-    assert [Path(p).name for p in found] == [f"model_{i:07d}.pth" for i in (29, 19, 9)]
+def test_what_an_earlier_run_has_left_is_set_aside(tmp_path):
+    for number in (1, 2):
+        save(tmp_path, 14, final=True)
+        (tmp_path / "model_best.pth").write_bytes(b"")
+        (tmp_path / "pretrained.pth").write_bytes(b"")
+        aside = tmp_path / f"earlier_run_{number}"
+        assert set_aside(str(tmp_path)) == str(aside)
+        names = ["last_checkpoint", "model_0000014.pth", "model_best.pth", "model_final.pth"]
+        assert sorted(path.name for path in aside.iterdir()) == names
+    assert set_aside(str(tmp_path)) is None
+    assert not has_checkpoint(str(tmp_path))
+    assert (tmp_path / "pretrained.pth").is_file()
+
+
+def test_files_may_be_copied_in_any_order(tmp_path):
+    save(tmp_path, 2, 5, 8)
+    truncate(tmp_path / "model_0000008.pth")
+    for time, iteration in enumerate((5, 8, 2)):
+        os.utime(tmp_path / f"model_{iteration:07d}.pth", (time, time))
+    assert resume(tmp_path) == 5
 
 
 def test_iterations_beyond_seven_digits(tmp_path):

@@ -166,6 +166,7 @@ class TrainingLoader:
             "seed": self.seed,
             "images": len(self.dataset),
             "images_per_batch": self.batch_size * comm.get_world_size(),
+            "grouped": self.wide is not None,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -173,9 +174,11 @@ class TrainingLoader:
         Goes on where another loader was. With another number of images per batch, over all ranks,
         or in the data set, batches differ from those it would have given, which is logged.
         """
+        if self.seed != state["seed"]:
+            logger.info("The images' order and augmentation stay those of SEED %d.", state["seed"])
         self.batches, self.seed = state["batches"], state["seed"]
         here = self.state_dict()
-        differ = [key for key in here if here[key] != state[key]]
+        differ = [key for key, value in here.items() if state.get(key, value) != value]
         if differ:
             self.batches = state["batches"] * state["images_per_batch"] // here["images_per_batch"]
             logger.warning(
