@@ -155,10 +155,9 @@ class StepTrainer(SimpleTrainer):
         own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         super().load_state_dict(state_dict)
         changed = set()
-        for group, settings in zip(groups, own, strict=True):
-            changed |= {
-                f"{k} {group[k]} -> {v}" for k, v in settings.items() if group.get(k, v) != v
-            }
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            differ = [key for key, value in settings.items() if group.get(key, value) != value]
+            changed |= {f"{key} {group[key]} -> {settings[key]}" for key in differ}
             group.update(settings)
         if changed:
             logger.warning(

@@ -644,6 +644,13 @@ DETECTION_ANNOTATIONS = [
         options=MASKS,
     ),
     everywhere(
+        "polygon with a huge number, MODEL.MASK_ON",
+        polygons([[*TRIANGLE[:5], 1e8]]),
+        "stops",
+        "far outside any image",
+        options=MASKS,
+    ),
+    everywhere(
         "crowd with polygons of strings, MODEL.MASK_ON",
         masks("polygons", iscrowd=1, segmentation=[list("abcdef")]),
         "stops",

@@ -14,6 +14,7 @@ FORM = (
     "image_id, category_id, bbox) and 'categories' (id, name)"
 )
 LARGEST = 1e9  # of a number in pixels: what lies beyond is no measure of an image
+FARTHEST = 1e6  # of a polygon's points: pycocotools takes memory for every pixel of its edges
 DIGITS = 6  # of a number in compressed RLE: beyond, pycocotools' C code loses bits
 
 
@@ -213,6 +214,8 @@ class _AnnotationProblem:
             return None
         if not all(_is_number(number) for polygon in mask for number in polygon):
             return f"{_has(annotation, 'segmentation')}, not all numbers"
+        if any(abs(number) > FARTHEST for polygon in mask for number in polygon):
+            return f"{_has(annotation, 'segmentation')}, with points far outside any image"
         # Detectron2 drops such polygons for training, pycocotools fails on them in evaluation.
         if not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
             return (
