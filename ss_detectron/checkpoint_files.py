@@ -1,6 +1,7 @@
 """The files of a run's checkpoints: written whole or not at all, verified, and found again."""
 
 import errno
+import logging
 import math
 import os
 import pickle
@@ -25,6 +26,8 @@ __all__ = [
     "set_aside",
     "write_whole",
 ]
+
+logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 _FINAL = "model_final.pth"
@@ -139,6 +142,9 @@ def last_checkpoint(folder: str) -> str | None:
     try:
         name = Path(folder, "last_checkpoint").read_text(errors="replace").strip()
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.error("%s", error)
         return None
     # After a failure of the machine, it may hold anything; and a run stays in its folder.
     named = name.isprintable() and len(name) < 256 and os.path.basename(name) == name

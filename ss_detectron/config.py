@@ -163,7 +163,10 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
     else:
         path = name if is_url(name) else find_config(name)
         _check_plain(path)
-    cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
+    try:
+        cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
+    except (AssertionError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"the config {path} does not fit: {str(error) or repr(error)}") from error
     return path
 
 
@@ -187,11 +190,10 @@ def _check_plain(file: str, builders: tuple[str, ...] = ()) -> None:
         with open(file, "rb") as stream:
             content = yaml.safe_load(stream)
     except yaml.constructor.ConstructorError as error:
-        line = error.problem_mark.line + 1
-        raise ValueError(
-            f"{where} is not plain YAML: line {line}, {error.problem}. Tags of Python would run "
-            f"code: write out what they stand for, {allow}"
-        ) from error
+        said = f"{where} is not plain YAML: line {error.problem_mark.line + 1}, {error.problem}"
+        if "tag" in error.problem:
+            said += f". Tags of Python would run code: write out what they stand for, {allow}"
+        raise ValueError(said) from error
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} is not valid YAML: {reason}") from error

@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import start_processes
 
 from .preemption import EXIT_CODE, Preempted, StopSignals, listen, say, without_interrupts
-from .ranks import leave_group
+from .ranks import leave_group, limit_waiting
 
 __all__ = ["add_launch_options", "complete_launch_options", "launch"]
 
@@ -81,7 +81,7 @@ def complete_launch_options(parser: argparse.ArgumentParser, args: argparse.Name
     args.num_gpus = 1 if args.num_gpus is None else args.num_gpus
     args.num_machines = 1 if args.num_machines is None else args.num_machines
     args.machine_rank = args.machine_rank or 0
-    if args.num_gpus < 0 or args.num_machines < 1:
+    if args.num_gpus < (args.num_machines > 1) or args.num_machines < 1:
         parser.error(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: too few")
     if not 0 <= args.machine_rank < args.num_machines:
         parser.error(
@@ -154,7 +154,8 @@ def _take_part(
     """One of a run's ``size`` processes, this machine's number ``rank``."""
     stopped = None
     try:
-        words = (rank, main, size, args.num_gpus, args.machine_rank, url, (args,), timeout)
+        own = (main, args, timeout)
+        words = (rank, _main, size, args.num_gpus, args.machine_rank, url, own, timeout)
         _distributed_worker(*words)
     except Preempted as request:
         stopped = request.with_traceback(None)  # whose frames refer to the group
@@ -162,6 +163,13 @@ def _take_part(
     leave_group()
     if stopped is not None:
         raise stopped
+
+
+def _main(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, timeout: timedelta
+) -> None:
+    limit_waiting(timeout)
+    main(args)
 
 
 # Processes of our own ----------------------------------------------------------------------------
@@ -221,7 +229,7 @@ def _process(
         try:
             _take_part(index, main, args, size, args.dist_url, timeout)
         except Exception as error:
-            summary = traceback.format_exception_only(error)[-1].splitlines()[0]
+            summary = f"{type(error).__name__}: {error}".splitlines()[0]
             text = f"{summary}\n{traceback.format_exc()}"
             (failures / str(index)).write_text(text, "utf-8", errors="backslashreplace")
             sys.exit(1)
@@ -296,8 +304,8 @@ def _report(
         return f"{name} ended with exit code {process.exitcode}"
 
     lines = []
-    if culprit in errors:
-        lines.append(errors[culprit].partition("\n")[2])
+    if errors:  # the culprit's, or what may have led to its end
+        lines.append(errors.get(culprit, next(iter(errors.values()))).partition("\n")[2])
     lines += [f"After that: {ending(process)}." for process in processes if process is not culprit]
     if culprit.exitcode == -signal.SIGKILL:
         lines.append("SIGKILL is also what the kernel sends where memory has run out (see dmesg).")

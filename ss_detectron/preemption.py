@@ -46,7 +46,7 @@ class Preempted(SystemExit):
 class StopSignals:
     """
     The SIGTERM and SIGINT that this process gets. They ask for one and the same thing, and only the
-    first is answered; but a second SIGINT is a KeyboardInterrupt.
+    first is answered; but a second SIGINT, a second later or more, is a KeyboardInterrupt.
 
     Attributes:
         first: the first of them, or None.
@@ -74,7 +74,7 @@ class StopSignals:
             self._answer(self.first)
 
     def install(self) -> None:
-        """Makes :meth:`receive` the handler; where SIGINT is ignored (nohup), it stays ignored."""
+        """Makes :meth:`receive` the handler. SIGINT stays ignored if it is (``&`` in a script)."""
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGTERM:
                 signal.signal(number, self.receive)
@@ -111,7 +111,10 @@ class _Rank:
                 say(f"{number.name} outside training: there is nothing to save, the run stops.")
             raise Preempted
         if self._spokesman and self._parent is None:
-            say(f"{number.name}: the run stops when this step is finished and a checkpoint saved.")
+            say(
+                f"{number.name}: the run stops when this step is finished and a checkpoint saved; "
+                "after the last step, it finishes."
+            )
 
     def _ignore_unless_orphaned(self, number: int, frame: FrameType | None) -> None:
         if os.getppid() != self._parent:

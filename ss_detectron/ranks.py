@@ -1,6 +1,8 @@
 """What the processes of a run (ranks) have to agree on, and what each has of its own."""
 
 import gc
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,12 +13,35 @@ from torch import nn
 from .loss_normalizer import get_loss_normalizers, set_loss_normalizers
 from .random_state import get_random_state, set_random_state
 
-__all__ = ["any_rank", "leave_group", "load_rank_state", "rank_state", "share_buffers"]
+__all__ = [
+    "any_rank",
+    "leave_group",
+    "limit_waiting",
+    "load_rank_state",
+    "rank_state",
+    "share_buffers",
+]
 
 
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true on any rank. Every rank has to call it, and gets the same answer."""
     return any(comm.all_gather(flag))
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """
+    Has ranks wait for each other's objects, as in :func:`any_rank`, no longer than ``timeout``:
+    beside NCCL, Detectron2 exchanges them in a group of gloo's that knows nothing of it. Every rank
+    has to call it, before any exchange.
+    """
+
+    @lru_cache
+    def group() -> dist.ProcessGroup:
+        if dist.get_backend() == "nccl":
+            return dist.new_group(backend="gloo", timeout=timeout)
+        return dist.group.WORLD
+
+    comm._get_global_gloo_group = group
 
 
 def share_buffers(model: nn.Module) -> None:

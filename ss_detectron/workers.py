@@ -15,8 +15,8 @@ _PATIENCE = 1  # seconds
 
 def prepare_workers() -> None:
     """
-    Has this process, a rank, fork its loaders' workers in a way that neither its own threads nor
-    requests to stop can spoil. To be called once.
+    Has this process, a rank, fork its loaders' workers, once its other threads sleep, and keeps
+    requests to stop from them. To be called once.
     """
     if sys.platform != "linux":
         return
@@ -28,10 +28,11 @@ def prepare_workers() -> None:
 
 def _await_threads() -> None:
     """
-    Waits until the other threads of this process sleep: what one of them locks during a fork stays
-    locked in the child. A thread of gloo's, on its way back from a collective, locks Python's list
-    of threads as it releases a tensor, and a worker forked then hangs before its first line, with
-    all ranks behind it (seen in 1 of 2,000 forks after a collective, on Python 3.11).
+    Waits until the other threads of this process sleep, for a second at most: what one of them
+    locks during a fork stays locked in the child. A thread of gloo's, on its way back from a
+    collective, locks Python's list of threads as it releases a tensor, and a worker forked then
+    hangs before its first line, with all ranks behind it (seen in 1 of 2,000 forks after a
+    collective, on Python 3.11).
     """
     own = threading.get_native_id()
     deadline = time.monotonic() + _PATIENCE

@@ -135,6 +135,7 @@ def test_a_process_that_was_killed_has_ended_the_run_before_any_exception(tmp_pa
     errors = {0: "RuntimeError: Connection closed by peer"}
     lines = report(tmp_path, [1, -9], errors, failed=[1]).splitlines()
     assert lines[-1].startswith("Rank 9 (process 101) was killed by SIGKILL, which ended the run")
+    assert lines[:3] == ["Traceback (most recent call last):", "  ...", errors[0]]
     assert "memory has run out" in lines[-2]
 
 

@@ -301,7 +301,7 @@ def test_a_parent_that_is_killed_takes_all_processes_with_it(step, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_ignores_sigint_still_answers_sigterm(tmp_path):
     words = ["--at", 0, 7, "interrupt_all", "--at", 0, 9, "terminate_all"]
-    process = run(tmp_path, *words, interrupts=signal.SIG_IGN)  # as nohup and shell scripts do
+    process = run(tmp_path, *words, interrupts=signal.SIG_IGN)  # as shell scripts do
     code, output = ended(process)
     assert code == EXIT_CODE, output
     assert numbers(tmp_path, "saved") == [9]

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from group_utils import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron.ranks import leave_group
+from ss_detectron.ranks import any_rank, leave_group, limit_waiting
 
 TASKS = Path("/proc/self/task")
 
@@ -68,3 +69,21 @@ def _end_before_a_thread(rank: int, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_python_ends_after_the_groups_threads(tmp_path):
     run_ranks(_end_before_a_thread, tmp_path)
+
+
+def _wait_for_an_absent_rank(rank, folder):
+    dist.get_backend = lambda *_: "nccl"  # beside which there is a group of gloo's
+    limit_waiting(timedelta(seconds=1))
+    assert not any_rank(False)
+    failed = Path(folder, "failed")
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+            any_rank(True)
+        failed.touch()
+    while not failed.exists():
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_ranks_do_not_wait_for_each_others_objects_for_ever(tmp_path):
+    run_ranks(_wait_for_an_absent_rank, tmp_path)

@@ -211,11 +211,8 @@ def test_two_machines_train_together(options, tmp_path):
 @pytest.mark.slow
 def test_terminating_a_run_ends_its_processes_where_sigint_is_ignored(options, tmp_path):
     words = ["--config-file", "quick/shapes_retinanet_ss.yaml", "--num-gpus", 2, *options]
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and shell scripts do
-    try:
-        process = start(*words, "OUTPUT_DIR", "out", "SOLVER.MAX_ITER", 100000, cwd=tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    words += ["OUTPUT_DIR", "out", "SOLVER.MAX_ITER", 100000]
+    process = start(*words, cwd=tmp_path, interrupts=signal.SIG_IGN)  # as shell scripts do
     with process:
         try:
             assert any("Starting training" in line for line in process.stdout)
