@@ -1,6 +1,7 @@
 """Which values a config's keys take: others are refused by name, before anything is built."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from numbers import Integral, Real
@@ -113,6 +114,11 @@ def _taken_by(function: Callable[[Any], Any], choose: str) -> _Values:
     return _Values(fits, choose)
 
 
+def _training_device(name: str) -> None:
+    if torch.device(name).type not in ("cpu", "cuda"):
+        raise ValueError(name)
+
+
 _ANY_NUMBER = _Values(lambda v: _is_number(v) and not math.isnan(v), "a number")
 _NAME = _Values(lambda v: isinstance(v, str) and v != "", "a text that is not empty")
 
@@ -144,9 +150,11 @@ def _values() -> dict[str, _Values]:
     side = _whole(2, _PIXELS)
     side_or_unchanged = _or(side, 0)
     return {
-        "OUTPUT_DIR": _NAME,
+        "OUTPUT_DIR": _Values(
+            lambda v: _NAME.fit(v) and not os.path.isfile(v), "a folder, there or not yet"
+        ),
         "SEED": _whole(-(1 << 31), (1 << 31) - 1),
-        "MODEL.DEVICE": _taken_by(torch.device, "a device of torch, such as 'cuda' or 'cpu'"),
+        "MODEL.DEVICE": _taken_by(_training_device, "'cuda', 'cuda:N' or 'cpu'"),
         "MODEL.PIXEL_MEAN": _list(_number(-math.inf)),
         "MODEL.PIXEL_STD": _list(_positive()),
         "MODEL.WEIGHTS_EXCEPT": _list(_NAME),

@@ -22,7 +22,8 @@ ALONE = {
     "MODEL.FEEDBACK.EXCLUDE": ([""], [3]),
     "MODEL.RETINANET.PRIOR_PROB": (0.0, 1.0),
     "MODEL.RETINANET.BBOX_REG_WEIGHTS": ((1.0,) * 3, (1.0, 1.0, 0.0, 1.0)),
-    "MODEL.DEVICE": ("gpu",),
+    "MODEL.DEVICE": ("gpu", "meta", "mps"),
+    "OUTPUT_DIR": ("", __file__),
     "TEST.EXPECTED_RESULTS": ([["bbox", "AP", 40]], [["bbox", "AP", 40, "1"]]),
 }
 TOGETHER = [
