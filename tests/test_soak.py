@@ -148,8 +148,10 @@ def test_memory_files_and_processes_stay_as_they_are(config, keys, ranks, tmp_pa
     for pid in lasting:
         before, after = (statistics.median(samples.memory[pid]) for samples in (early, late))
         assert after < GROWTH * before, f"{before} -> {after} bytes in one of {lasting}"
-        # Batches on their way from a worker are open files: the fewest are those that stay open.
-        assert min(late.files[pid]) <= min(early.files[pid])
+        # Batches on their way from a worker are open files, now one more, now one fewer. What each
+        # evaluation left open would be two by now.
+        before, after = (statistics.median(samples.files[pid]) for samples in (early, late))
+        assert after < before + 2, f"{before} -> {after} open files in one of {lasting}"
 
     while processes_of(process.pid) and time.monotonic() < deadline:
         pass  # the last may be about to end
