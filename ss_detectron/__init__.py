@@ -4,7 +4,7 @@ Sign-symmetry and feedback alignment for Detectron2.
 Importing this package registers its data sets, backbones, heads and meta-architectures with
 Detectron2. In an existing project, one call is enough::
 
-    from ss_detectron import convert_feedback
+    from . import convert_feedback
 
     model = convert_feedback(build_model(cfg), "sign_symmetry")
 """

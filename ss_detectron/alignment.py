@@ -9,26 +9,23 @@ In a training loop of one's own::
     angles = gradient_angles(model, reference)           # {"": 41.2, "layer1.conv1": 38.0, ...}
     weights = weight_alignment(model)                    # {"layer1.conv1": (angle, ...), ...}
 
-Detectron2's trainers get :class:`AlignmentHook`.
+Detectron2's trainers get :class:`ss_detectron.engine.AlignmentHook`.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from detectron2.engine import HookBase
-from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .compilation import compiled_parts
 from .layers import AsymmetricLayer, backpropagation, feedback_report
 
 __all__ = [
-    "AlignmentHook",
     "WeightAlignment",
     "backpropagation_gradients",
+    "compiled_parts",
     "gradient_angles",
     "weight_alignment",
 ]
@@ -126,85 +123,6 @@ def gradient_angles(model: nn.Module, reference: dict[str, Tensor]) -> dict[str,
     return {name: angle for name, angle in angles.items() if math.isfinite(angle)}
 
 
-class AlignmentHook(HookBase):
-    """
-    Logs the alignment of weights and gradients every ``period`` iterations, beginning with the
-    first, for Detectron2's trainers: alignment/gradient_angle (of the whole model), and with the
-    layer's name behind alignment/gradient_angle/, alignment/weight_angle/, alignment/norm_ratio/
-    and alignment/sign_agreement/.
-
-    Such an iteration takes one more backward pass. Training stays as it is, bit for bit. The
-    weights are those that the iteration begins with; the gradients those before clipping, except
-    under a DefaultTrainer other than this package's, which tells its hooks only after the step.
-    """
-
-    def __init__(self, period: int) -> None:
-        """
-        Args:
-            period: in iterations.
-
-        Raises:
-            ValueError: it is not positive.
-        """
-        if period < 1:
-            raise ValueError(f"the alignment period is {period}; it must be positive")
-        self.period = period
-        self._reference: dict[str, Tensor] = {}
-        self._weights: dict[str, WeightAlignment] = {}
-        self._handle = None
-
-    def before_step(self) -> None:
-        iteration = self.trainer.iter
-        if iteration == 0 or (iteration + 1) % self.period == 0:
-            self._handle = self._model.register_forward_hook(self._after_forward)
-
-    def after_backward(self) -> None:
-        if self._handle is None:
-            return
-        self._handle.remove()
-        self._handle = None
-        self._average_over_processes()
-        angles = gradient_angles(self._model, self._reference)
-        if comm.is_main_process():
-            self._log(angles, self._weights)
-        self._reference, self._weights = {}, {}
-
-    def after_step(self) -> None:
-        # Detectron2's DefaultTrainer does not call after_backward. The gradients are still there,
-        # though clipped.
-        self.after_backward()
-
-    @property
-    def _model(self) -> nn.Module:
-        # The inner model: DistributedDataParallel must not see the extra backward pass.
-        model = self.trainer.model
-        return getattr(model, "module", model)
-
-    def _after_forward(self, model: nn.Module, args: Any, losses: Any) -> None:
-        loss = sum(losses.values()) if isinstance(losses, dict) else losses
-        if comm.is_main_process():
-            self._weights = weight_alignment(model)
-        # A step may have several passes, whose gradients add up.
-        for name, gradient in backpropagation_gradients(model, loss).items():
-            self._reference[name] = self._reference.get(name, 0) + gradient
-
-    def _average_over_processes(self) -> None:
-        if comm.get_world_size() > 1:
-            for gradient in self._reference.values():
-                torch.distributed.all_reduce(gradient)
-
-    def _log(self, angles: dict[str, float], weights: dict[str, WeightAlignment]) -> None:
-        values = {}
-        for name, angle in angles.items():
-            values["/".join(filter(None, ("gradient_angle", name)))] = angle
-        for name, alignment in weights.items():
-            values[f"weight_angle/{name}"] = alignment.angle
-            values[f"norm_ratio/{name}"] = alignment.norm_ratio
-            values[f"sign_agreement/{name}"] = alignment.sign_agreement
-        for name, value in values.items():
-            self.trainer.storage.put_scalar(f"alignment/{name}", value, smoothing_hint=False)
-
-
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for row in feedback_report(model):
         layer = model.get_submodule(row.name)
@@ -237,3 +155,13 @@ def _angle(sums: Tensor) -> float:
     if not (norm > 0 and math.isfinite(dot)):
         return math.nan
     return math.degrees(math.acos(max(-1.0, min(1.0, dot / norm))))
+
+
+def compiled_parts(model: nn.Module) -> list[str]:
+    """The names of the modules of ``model`` that are compiled, by whatever way."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._compiled_call_impl is not None
+        or isinstance(module, torch._dynamo.OptimizedModule)
+    ]

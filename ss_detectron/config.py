@@ -10,7 +10,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-from .trust import is_url
+from .utils.trust import is_url
 
 __all__ = ["add_ss_config", "find_config", "merge_config_file", "runs_on_cpu"]
 

@@ -11,9 +11,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
 
-from .config import add_ss_config
-from .layers import FEEDBACK_REGISTRY, FEEDBACK_SCALES, get_rule
-from .modeling import RETINANET_HEAD_REGISTRY
+from ss_detectron.config import add_ss_config
+from ss_detectron.layers import FEEDBACK_REGISTRY, FEEDBACK_SCALES, get_rule
+from ss_detectron.modeling import RETINANET_HEAD_REGISTRY
 
 __all__ = ["check_values"]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
-from ss_detectron.ranks import leave_group
+from ss_detectron.utils.comm import leave_group
 
 
 def run_ranks(work: Callable, folder: Path, *args: Any, world: int = 2) -> None:

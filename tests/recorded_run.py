@@ -15,7 +15,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from ss_detectron.engine import Trainer, argument_parser, setup
-from ss_detectron.launch import add_launch_options, complete_launch_options, launch
+from ss_detectron.engine.launch import add_launch_options, complete_launch_options, launch
 
 
 def kill_all():

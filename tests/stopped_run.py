@@ -1,8 +1,8 @@
 """
-A run of empty steps by ss_detectron.launch, to which something happens: --at RANK STEP NAME, a
-function of this file. Ranks wait for each other in every step, as in training, and take batches
-from a worker process. What a rank saves goes to saved<RANK>, the number of its last step to
-ended<RANK>.
+A run of empty steps by ss_detectron.engine.launch, to which something happens: --at RANK STEP
+NAME, a function of this file. Ranks wait for each other in every step, as in training, and take
+batches from a worker process. What a rank saves goes to saved<RANK>, the number of its last step
+to ended<RANK>.
 """
 
 import os
@@ -18,8 +18,8 @@ from detectron2.engine import HookBase, TrainerBase, default_argument_parser
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
-from ss_detectron.launch import add_launch_options, complete_launch_options, launch
-from ss_detectron.preemption import PreemptionHook
+from ss_detectron.engine.launch import add_launch_options, complete_launch_options, launch
+from ss_detectron.engine.preemption import PreemptionHook
 
 
 def kill(name, *pids):

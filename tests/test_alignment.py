@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ss_detectron import FEEDBACK_REGISTRY, backpropagation, convert_feedback
 from ss_detectron.alignment import (
-    AlignmentHook,
     backpropagation_gradients,
     gradient_angles,
     weight_alignment,
 )
-from ss_detectron.train_step import StepTrainer
+from ss_detectron.engine import AlignmentHook
+from ss_detectron.engine.train_loop import StepTrainer
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from modeling_utils import load_config, rules
 
 from ss_detectron import add_ss_config, find_config
-from ss_detectron.solver import build_optimizer
+from ss_detectron.solver.build import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))

@@ -17,13 +17,14 @@ from detectron2.config import get_cfg
 from run_utils import ROOT, end, start
 from torch import nn
 
-from ss_detectron import add_ss_config, demo
+from ss_detectron import add_ss_config
 from ss_detectron.checkpoint import FeedbackCheckpointer
-from ss_detectron.comparison.plan import plan_runs
 from ss_detectron.config import merge_config_file
 from ss_detectron.data import check_datasets, register_coco_from_config
 from ss_detectron.engine import argument_parser, setup
-from ss_detectron.trust import is_trusted
+from ss_detectron.experiments import demo
+from ss_detectron.experiments.plan import plan_runs
+from ss_detectron.utils.trust import is_trusted
 
 ZOO = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -42,7 +42,7 @@ from ss_detectron.benchmark import (
     measure,
     operation_times,
 )
-from ss_detectron.comparison import hardware
+from ss_detectron.experiments import hardware
 from ss_detectron.layers import get_rule
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY if rule.short_name != "bp"]

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from ss_detectron.comparison import compare, plan_runs
-from ss_detectron.comparison.plan import describe_plan
+from ss_detectron.experiments import compare, plan_runs
+from ss_detectron.experiments.plan import describe_plan
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -24,7 +24,7 @@ from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from ss_detectron.data import UnreadableImageError
-from ss_detectron.demo import (
+from ss_detectron.experiments.demo import (
     Panel,
     Predictor,
     build_predictor,
@@ -39,7 +39,7 @@ from ss_detectron.demo import (
     titles,
 )
 
-logger = logging.getLogger("ss_detectron.demo")
+logger = logging.getLogger("ss_detectron.experiments.demo")
 
 
 def load(args: argparse.Namespace) -> tuple[list[Predictor], list[str]]:

@@ -15,8 +15,8 @@ import logging
 import sys
 from pathlib import Path
 
-from ss_detectron.comparison.plots import DEFAULT_FORMATS, FORMATS, draw_figures
-from ss_detectron.comparison.runs import read_runs, warn_of_differences
+from ss_detectron.experiments.plots import DEFAULT_FORMATS, FORMATS, draw_figures
+from ss_detectron.experiments.runs import read_runs, warn_of_differences
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,11 +15,11 @@ from detectron2.config import get_cfg
 from tabulate import tabulate
 
 from ss_detectron import add_ss_config
-from ss_detectron.comparison import read_metrics
-from ss_detectron.comparison.plots import plot_training
 from ss_detectron.config import merge_config_file
 from ss_detectron.data import register_coco_from_config
-from ss_detectron.visualize import draw_detections
+from ss_detectron.experiments import read_metrics
+from ss_detectron.experiments.plots import plot_training
+from ss_detectron.experiments.visualize import draw_detections
 
 
 def main(run: Path, count: int, score_threshold: float) -> None:

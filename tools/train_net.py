@@ -22,7 +22,7 @@ from detectron2.utils import comm
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.engine import Trainer, argument_parser, setup
-from ss_detectron.launch import add_launch_options, complete_launch_options, launch
+from ss_detectron.engine.launch import add_launch_options, complete_launch_options, launch
 
 
 def main(args: argparse.Namespace) -> Any:

@@ -12,11 +12,11 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from ..compilation import compile_parts
-from ..config import add_ss_config, merge_config_file
-from ..engine import Trainer
-from ..layers import AsymmetricLayer, convert_feedback, get_rule
-from ..solver import build_optimizer
+from ss_detectron.config import add_ss_config, merge_config_file
+from ss_detectron.engine.defaults import Trainer
+from ss_detectron.layers import AsymmetricLayer, convert_feedback, get_rule
+from ss_detectron.modeling.compilation import compile_parts
+from ss_detectron.solver.build import build_optimizer
 
 __all__ = ["BIOTORCH_MODES", "MODES", "NETWORKS", "Case", "Contestant", "Network"]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..layers import get_rule
+from ss_detectron.layers import get_rule
+
 from .contestants import BIOTORCH_MODES, Case, Contestant
 from .memory import peak_bytes, state_bytes
 from .timing import alternate, is_noisy, ratio

@@ -6,7 +6,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ..trust import is_url
+from ss_detectron.utils.trust import is_url
+
 from .catalog import check_registered, shorten, used_datasets, where_to_put
 from .cifar import CIFAR10Metadata, read_cifar10
 from .coco import check_detection_datasets

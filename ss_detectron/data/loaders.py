@@ -18,7 +18,8 @@ from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from ..random_state import seeded
+from ss_detectron.utils.random_state import seeded
+
 from .detection import DetectionMapper, load_detection_dicts
 from .images import ClassificationMapper, skips_unreadable_images
 from .stream import ImageDataset, TrainingLoader

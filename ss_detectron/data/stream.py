@@ -12,7 +12,8 @@ from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from ..random_state import kept_random_state, seed_all
+from ss_detectron.utils.random_state import kept_random_state, seed_all
+
 from .images import UnreadableImageError
 
 __all__ = ["ImageDataset", "TrainingLoader"]

@@ -19,7 +19,8 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 
-from ..layers import convert_part
+from ss_detectron.layers import convert_part
+
 from .alexnet import build_alexnet_backbone
 from .cifar_resnet import build_cifar_resnet_backbone
 from .feedback import feedback_options

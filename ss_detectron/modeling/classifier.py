@@ -10,7 +10,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from ..layers import check_exclude, convert_part
+from ss_detectron.layers import check_exclude, convert_part
+
 from .feedback import common_options, feedback_config
 
 __all__ = ["ImageClassifier"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..layers import get_rule
+from ss_detectron.layers import get_rule
 
 __all__ = ["common_options", "feedback_config", "feedback_options"]
 

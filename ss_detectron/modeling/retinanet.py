@@ -9,7 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.utils.registry import Registry
 
-from ..layers import check_exclude, convert_part
+from ss_detectron.layers import check_exclude, convert_part
+
 from .feedback import feedback_config, feedback_options
 
 __all__ = [

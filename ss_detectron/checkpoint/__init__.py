@@ -1,0 +1,6 @@
+"""Whole, verified checkpoints, and weights that find their place in another model."""
+
+from .checkpointer import FeedbackCheckpointer, NotWrittenError
+from .files import read_checkpoint
+
+__all__ = ["FeedbackCheckpointer", "NotWrittenError", "read_checkpoint"]

@@ -1,0 +1,137 @@
+"""What is refused, or warned of, before a run begins."""
+
+import logging
+import os
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import nn
+
+from ss_detectron.checkpoint.files import is_checkpoint_name
+from ss_detectron.config import runs_on_cpu
+from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
+from ss_detectron.layers.feedback import Backpropagation
+from ss_detectron.modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
+from ss_detectron.modeling.compilation import check_compiler
+from ss_detectron.solver.build import check_solver
+from ss_detectron.utils.trust import check_download, check_pickle, needs_pickle
+
+__all__ = ["check_conversion", "check_options", "check_proposals", "check_weights"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_options(cfg: CfgNode) -> None:
+    """Refuses options that do not go together, or not with this machine."""
+    if runs_on_cpu(cfg) and torch.cuda.is_available() and comm.get_world_size() > 1:
+        raise ValueError(
+            "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
+            "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
+        )
+    check_solver(cfg)
+    if cfg.TEST.ALIGNMENT_PERIOD and cfg.MODEL.COMPILED:
+        raise ValueError(
+            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True, but "
+            "a compiled model cannot give backpropagation's gradients beside its own: set "
+            "MODEL.COMPILED False to measure the alignment, or TEST.ALIGNMENT_PERIOD 0"
+        )
+    if runs_on_cpu(cfg) and (cfg.MODEL.COMPILED or cfg.SOLVER.COMPILED):
+        check_compiler()
+    if runs_on_cpu(cfg) and cfg.SOLVER.AMP.ENABLED and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
+        logger.warning(
+            "SOLVER.AMP.ENABLED on the CPU: on a feature map of a single pixel (p7 of images of up "
+            "to 128 pixels), torch's gradient in bfloat16 is now and then not finite. Use larger "
+            "images, or set SOLVER.AMP.ENABLED False."
+        )
+
+
+def check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:
+    """
+    Refuses MODEL.FEEDBACK keys to no effect at all, and warns of a model that follows them only
+    in part: stock and converting builders can be mixed.
+    """
+    feedback = cfg.MODEL.FEEDBACK
+    check_exclude(model, feedback.EXCLUDE)
+    asymmetric = any(row.rule != Backpropagation.name for row in report)
+    if feedback.RULE and get_rule(feedback.RULE) is not Backpropagation and not asymmetric:
+        raise ValueError(
+            f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it: "
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}, MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE!r} and MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}; use a "
+            "build_feedback_* backbone and ImageClassifier, or FeedbackRetinaNet with "
+            "MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call convert_feedback on the model"
+        )
+    unread = []
+    if cfg.MODEL.RETINANET.HEAD != "RetinaNetHead" and not isinstance(model, FeedbackRetinaNet):
+        unread.append("MODEL.RETINANET.HEAD")
+    has_last_layers = isinstance(model, ImageClassifier) or isinstance(
+        getattr(model, "head", None), FeedbackRetinaNetHead
+    )
+    if get_rule(feedback.LAST_LAYER_RULE) is not Backpropagation and not has_last_layers:
+        unread.append("MODEL.FEEDBACK.LAST_LAYER_RULE")
+    if unread:
+        logger.warning("Nothing in this model reads %s.", " and ".join(unread))
+    left = [row.name for row in report if row.reason == "not converted"]
+    if asymmetric and left:
+        logger.warning(
+            "%d layers that no builder converted stay on backpropagation: %s%s",
+            len(left),
+            ", ".join(left[:5]),
+            ", ..." * (len(left) > 5),
+        )
+
+
+def check_weights(cfg: CfgNode, *, training: bool) -> None:
+    """
+    Announces weights that will be fetched; refuses a local file that is not there, what is not
+    trusted, and what a training would move.
+    """
+    weights = cfg.MODEL.WEIGHTS
+    check_download(weights, cfg.MODEL.TRUSTED_WEIGHTS)
+    if needs_pickle(weights):
+        check_pickle(weights, cfg.MODEL.TRUSTED_WEIGHTS)
+    if "://" in weights:
+        logger.info(
+            "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
+            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. (Those of "
+            "Detectron2's model zoo were trained by backpropagation.)",
+            weights,
+        )
+    elif weights and not os.path.isfile(weights.partition("?")[0]):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
+            "another, or set MODEL.WEIGHTS '' to start from scratch"
+        )
+    elif weights and training and _is_of_run(weights, cfg.OUTPUT_DIR):
+        raise ValueError(
+            f"MODEL.WEIGHTS is {weights!r}, a checkpoint of an earlier run in OUTPUT_DIR "
+            f"{cfg.OUTPUT_DIR!r}, which a run that starts anew sets aside: give this run another "
+            "OUTPUT_DIR, or go on with the earlier one by --resume"
+        )
+    elif not weights and not training:
+        logger.warning("MODEL.WEIGHTS is empty: this evaluates a network that was never trained.")
+    elif (
+        not weights and "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    ):
+        logger.warning(
+            "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN, which does not learn: from "
+            "scratch, a network needs norms that do and nothing frozen, as in "
+            "retinanet_scratch_*.yaml and imagenet_*.yaml."
+        )
+
+
+def _is_of_run(weights: str, folder: str) -> bool:
+    where, name = os.path.split(os.path.realpath(weights.partition("?")[0]))
+    return is_checkpoint_name(name) and where == os.path.realpath(folder)
+
+
+def check_proposals(cfg: CfgNode) -> None:
+    """Refuses proposals, which Detectron2 downloads and unpickles, that are not trusted."""
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        for file in cfg.DATASETS[key]:
+            check_download(file, cfg.MODEL.TRUSTED_WEIGHTS, f"DATASETS.{key}")
+            check_pickle(file, cfg.MODEL.TRUSTED_WEIGHTS)
+            logger.warning("The proposals %s are unpickled, which runs the code in them.", file)

@@ -1,0 +1,474 @@
+"""Training and evaluation: Detectron2's default trainer with what asymmetric feedback adds."""
+
+import argparse
+import logging
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data.catalog import MetadataCatalog
+from detectron2.engine import (
+    DefaultTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    hooks,
+)
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
+from ss_detectron.checkpoint.files import has_checkpoint, set_aside
+from ss_detectron.config import add_ss_config, merge_config_file, runs_on_cpu
+from ss_detectron.data import (
+    build_classification_test_loader,
+    build_classification_train_loader,
+    build_detection_test_loader,
+    build_resumable_detection_train_loader,
+    check_datasets,
+    register_coco_from_config,
+    register_image_folders_from_config,
+)
+from ss_detectron.data.stream import TrainingLoader
+from ss_detectron.evaluation.classification import ClassificationEvaluator
+from ss_detectron.evaluation.coco import DetectionEvaluator
+from ss_detectron.layers import feedback_report, reset_feedback
+from ss_detectron.modeling.compilation import compile_parts
+from ss_detectron.solver.build import build_optimizer
+from ss_detectron.utils.comm import load_rank_state, rank_state, share_buffers
+from ss_detectron.utils.random_state import kept_random_state
+from ss_detectron.values import check_values
+
+from .checks import check_conversion, check_options, check_proposals, check_weights
+from .hooks import AlignmentHook, BestCheckpointer, PeriodicCheckpointer
+from .preemption import PreemptionHook
+from .train_loop import StepTrainer
+
+__all__ = ["Trainer", "argument_parser", "setup"]
+
+logger = logging.getLogger(__name__)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """
+    Detectron2's command line; on one machine, a free port is found for several processes, and no
+    code in a config file runs unless that is asked for.
+    """
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--allow-unsafe-config",
+        action="store_true",
+        help="run the Python code in the config file's YAML tags, and download a config "
+        "that is a URL",
+    )
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """
+    The config of a run, checked, and Detectron2's ordinary set-up (logging, seeds, output folder).
+
+    Args:
+        args: of :func:`argument_parser`. ``config_file`` may be the name of a config that ships
+            with this package; it is replaced by the path.
+
+    Raises:
+        FileNotFoundError: no such config, annotation file or image folder.
+        KeyError, ValueError: an unknown key, a value that does not fit, an unknown data set.
+    """
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    if args.config_file:
+        args.config_file = merge_config_file(
+            cfg, args.config_file, allow_unsafe=args.allow_unsafe_config
+        )
+    cfg.merge_from_list(args.opts)
+    check_values(cfg)
+    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if on_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+    register_coco_from_config(cfg)
+    register_image_folders_from_config(cfg)
+    cfg.freeze()
+    # Checked before default_setup, which overwrites the config.yaml of an earlier run.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
+    check_options(cfg)
+    check_datasets(cfg, training=not args.eval_only)
+    check_proposals(cfg)
+    found = has_checkpoint(cfg.OUTPUT_DIR)
+    if not (args.resume and found):
+        check_weights(cfg, training=not args.eval_only)
+    if found and not args.resume and not args.eval_only:
+        logger.warning(
+            "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew; --resume "
+            "would have gone on from it.",
+            cfg.OUTPUT_DIR,
+        )
+    default_setup(cfg, args)
+    if on_cpu:
+        logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
+    if runs_on_cpu(cfg) and comm.get_world_size() > 1:
+        # The processes of one machine share its cores.
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
+    return cfg
+
+
+class Trainer(DefaultTrainer):
+    """
+    Detectron2's default trainer for models with asymmetric feedback: says at the start which
+    layers learn by which rule, chooses SOLVER.OPTIMIZER, keeps the best checkpoint, and trains on
+    one or several CPU processes as well.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: of :func:`setup`.
+        """
+        # DefaultTrainer's constructor, but for DistributedDataParallel on the CPU (which takes no
+        # device_ids), mixed precision on the CPU, and the checkpointer.
+        TrainerBase.__init__(self)
+        for name in ("detectron2", "ss_detectron"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(name=name)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+
+        on_cpu = runs_on_cpu(cfg)
+        device_ids = {"device_ids": None} if on_cpu else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **device_ids)
+        if comm.get_world_size() > 1:
+            # Each rank initialised its weights by a seed of its own, and made feedback from them.
+            reset_feedback(model)
+        self._trainer = StepTrainer(
+            model,
+            data_loader,
+            optimizer,
+            passes=cfg.SOLVER.ACCUMULATION_STEPS,
+            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+            device=torch.device(cfg.MODEL.DEVICE).type,
+            skips=cfg.SOLVER.SKIP_NOT_FINITE,
+        )
+        # DefaultTrainer leaves its hooks out of this one.
+        self._trainer.after_backward = self.after_backward
+
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = FeedbackCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
+            trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
+            trainer=weakref.proxy(self),
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._evaluation_missing = self._restored = False
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Goes on from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one, as if the
+        run had not been interrupted; else loads MODEL.WEIGHTS and nothing else.
+
+        Raises:
+            OSError, ValueError: there is a checkpoint, and none that a run like this one can go on
+                from; see :meth:`FeedbackCheckpointer.resume_or_load`.
+        """
+        resume = resume and self.checkpointer.has_checkpoint()
+        self._restored = False
+        saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not resume:
+            return
+        if not self._restored:
+            raise ValueError(
+                f"the checkpoint to resume from in {self.cfg.OUTPUT_DIR} holds weights, but no "
+                "state of a training: to begin with these weights, name it in MODEL.WEIGHTS and "
+                "give another OUTPUT_DIR, without --resume"
+            )
+        self.start_iter = self.iter + 1
+        self._evaluation_missing = not saved.get("evaluated", False)
+        ranks = saved.get("ranks", [])
+        if len(ranks) == comm.get_world_size():
+            load_rank_state(self.model, self._device, ranks[comm.get_rank()])
+        else:
+            logger.warning(
+                "The checkpoint has the random numbers and loss normalisers of %d processes, and "
+                "these are %d: they begin anew, and the run differs from one that was not "
+                "interrupted.",
+                len(ranks),
+                comm.get_world_size(),
+            )
+
+    def save_checkpoint(self) -> None:
+        """
+        Saves all that a run resumed after this iteration needs, at its very end, after evaluation.
+        Every rank has to call it.
+        """
+        name = f"model_{self.iter:07d}"
+        state = self.gather_rank_states()
+        self.checkpointer.save(name, iteration=self.iter, evaluated=True, ranks=state)
+
+    def gather_rank_states(self) -> list[dict[str, Any]]:
+        """Of all ranks, on the main one; every rank has to call it."""
+        return comm.gather(rank_state(self.model, self._device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """DefaultTrainer's, and where the loaders are."""
+        state = super().state_dict()
+        for name, loader in self._loaders().items():
+            if hasattr(loader, "state_dict"):
+                state[name] = loader.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Goes on where another trainer was, with the config's own settings of the optimiser and the
+        schedule: what ends by diverging is to go on with a lower learning rate.
+        """
+        super().load_state_dict(state_dict)
+        self._restored = True
+        if isinstance(self.scheduler, LRMultiplier):
+            groups = self.optimizer.param_groups
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+        for name, loader in self._loaders().items():
+            if name not in state_dict:
+                reason = "the checkpoint does not say where it was"
+            elif not hasattr(loader, "load_state_dict"):
+                reason = f"a loader of type {type(loader).__name__} keeps no state"
+            else:
+                loader.load_state_dict(state_dict[name])
+                continue
+            logger.warning("The order of the images (%s) begins anew: %s.", name, reason)
+
+    def _loaders(self) -> dict[str, Any]:
+        """The loaders of training images, by the name of their state in a checkpoint."""
+        loaders = {"data": self._trainer.data_loader}
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PreciseBN) and hasattr(hook, "_data_loader"):
+                loaders["precise_bn_data"] = hook._data_loader
+        return loaders
+
+    def train(self) -> Any:
+        """DefaultTrainer's; what an earlier run has left in OUTPUT_DIR is set aside."""
+        if self.start_iter == 0:
+            self._set_aside_earlier_run()
+        # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
+        # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
+        # nothing to go without; a GPU is not exact to the bit in any case.
+        with (
+            torch.jit.optimized_execution(not runs_on_cpu(self.cfg)),
+            self.checkpointer.explaining_a_full_disk(),
+        ):
+            return super().train()
+
+    def _set_aside_earlier_run(self) -> None:
+        aside = set_aside(self.cfg.OUTPUT_DIR) if comm.is_main_process() else None
+        if aside:
+            logger.warning("The checkpoints of an earlier run are now in %s.", aside)
+        comm.synchronize()
+
+    def before_train(self) -> None:
+        """Makes up for an evaluation that the interrupted run may not have finished, as well."""
+        super().before_train()
+        period = self.cfg.TEST.EVAL_PERIOD
+        due = period > 0 and self.start_iter % period == 0 and self.start_iter < self.max_iter
+        if not (self._evaluation_missing and due):
+            return
+        logger.info("Resumed after the step of an evaluation, which is done first.")
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks:
+            if isinstance(hook, (hooks.EvalHook, hooks.BestCheckpointer, hooks.PeriodicWriter)):
+                hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
+
+    def after_train(self) -> None:
+        if self.iter < self.max_iter:
+            # Detectron2's hooks would take a failure in the last step for the end of training.
+            kinds = (hooks.EvalHook, hooks.BestCheckpointer)
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, kinds)]
+        # A finished run that is resumed takes no step, and is not one step further for it.
+        self.iter = min(self.iter, self.max_iter)
+        # Ends the loader's workers. Killed at Python's exit, they would leave temporary folders.
+        self._trainer._data_loader_iter_obj = None
+        super().after_train()
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """
+        Evaluates on DATASETS.TEST. On every rank, the model is the main one's, the one that is
+        saved; and training goes on with the random numbers it would have had.
+        """
+        share_buffers(model)
+        with kept_random_state(torch.device(cfg.MODEL.DEVICE)):
+            results = super().test(cfg, model, evaluators)
+        for task, *expected in cfg.TEST.EXPECTED_RESULTS:
+            if results and not isinstance(results.get(task), Mapping):
+                raise ValueError(
+                    f"TEST.EXPECTED_RESULTS expects {[task, *expected]}, and the evaluation gives "
+                    f"results of {', '.join(results)}"
+                )
+        return results
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.cfg.MODEL.DEVICE)
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's scaling to another number of processes, of the last layers' rate as well."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is not cfg:
+            scaled.defrost()
+            scale = scaled.SOLVER.IMS_PER_BATCH / cfg.SOLVER.IMS_PER_BATCH
+            scaled.SOLVER.LAST_LAYER.BASE_LR *= scale
+            scaled.freeze()
+        return scaled
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """
+        Returns:
+            the model, on its device, in the memory format of MODEL.CHANNELS_LAST, and to be
+            compiled where MODEL.COMPILED says so; weights may be loaded into it.
+
+        Raises:
+            ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect, or nothing
+                of the model can be compiled.
+        """
+        model = super().build_model(cfg)
+        report = feedback_report(model)
+        check_conversion(cfg, model, report)
+        logger.info("Which layers learn by which rule:\n%s", report)
+        if cfg.MODEL.CHANNELS_LAST:
+            # Feedback follows its weight. That of the weights gives that of all feature maps.
+            model.to(memory_format=torch.channels_last)
+        if cfg.MODEL.COMPILED:
+            compile_parts(model)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`~ss_detectron.solver.build.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """
+        Detectron2's.
+
+        Raises:
+            ValueError: as there, but names the keys.
+        """
+        try:
+            return super().build_lr_scheduler(cfg, optimizer)
+        except Exception as error:  # of all kinds, as it checks few of its values
+            keys = ("BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "GAMMA", "NUM_DECAYS")
+            keys += ("WARMUP_FACTOR", "WARMUP_ITERS", "RESCALE_INTERVAL")
+            values = ", ".join(f"{key} {cfg.SOLVER[key]!r}" for key in keys)
+            raise ValueError(
+                f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}, from which no "
+                f"schedule of learning rates follows with {values}: {error}"
+            ) from error
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """
+        The loader of DATASETS.TRAIN, endless. Its batches follow from SEED. A batch has the images
+        of one pass, see SOLVER.ACCUMULATION_STEPS.
+        """
+        if _is_classification(cfg.DATASETS.TRAIN[0]):
+            loader = build_classification_train_loader(cfg)
+            _log_epochs(cfg, len(loader.dataset))
+            return loader
+        loader = build_resumable_detection_train_loader(cfg)
+        if isinstance(loader, TrainingLoader):
+            _log_epochs(cfg, len(loader.dataset))
+        return loader
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """The loader of one data set, each image once over all processes."""
+        if _is_classification(dataset_name):
+            return build_classification_test_loader(cfg, dataset_name)
+        return build_detection_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """
+        The evaluator for the data set's evaluator_type.
+
+        Raises:
+            NotImplementedError: there is none for that type.
+        """
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if kind == "coco":
+            return DetectionEvaluator(dataset_name, output_dir=folder)
+        if kind == "classification":
+            return ClassificationEvaluator(
+                dataset_name, per_class=cfg.TEST.CLASSIFICATION.PER_CLASS, output_dir=folder
+            )
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        raise NotImplementedError(
+            f"data set {dataset_name!r} has evaluator_type {kind!r}; this trainer evaluates "
+            "'coco', 'pascal_voc' and 'classification'. Override Trainer.build_evaluator for "
+            "others."
+        )
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        """
+        Detectron2's hooks, the best checkpoint by the first test set's box AP or top-1 error, and
+        the measurement of the alignment.
+        """
+        built = super().build_hooks()
+        # Detectron2's is the main rank's, and saves nothing of the others.
+        built = [hook for hook in built if not isinstance(hook, hooks.PeriodicCheckpointer)]
+        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+        built.insert(place, PeriodicCheckpointer(self.checkpointer, period))
+        if comm.is_main_process() and self.cfg.DATASETS.TEST:
+            names = self.cfg.DATASETS.TEST
+            metric, mode = "bbox/AP", "max"
+            if _is_classification(names[0]):
+                metric, mode = "classification/top1_error", "min"
+            if len(names) > 1:
+                metric = f"{names[0]}/{metric}"
+            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, mode)
+            # After the evaluation, before the writers.
+            built.insert(len(built) - 1, best)
+        if self.cfg.TEST.ALIGNMENT_PERIOD:
+            built.insert(0, AlignmentHook(self.cfg.TEST.ALIGNMENT_PERIOD))
+        return [*built, PreemptionHook()]
+
+
+def _log_epochs(cfg: CfgNode, images: int) -> None:
+    """Says what the schedule's iterations mean in epochs."""
+    solver = cfg.SOLVER
+    epochs = [step * solver.IMS_PER_BATCH / images for step in (solver.MAX_ITER, *solver.STEPS)]
+    logger.info(
+        "SOLVER.MAX_ITER: %d steps of %d images are %.4g epochs of %d images; SOLVER.STEPS: %s.",
+        solver.MAX_ITER,
+        solver.IMS_PER_BATCH,
+        epochs[0],
+        images,
+        f"after epochs {', '.join(f'{e:.4g}' for e in epochs[1:])}" if solver.STEPS else "none",
+    )
+
+
+def _is_classification(dataset_name: str) -> bool:
+    return MetadataCatalog.get(dataset_name).get("evaluator_type") == "classification"

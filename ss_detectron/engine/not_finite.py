@@ -1,0 +1,164 @@
+"""Losses, gradients and weights that are not finite: found, told, and a forward pass taken back."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ss_detectron.alignment import weight_alignment
+from ss_detectron.modeling.loss_normalizer import get_loss_normalizers, set_loss_normalizers
+
+__all__ = [
+    "ForwardState",
+    "Pass",
+    "all_finite",
+    "check_state",
+    "describe_step",
+    "image_names",
+    "not_finite",
+]
+
+_NAMES = 5
+"""How many of many names a report gives."""
+
+
+class Pass(NamedTuple):
+    """One forward pass of one rank."""
+
+    losses: dict[str, Any]
+    """Loss name -> a scalar tensor, or a number once it is to be reported."""
+    images: list[str] | None
+    """The batch's files; None if it does not say."""
+
+
+def image_names(batch: Any) -> list[str] | None:
+    """
+    The files of a batch, which is {"file_name": names, ...} for classification and [{"file_name":
+    name, ...}, ...] for detection; None for a batch of another kind.
+    """
+    if isinstance(batch, dict):
+        names = batch.get("file_name")
+        return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
+    if isinstance(batch, (list, tuple)) and all(
+        isinstance(image, dict) and "file_name" in image for image in batch
+    ):
+        return [str(image["file_name"]) for image in batch]
+    return None
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """
+    True, as a tensor, if all the numbers of one or more tensors are finite. It reads each once, on
+    its device, and waits for nothing. Numbers so large that the sum of their squares overflows make
+    it False as well: :func:`not_finite` tells.
+    """
+    norms = torch._foreach_norm([_values(tensor) for tensor in tensors])
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those in which not every number is finite."""
+    return [name for name, tensor in tensors if not _values(tensor).isfinite().all()]
+
+
+def _values(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.layout == torch.strided else tensor.coalesce().values()
+
+
+class ForwardState:
+    """
+    What a forward pass in training changes in a model, as it is now: its buffers, such as the
+    statistics of batch norm, but for feedback; and the loss normalisers of dense detectors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._buffers = {name: buffer.clone() for name, buffer in self._moving_buffers()}
+        self._normalizers = get_loss_normalizers(model)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Makes the model what it was."""
+        for name, buffer in self._moving_buffers():
+            if name in self._buffers:
+                buffer.copy_(self._buffers[name])
+        set_loss_normalizers(self._model, self._normalizers)
+
+    def _moving_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, buffer in self._model.named_buffers():
+            if not name.rpartition(".")[2].startswith("feedback"):
+                yield name, buffer
+
+
+def describe_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: list[list[Pass]],
+    gradients: list[str],
+    weights: list[str],
+) -> str:
+    """
+    What is known of a step whose losses or gradients are not all finite, a line each.
+
+    Args:
+        model: not wrapped.
+        optimizer: of the model.
+        ranks: the passes of every rank, with losses that are numbers.
+        gradients, weights: the names of the parameters whose gradient is not finite, and of those
+            that are not finite themselves.
+    """
+    lines = []
+    for rank, passes in enumerate(ranks):
+        for i, (losses, images) in enumerate(passes):
+            where = f"rank {rank}" + f", pass {i + 1} of {len(passes)}" * (len(passes) > 1)
+            values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
+            files = "the batch names none" if images is None else ", ".join(images) or "none"
+            lines.append(f"{where}: {values}; images: {files}")
+    rates = Counter()
+    for group in optimizer.param_groups:
+        rates[float(group["lr"])] += len(group["params"])
+    said = ", ".join(f"{rate:g} ({count} parameters)" for rate, count in sorted(rates.items()))
+    lines.append(f"learning rate: {said}")
+    lines.append(f"gradients that are not finite: {_counted(gradients)}")
+    if weights:
+        lines.append(f"weights that are not finite: {_counted(weights)}")
+    ratios = {name: found.norm_ratio for name, found in weight_alignment(model).items()}
+    # What is no number comes first.
+    largest = sorted(ratios, key=lambda name: (ratios[name] == ratios[name], -ratios[name]))
+    said = ", ".join(f"{name} {ratios[name]:.3g}" for name in largest[:_NAMES])
+    lines.append(f"largest norm(B)/norm(W): {said or 'no layers'}")
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _counted(names: list[str]) -> str:
+    listed = ", ".join(names[:_NAMES]) + ", ..." * (len(names) > _NAMES)
+    return f"{len(names)}: {listed}" if names else "0"
+
+
+def check_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Refuses a state that is of no use to go on from or to evaluate.
+
+    Raises:
+        FloatingPointError: a weight, a statistic of batch norm or a tensor of the optimiser's state
+            is not finite; names some.
+    """
+    named = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in named.items()}
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+            named[name] = buffer
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                named[f"{key} of {names.get(parameter, 'a parameter')}"] = value
+    if found := not_finite(named.items()):
+        raise FloatingPointError(
+            f"Not finite: {_counted(found)}. The training has diverged, and no checkpoint of it is "
+            "written: those before are kept. A lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS "
+            "or SOLVER.CLIP_GRADIENTS may help."
+        )

@@ -1,0 +1,1 @@
+"""What several rooms share: random numbers, processes, and which files are trusted."""

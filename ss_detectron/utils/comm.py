@@ -1,0 +1,96 @@
+"""What the processes of a run (ranks) have to agree on, and what each has of its own."""
+
+import gc
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import nn
+
+from ss_detectron.modeling.loss_normalizer import get_loss_normalizers, set_loss_normalizers
+
+from .random_state import get_random_state, set_random_state
+
+__all__ = [
+    "any_rank",
+    "leave_group",
+    "limit_waiting",
+    "load_rank_state",
+    "rank_state",
+    "share_buffers",
+]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank. Every rank has to call it, and gets the same answer."""
+    return any(comm.all_gather(flag))
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """
+    Has ranks wait for each other's objects, as in :func:`any_rank`, no longer than ``timeout``:
+    beside NCCL, Detectron2 exchanges them in a group of gloo's that knows nothing of it. Every rank
+    has to call it, before any exchange.
+    """
+
+    @lru_cache
+    def group() -> dist.ProcessGroup:
+        if dist.get_backend() == "nccl":
+            return dist.new_group(backend="gloo", timeout=timeout)
+        return dist.group.WORLD
+
+    comm._get_global_gloo_group = group
+
+
+def share_buffers(model: nn.Module) -> None:
+    """
+    Gives every rank the main one's buffers, such as the statistics of batch norm, which each rank
+    gathers from its own images. Every rank has to call it.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def leave_group() -> None:
+    """
+    Ends this process's part in a run of several, once it has no more to say to the others: torch's
+    process group, its threads included. A thread of gloo's that is still there when Python ends,
+    and then comes to release a tensor, aborts the process ("terminate called without an active
+    exception"), whatever it has achieved. The threads end with the last reference to the group.
+    """
+    if not dist.is_initialized():
+        return
+    comm._LOCAL_PROCESS_GROUP = None
+    comm.create_local_process_group.cache_clear()
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()  # trainers and DistributedDataParallel, which refer to it, are in cycles
+    dist.destroy_process_group()
+
+
+def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """
+    What a checkpoint has to hold of each rank, in tensors, numbers and strings: its random numbers
+    and the loss normalisers of its own images.
+
+    Args:
+        model: possibly wrapped in DistributedDataParallel.
+        device: the model's.
+    """
+    return {
+        "random": get_random_state(device),
+        "loss_normalizer": get_loss_normalizers(_unwrapped(model)),
+    }
+
+
+def load_rank_state(model: nn.Module, device: torch.device, state: dict[str, Any]) -> None:
+    """Puts :func:`rank_state` back."""
+    set_loss_normalizers(_unwrapped(model), state["loss_normalizer"])
+    set_random_state(state["random"], device)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -1,0 +1,1202 @@
+"""What becomes of data that are not as they should be: docs/bad_data.md, row by row."""
+
+import io
+import json
+import logging
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import inference_on_dataset
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from detectron2.utils import logger as detectron2_logger
+from image_utils import datasets_folder, image_config
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from ss_detectron.data import (
+    DetectionMapper,
+    UnreadableImageError,
+    check_datasets,
+    register_coco_from_config,
+    register_image_folders_from_config,
+)
+from ss_detectron.data.boxes import without_unusable_boxes
+from ss_detectron.data.coco_file import read_coco_file
+from ss_detectron.engine import Trainer
+
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "bad_data.md"
+WIDTH, HEIGHT = 64, 48
+BOXES = {i: [(4.0, 8.0, 24.0, 18.0 + i)] for i in range(4)}
+"""Of the images: left, top, right, bottom."""
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setattr(detectron2_logger, "_LOG_COUNTER", type(detectron2_logger._LOG_COUNTER)())
+    with datasets_folder(tmp_path, monkeypatch) as folder:
+        yield folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table."""
+
+    name: str
+    spoil: Callable
+    error: str
+    skip: str
+    message: str = ""
+    """What is raised or logged, but for the data set or file: a regular expression."""
+    boxes: dict = field(default_factory=lambda: BOXES)
+    """Those of every image that training sees."""
+    ap: float = 100.0
+    """Of a detector that finds all objects of the untouched data set, where it gets the image."""
+    options: tuple = ()
+
+
+def everywhere(name, spoil, outcome, message="", **kwargs) -> Case:
+    """A case to which DATALOADER.UNREADABLE_IMAGES is nothing."""
+    return Case(name, spoil, outcome, outcome, message, **kwargs)
+
+
+# Images ------------------------------------------------------------------------------------------
+
+
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(form: str, image: Image.Image | None = None, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    (image or picture()).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    """With a few bytes in its middle that are others."""
+    middle = len(content) // 2
+    spoiled = bytes(b ^ 0x5A for b in content[middle : middle + 40])
+    return content[:middle] + spoiled + content[middle + 40 :]
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says to be of 900 million pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99)))
+
+
+def turned(form: str) -> bytes:
+    """Stored as it is, to be shown turned by a quarter."""
+    exif = Image.Exif()
+    exif[274] = 6
+    return encoded(form, exif=exif)
+
+
+def sixteen_bits() -> bytes:
+    values = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 20
+    return encoded("png", Image.fromarray(values))
+
+
+def palette() -> bytes:
+    return encoded("png", picture().convert("P"), transparency=bytes(range(256)))
+
+
+def floats() -> bytes:
+    return encoded("tiff", Image.fromarray(np.ones((HEIGHT, WIDTH), dtype=np.float32)))
+
+
+def write(content: bytes) -> Callable[[Path], None]:
+    return lambda file: file.write_bytes(content)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def make_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def dangle(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+# Name, what is done to the file, what is said about it.
+UNREADABLE = [
+    ("truncated JPEG", write(half(encoded("jpeg"))), "truncated"),
+    ("truncated progressive JPEG", write(half(encoded("jpeg", progressive=True))), "truncated"),
+    ("damaged header of a JPEG", write(b"\xff\xd8" + bytes(500)), "cannot identify"),
+    ("truncated PNG", write(half(encoded("png"))), "truncated|broken|Truncated"),
+    ("damaged PNG", write(flipped(encoded("png"))), "broken|bad|checksum|unrecognized"),
+    ("empty file", write(b""), "cannot identify"),
+    ("text named as an image", write(b"no image"), "cannot identify"),
+    ("more pixels than Pillow takes (a decompression bomb)", write(bomb()), "exceeds limit"),
+    ("floating-point values", write(floats()), "mode F|floats"),
+    ("folder in place of a file", make_folder, "Is a directory"),
+    ("link that leads nowhere", dangle, "No such file"),
+]
+READABLE = [
+    ("damaged pixels of a JPEG that decodes", write(flipped(encoded("jpeg")))),
+    ("grey", write(encoded("jpeg", picture().convert("L")))),
+    ("black and white", write(encoded("png", picture().convert("1")))),
+    ("CMYK", write(encoded("jpeg", picture().convert("CMYK")))),
+    ("palette with transparency", write(palette())),
+    ("alpha channel", write(encoded("png", picture().convert("RGBA")))),
+]
+
+
+# Detection ---------------------------------------------------------------------------------------
+
+
+def write_set(spoil: Callable[[dict], Any]) -> None:
+    """``sky/labels.json`` and ``sky/images``, one object in each of four images, then spoiled."""
+    folder = Path("sky/images")
+    folder.mkdir(parents=True)
+    content = {"images": [], "annotations": [], "categories": []}
+    for i, [(x, y, right, bottom)] in BOXES.items():
+        (folder / f"{i}.jpg").write_bytes(encoded("jpeg"))
+        content["images"].append(
+            {"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH}
+        )
+        box = [x, y, right - x, bottom - y]
+        ids = {"id": i + 1, "image_id": i, "category_id": i % 2 + 1}
+        content["annotations"].append({**ids, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    content["categories"] = [{"id": 1, "name": "kite"}, {"id": 2, "name": "balloon"}]
+    text = spoil(content)
+    if not isinstance(text, bytes):
+        text = json.dumps(content).encode()
+    Path("sky/labels.json").write_bytes(text)
+
+
+def detection_config(unreadable: str = "error", *options: Any) -> CfgNode:
+    cfg = image_config(train=("own_sky",), test=("own_sky",))
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.RETINANET.NUM_CLASSES = 2
+    cfg.DATASETS.COCO_INSTANCES = [["own_sky", "sky/labels.json", "sky/images"]]
+    cfg.DATALOADER.UNREADABLE_IMAGES = unreadable
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.INPUT.MIN_SIZE_TRAIN = cfg.INPUT.MIN_SIZE_TEST = (0,)  # not resized
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.SEED = 3
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+def checked(cfg: CfgNode) -> CfgNode:
+    register_coco_from_config(cfg)
+    check_datasets(cfg)
+    return cfg
+
+
+def trained_on(cfg: CfgNode, images: int = 4) -> dict[Any, list]:
+    """The boxes of the images in two epochs of training, by image."""
+    found = {}
+    for batch in islice(Trainer.build_train_loader(cfg), images):
+        assert len(batch) == 2
+        for image in batch:
+            height, width = image["image"].shape[1:]
+            assert image["instances"].image_size == (height, width) == (HEIGHT, WIDTH)
+            boxes = image["instances"].gt_boxes.tensor
+            assert torch.isfinite(boxes).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+            found[image["image_id"]] = [tuple(box) for box in boxes.tolist()]
+    return found
+
+
+def oracle(images: list[dict]) -> list[dict]:
+    """Finds the objects of the untouched data set, and masks that fill their boxes."""
+    assert images  # which models need, too
+    found = []
+    for image in images:
+        number = int(image["image_id"])
+        instances = Instances((image["height"], image["width"]))
+        instances.pred_boxes = Boxes(torch.tensor(BOXES[number]))
+        instances.pred_masks = torch.tensor(np.stack([box_mask(BOXES[number][0])])).bool()
+        instances.scores = torch.ones(1)
+        instances.pred_classes = torch.tensor([number % 2])
+        found.append({"instances": instances})
+    return found
+
+
+def average_precision(cfg: CfgNode) -> float:
+    def find(images: list[dict]) -> list[dict]:
+        found = oracle(images)
+        if not cfg.MODEL.MASK_ON:
+            for image in found:
+                image["instances"].remove("pred_masks")
+        return found
+
+    loader = Trainer.build_test_loader(cfg, "own_sky")
+    evaluator = Trainer.build_evaluator(cfg, "own_sky")
+    results = inference_on_dataset(find, loader, evaluator)
+    assert set(results) == ({"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"})
+    assert len({round(kind["AP"], 6) for kind in results.values()}) == 1
+    return results["bbox"]["AP"]
+
+
+def on_file(change: Callable[[Path], None]) -> Callable[[dict], None]:
+    return lambda content: change(Path("sky/images/1.jpg"))
+
+
+def on_image(**changes: Any) -> Callable[[dict], None]:
+    return lambda content: content["images"][1].update(changes)
+
+
+def without(part: str, key: str) -> Callable[[dict], None]:
+    return lambda content: content[part][1].pop(key)
+
+
+def on_object(**changes: Any) -> Callable[[dict], None]:
+    return lambda content: content["annotations"][1].update(changes)
+
+
+def one_more(box: list, **changes: Any) -> Callable[[dict], None]:
+    """One more object of image 0 and class 0."""
+    ids = {"id": 9, "image_id": 0, "category_id": 1, "area": 9, "iscrowd": 0}
+    return lambda content: content["annotations"].append({**ids, "bbox": box, **changes})
+
+
+def text(content: bytes) -> Callable[[dict], bytes]:
+    return lambda _: content
+
+
+def crowd(content: dict) -> None:
+    content["annotations"][1]["iscrowd"] = 1
+
+
+def renamed(name: str) -> Callable[[dict], None]:
+    def rename(content: dict) -> None:
+        file = Path("sky/images", name)
+        file.parent.mkdir(exist_ok=True)
+        Path("sky/images/1.jpg").rename(file)
+        content["images"][1]["file_name"] = name
+
+    return rename
+
+
+def absolute(content: dict) -> None:
+    Path("sky/images/1.jpg").rename("elsewhere.jpg")
+    content["images"][1]["file_name"] = str(Path("elsewhere.jpg").absolute())
+
+
+def many(content: dict) -> None:
+    ids = {"image_id": 0, "category_id": 1, "area": 4, "iscrowd": 1}
+    content["annotations"] += [{**ids, "id": 10 + i, "bbox": [4, 4, 2, 2]} for i in range(3000)]
+    for annotation in content["annotations"][4:]:
+        annotation["iscrowd"] = 0
+
+
+def gaps(content: dict) -> None:
+    """Ids of classes with gaps and in another order."""
+    content["categories"] = [{"id": 70, "name": "balloon"}, {"id": 5, "name": "kite"}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = (5, 70)[annotation["category_id"] - 1]
+
+
+def zero_ids(content: dict) -> None:
+    for annotation in content["annotations"]:
+        annotation["id"] -= 1
+
+
+def strings_as_ids(content: dict) -> None:
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    for annotation in content["annotations"]:
+        image = annotation["image_id"]
+        annotation.update(id="abcd"[image], image_id=str(image))
+
+
+def no_areas(content: dict) -> None:
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+
+
+def polygons(*found: Any) -> Callable[[dict], None]:
+    def add(content: dict) -> None:
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [TRIANGLE]
+        content["annotations"][1]["segmentation"] = found[0] if found else None
+
+    return add
+
+
+def rle(size: list, counts: Any) -> Callable[[dict], None]:
+    return on_object(segmentation={"size": size, "counts": counts})
+
+
+def box_mask(box: tuple) -> np.ndarray:
+    left, top, right, bottom = map(int, box)
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[top:bottom, left:right] = 1
+    return mask
+
+
+def compressed(mask: np.ndarray) -> str:
+    return mask_util.encode(np.asfortranarray(mask))["counts"].decode()
+
+
+def masks(form: str, **changes: Any) -> Callable[[dict], None]:
+    """Every object fills its box; then one is changed."""
+
+    def add(content: dict) -> None:
+        for annotation in content["annotations"]:
+            [(x, y, right, bottom)] = BOXES[annotation["image_id"]]
+            mask = [[x, y, right, y, right, bottom, x, bottom]]
+            if form == "RLE":
+                counts = compressed(box_mask((x, y, right, bottom)))
+                mask = {"size": [HEIGHT, WIDTH], "counts": counts}
+            annotation["segmentation"] = mask
+        on_object(**changes)(content)
+
+    return add
+
+
+def without_crowd_mask(content: dict) -> None:
+    masks("polygons", iscrowd=1)(content)
+    del content["annotations"][1]["segmentation"]
+
+
+# COCO's AP is the mean, over recalls of 0, 1, ... 100 %, of the best precision there or beyond. Of
+# the two classes, all objects of one are found. Of the other ...
+ONE_OF_TWO = 100 * (1 + 51 / 101) / 2  # one of two is
+ONE_WRONG = 100 * (1 + 51 / 101 / 2) / 2  # ... after something that is none
+HALF_RIGHT = 100 * (1 + 1 / 2) / 2  # the only one is, after something that is none
+TWO_OF_THREE = 100 * (1 + 67 / 101) / 2  # two of three are
+THREE = {i: BOXES[i] for i in (0, 2, 3)}
+CROWDED = {**BOXES, 0: BOXES[0] + 3000 * [(4.0, 4.0, 6.0, 6.0)]}
+MASKS = ("MODEL.MASK_ON", True)
+BITMASKS = (*MASKS, "INPUT.MASK_FORMAT", "bitmask")
+TRIANGLE = [4, 8, 24, 8, 24, 18]
+
+DETECTION_IMAGES = [
+    *(Case(name, on_file(change), "ends", "skipped", m) for name, change, m in UNREADABLE),
+    Case("missing file", on_file(remove), "stops", "skipped", "1 of which are not in|No such file"),
+    Case("16-bit values", on_file(write(sixteen_bits())), "ends", "skipped", "mode I"),
+    Case(
+        "another size than the annotation's",
+        on_file(write(encoded("jpeg", picture().resize((60, 40))))),
+        "ends",
+        "skipped",
+        r"got \(60, 40\), expect \(64, 48\)",
+    ),
+    Case(
+        "width and height swapped",
+        on_image(width=HEIGHT, height=WIDTH),
+        "ends",
+        "skipped",
+        r"got \(64, 48\), expect \(48, 64\)",
+    ),
+    Case(
+        "orientation in EXIF, size as stored",
+        on_file(write(turned("jpeg"))),
+        "ends",
+        "skipped",
+        r"got \(48, 64\), expect \(64, 48\)",
+    ),
+    *(everywhere(name, on_file(change), "used") for name, change in READABLE),
+    everywhere("non-ASCII name", renamed("Käse 猫 \u202e.jpg"), "used"),
+    everywhere("name with a subfolder", renamed("a/b.jpg"), "used"),
+    everywhere("absolute name", absolute, "used"),
+]
+
+DETECTION_ANNOTATIONS = [
+    everywhere("empty annotation file", text(b""), "stops", "not valid JSON"),
+    everywhere("truncated annotation file", text(b'{"images": ['), "stops", "not valid JSON"),
+    everywhere("annotation file not in UTF-8", text(b'{"a": "\xe9"}'), "stops", "not valid JSON"),
+    everywhere("deeply nested JSON", text(b"[" * 100000), "stops", "not valid JSON"),
+    everywhere("JSON null", text(b"null"), "stops", "not in COCO's form.*it is None"),
+    everywhere("JSON of another form", text(b'{"images": 3}'), "stops", "'images' is 3"),
+    everywhere("no images", lambda c: c["images"].clear(), "stops", "has no images"),
+    everywhere("no annotations", lambda c: c["annotations"].clear(), "stops", "has no annotations"),
+    everywhere(
+        "null in place of annotations",
+        lambda c: c.update(annotations=None),
+        "stops",
+        "'annotations' is None",
+    ),
+    everywhere("no categories", lambda c: c["categories"].clear(), "stops", "has no categories"),
+    everywhere(
+        "category name that cannot be encoded",
+        lambda c: c["categories"][1].update(name="\ud800"),
+        "stops",
+        r"the name '\\ud800', which cannot be encoded",
+    ),
+    everywhere("image that is no object", lambda c: c["images"].append(7), "stops", "is 7, not an"),
+    everywhere("image without id", without("images", "id"), "stops", "has no id, not an integer"),
+    everywhere("image without file_name", without("images", "file_name"), "stops", "no file_name"),
+    everywhere("image without width or height", without("images", "width"), "stops", "no width"),
+    everywhere("image of zero width or height", on_image(height=0), "stops", "the height 0, not"),
+    everywhere(
+        "duplicate image ids", on_image(id=3), "stops", r"images\[1\] \(id 3\) has an id th"
+    ),
+    everywhere(
+        "image without objects",
+        lambda c: c["annotations"].pop(1),
+        "used",
+        boxes=THREE,
+        ap=HALF_RIGHT,
+    ),
+    everywhere(
+        "image without objects, FILTER_EMPTY_ANNOTATIONS False",
+        lambda c: c["annotations"].pop(1),
+        "used",
+        boxes={**BOXES, 1: []},
+        ap=HALF_RIGHT,
+        options=("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+    ),
+    everywhere("image of crowds only", crowd, "used", boxes=THREE),
+    everywhere(
+        "box of zero area",
+        one_more([9, 9, 0, 5]),
+        "left out",
+        r"1 boxes have no area.*\[9, 9, 0, 5\] of image 0",
+        ap=TWO_OF_THREE,
+    ),
+    everywhere(
+        "box of negative size",
+        one_more([40, 40, -9, -9]),
+        "left out",
+        "1 boxes have no ar",
+        ap=TWO_OF_THREE,
+    ),
+    everywhere(
+        "box outside the image",
+        one_more([70, 9, 5, 5]),
+        "left out",
+        "1 boxes lie outside",
+        ap=TWO_OF_THREE,
+    ),
+    everywhere(
+        "box of a side up to 1e-5 pixels, or up to that inside",
+        on_object(bbox=[63.999995, 9, 5, 5]),
+        "left out",
+        "1 boxes lie outside",
+        boxes=THREE,
+        ap=ONE_WRONG,
+    ),
+    everywhere(
+        "only box of an image unusable",
+        on_object(bbox=[9, 9, 0, 5]),
+        "left out",
+        "1 boxes",
+        boxes=THREE,
+        ap=ONE_WRONG,
+    ),
+    everywhere(
+        "box partly outside",
+        on_object(bbox=[-4, 8, 28, 60]),
+        "clipped",
+        r"1 boxes reach beyond.*\[-4, 8, 28, 60\] of image 1",
+        boxes={**BOXES, 1: [(0.0, 8.0, 24.0, 48.0)]},
+        ap=ONE_WRONG,
+    ),
+    everywhere("very many boxes", many, "used", boxes=CROWDED, ap=None),
+    everywhere(
+        "box with NaN",
+        on_object(bbox=[4, 8, float("nan"), 9]),
+        "stops",
+        r"bbox \[4, 8, nan, 9\], not \[x, y, width, height\]",
+    ),
+    everywhere(
+        "box with an infinite or huge number",
+        on_object(bbox=[4, 8, 1e300, 9]),
+        "stops",
+        r"annotations\[1\] \(id 2\) has the bbox \[4, 8, 1e\+300, 9\]",
+    ),
+    everywhere("box of strings", on_object(bbox=["4", "8", "5", "9"]), "stops", r"bbox \['4', '8'"),
+    everywhere("box of another length", on_object(bbox=[4, 8, 5]), "stops", r"bbox \[4, 8, 5\]"),
+    everywhere("annotation without bbox", without("annotations", "bbox"), "stops", "has no bbox"),
+    everywhere("annotation without id", without("annotations", "id"), "stops", "has no id"),
+    everywhere(
+        "duplicate annotation ids", on_object(id=1), "stops", r"2 of 4 annotations.*\(id 1\)"
+    ),
+    everywhere("annotation id 0", zero_ids, "used"),
+    everywhere(
+        "ids that are strings",
+        strings_as_ids,
+        "used",
+        boxes={str(i): found for i, found in BOXES.items()},
+    ),
+    everywhere("ids of both kinds", on_image(id="1"), "stops", "ids of images have .* 0 and '1'"),
+    everywhere(
+        "annotation without image_id", without("annotations", "image_id"), "stops", "image_id"
+    ),
+    everywhere(
+        "annotation of an image that is not listed",
+        one_more([4, 8, 5, 9], image_id=77),
+        "left out",
+        r"1 of 5 annotations .* does not list \(annotation ids 9\)",
+    ),
+    everywhere(
+        "category_id that is not listed",
+        on_object(category_id=3),
+        "stops",
+        "category_id 3, which is none",
+    ),
+    everywhere("category ids with gaps", gaps, "used"),
+    everywhere(
+        "duplicate category ids",
+        lambda c: c["categories"].append({"id": 1, "name": "a"}),
+        "stops",
+        r"categories\[0\] \(id 1\) has an id that",
+    ),
+    everywhere("iscrowd and area missing", no_areas, "used"),
+    everywhere(
+        "iscrowd neither 0 nor 1", on_object(iscrowd="no"), "stops", "iscrowd 'no', neither"
+    ),
+    everywhere("area no number", on_object(area=None), "stops", "area None, not a number"),
+    everywhere(
+        "annotation to be ignored", on_object(ignore=1), "stops", "ignore 1, which is not supp"
+    ),
+    everywhere(
+        "keypoints of another form", on_object(keypoints=[1, 2]), "stops", r"keypoints \[1, 2\]"
+    ),
+    everywhere("segmentation missing", polygons(None), "used"),
+    everywhere("segmentation empty", polygons([]), "used"),
+    everywhere(
+        "segmentation of another form",
+        polygons([4, 8, 24, 8, 24, 18]),
+        "stops",
+        "neither polygons nor RLE",
+    ),
+    everywhere(
+        "polygons of fewer than three points",
+        polygons([[4, 8, 24, 8]]),
+        "left out",
+        "Filtered out 1 instances",
+        boxes=THREE,
+    ),
+    everywhere(
+        "RLE of another size than the image",
+        rle([9, 9], [81]),
+        "stops",
+        r"RLE of the size \[9, 9\]",
+    ),
+    everywhere(
+        "RLE whose counts do not add up",
+        rle([HEIGHT, WIDTH], [5]),
+        "stops",
+        r"RLE of the counts \[5\]",
+    ),
+    everywhere(
+        "segmentation missing, MODEL.MASK_ON",
+        polygons(None),
+        "stops",
+        "MODEL.MASK_ON needs",
+        options=MASKS,
+    ),
+    everywhere(
+        "segmentation of a crowd missing, MODEL.MASK_ON",
+        without_crowd_mask,
+        "stops",
+        "MODEL.MASK_ON needs",
+        options=MASKS,
+    ),
+    everywhere(
+        "polygons of fewer than three points, MODEL.MASK_ON",
+        polygons([[4, 8, 24, 8]]),
+        "stops",
+        "of three points or more",
+        options=MASKS,
+    ),
+    everywhere(
+        "empty polygon before another, MODEL.MASK_ON",
+        polygons([[], TRIANGLE]),
+        "stops",
+        "of three points or more",
+        options=MASKS,
+    ),
+    everywhere(
+        "polygon of an odd length, MODEL.MASK_ON",
+        polygons([[*TRIANGLE, 4]]),
+        "stops",
+        "of three points or more",
+        options=MASKS,
+    ),
+    everywhere(
+        "polygons of strings, MODEL.MASK_ON",
+        polygons([list("abcdef")]),
+        "stops",
+        "not all numbers",
+        options=MASKS,
+    ),
+    everywhere(
+        "polygon with a huge number, MODEL.MASK_ON",
+        polygons([[*TRIANGLE[:5], 1e8]]),
+        "stops",
+        "far outside any image",
+        options=MASKS,
+    ),
+    everywhere(
+        "crowd with polygons of strings, MODEL.MASK_ON",
+        masks("polygons", iscrowd=1, segmentation=[list("abcdef")]),
+        "stops",
+        "not all numbers",
+        options=MASKS,
+    ),
+    everywhere(
+        "RLE, MODEL.MASK_ON with polygons",
+        rle([HEIGHT, WIDTH], [HEIGHT * WIDTH]),
+        "stops",
+        "INPUT.MASK_FORMAT to 'bitmask'",
+        options=MASKS,
+    ),
+    everywhere(
+        "damaged compressed RLE, MODEL.MASK_ON with bitmasks",
+        masks("RLE", segmentation={"size": [HEIGHT, WIDTH], "counts": "0oooooooooo1"}),
+        "stops",
+        "RLE of the counts '0oooooooooo1', not those of its size",
+        options=BITMASKS,
+    ),
+    everywhere(
+        "crowd with damaged compressed RLE, MODEL.MASK_ON",
+        masks("polygons", iscrowd=1, segmentation={"size": [HEIGHT, WIDTH], "counts": "111"}),
+        "stops",
+        "RLE of the counts '111', not those of its size",
+        options=MASKS,
+    ),
+    everywhere("polygons, MODEL.MASK_ON", masks("polygons"), "used", options=MASKS),
+    everywhere(
+        "polygons and a crowd, MODEL.MASK_ON",
+        masks("polygons", iscrowd=1),
+        "used",
+        boxes=THREE,
+        options=MASKS,
+    ),
+    everywhere(
+        "polygons and a crowd in compressed RLE, MODEL.MASK_ON",
+        masks(
+            "polygons",
+            iscrowd=1,
+            segmentation={"size": [HEIGHT, WIDTH], "counts": compressed(box_mask(BOXES[1][0]))},
+        ),
+        "used",
+        boxes=THREE,
+        options=MASKS,
+    ),
+    everywhere(
+        "compressed RLE, MODEL.MASK_ON with bitmasks", masks("RLE"), "used", options=BITMASKS
+    ),
+]
+
+
+def either(case: Case, unreadable: str) -> str:
+    return case.error if unreadable == "error" else case.skip
+
+
+@pytest.mark.parametrize("unreadable", ["error", "skip"])
+@pytest.mark.parametrize("case", DETECTION_IMAGES, ids=lambda case: case.name)
+def test_detection_image(case, unreadable, caplog):
+    detection(case, unreadable, caplog)
+
+
+@pytest.mark.parametrize("unreadable", ["error", "skip"])
+@pytest.mark.parametrize("case", DETECTION_ANNOTATIONS, ids=lambda case: case.name)
+def test_detection_annotation(case, unreadable, caplog):
+    detection(case, unreadable, caplog)
+
+
+def detection(case: Case, unreadable: str, caplog: pytest.LogCaptureFixture) -> None:
+    outcome = either(case, unreadable)
+    write_set(case.spoil)
+    cfg = detection_config(unreadable, *case.options)
+    if outcome == "stops":
+        with pytest.raises((ValueError, FileNotFoundError), match=case.message) as error:
+            checked(cfg)
+        assert "Data set 'own_sky': '" in str(error.value)
+        assert "sky/labels.json'" in str(error.value)
+        return
+    checked(cfg)
+    if outcome == "ends":
+        for use in (trained_on, average_precision):
+            message = rf"images/1.jpg' cannot be used: .*({case.message}).*UNREADABLE_IMAGES to 'sk"
+            with pytest.raises(UnreadableImageError, match=message):
+                use(cfg)
+        return
+    boxes, ap = case.boxes, case.ap
+    if outcome == "skipped":
+        boxes, ap = THREE, ONE_OF_TWO
+    assert trained_on(cfg) == boxes
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    if outcome in ("left out", "clipped"):
+        assert sum(bool(re.search(case.message, text)) for text in warnings) == 1
+    if outcome == "skipped":
+        named = [text for text in warnings if "cannot be used" in text]
+        assert len(named) == 1 and re.search(case.message, named[0])
+        assert "1.jpg' cannot be used" in named[0] and "met 1 unreadable" in named[0]
+    if outcome == "used":
+        assert not [r for r in caplog.records if r.levelno > logging.INFO and r.name[:2] == "ss"]
+    if ap is not None:
+        caplog.clear()
+        assert average_precision(cfg) == pytest.approx(ap, abs=1e-3)
+        lost = "1 of 4 images could not be evaluated: their objects count as missed"
+        assert (lost in caplog.text) == (outcome == "skipped")
+
+
+# Classification ----------------------------------------------------------------------------------
+
+FILES = {f"{kind}/{i}.jpg" for kind in ("cat", "dog") for i in range(3)}
+
+
+def write_folders(spoil: Callable[[Path], Any]) -> None:
+    """``pets/cat`` and ``pets/dog`` of three images each, then spoiled."""
+    for name in FILES:
+        file = Path("pets", name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded("jpeg"))
+    spoil(Path("pets"))
+
+
+def classification_config(unreadable: str = "error") -> CfgNode:
+    options = {"TRANSFORM": "resize", "SIZE": 8}
+    cfg = image_config(["own_pets", "pets"], train=("own_pets",), test=("own_pets",), **options)
+    cfg.DATALOADER.UNREADABLE_IMAGES = unreadable
+    cfg.SOLVER.IMS_PER_BATCH = 3
+    cfg.TEST.CLASSIFICATION.IMS_PER_BATCH = 2
+    cfg.SEED = 3
+    register_image_folders_from_config(cfg)
+    return cfg
+
+
+def files_in_training(cfg: CfgNode, batches: int = 8) -> set[str]:
+    found = list(islice(Trainer.build_train_loader(cfg), batches))
+    assert all(batch["image"].shape == (3, 3, 8, 8) for batch in found)
+    return _files(found)
+
+
+def files_in_evaluation(cfg: CfgNode) -> set[str]:
+    return _files(Trainer.build_test_loader(cfg, "own_pets"))
+
+
+def _files(batches: Any) -> set[str]:
+    names = [(n, int(c)) for b in batches for n, c in zip(b["file_name"], b["label"], strict=True)]
+    for name, label in names:
+        assert Path(name).relative_to(Path("pets").absolute()).parts[0] == ("cat", "dog")[label]
+    return {str(Path(name).relative_to(Path("pets").absolute())) for name, _ in names}
+
+
+def at_file(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda folder: change(folder / "cat" / "1.jpg")
+
+
+def as_file(name: str) -> Callable[[Path], None]:
+    """One of the images under another name."""
+
+    def rename(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / "cat" / "1.jpg").rename(folder / name)
+
+    return rename
+
+
+def as_bytes(folder: Path) -> None:
+    (folder / "cat" / "1.jpg").rename(folder / "cat" / NOT_UTF8)
+
+
+def copied(folder: Path) -> None:
+    (folder / "cat" / "copy.jpg").write_bytes((folder / "cat" / "1.jpg").read_bytes())
+
+
+def emptied(folder: Path) -> None:
+    for file in (folder / "cat").iterdir():
+        file.unlink()
+
+
+def gone(folder: Path) -> None:
+    for file in [*folder.rglob("*.jpg"), *folder.iterdir(), folder]:
+        file.unlink() if file.is_file() else file.rmdir()
+
+
+def no_classes(folder: Path) -> None:
+    gone(folder)
+    folder.mkdir()
+
+
+NOT_UTF8 = b"\xff\xe9.jpg".decode("utf-8", "surrogateescape")
+FIVE = FILES - {"cat/1.jpg"}
+
+CLASSIFICATION = [
+    *(
+        Case(name, at_file(change), "ends", "skipped", message, boxes=FILES)
+        for name, change, message in UNREADABLE
+        if change is not make_folder
+    ),
+    *(everywhere(name, at_file(change), "used", boxes=FILES) for name, change in READABLE),
+    everywhere("16-bit values", at_file(write(sixteen_bits())), "used", boxes=FILES),
+    everywhere("orientation in EXIF", at_file(write(turned("jpeg"))), "used", boxes=FILES),
+    everywhere("folder in place of a file", at_file(make_folder), "used", boxes=FIVE),
+    everywhere(
+        "non-ASCII name", as_file("cat/Käse 猫.jpg"), "used", boxes=FIVE | {"cat/Käse 猫.jpg"}
+    ),
+    everywhere("name not in UTF-8", as_bytes, "used", boxes=FIVE | {f"cat/{NOT_UTF8}"}),
+    everywhere(
+        "file in a subfolder of its class",
+        as_file("cat/a/1.jpg"),
+        "used",
+        boxes=FIVE | {"cat/a/1.jpg"},
+    ),
+    everywhere("the same image twice", copied, "used", boxes=FILES | {"cat/copy.jpg"}),
+    everywhere(
+        "file that is no image by its name",
+        as_file("cat/1.heic"),
+        "left out",
+        r"1 files are no images by their names \(cat/1.heic\)",
+        boxes=FIVE,
+    ),
+    everywhere(
+        "image outside the class folders",
+        as_file("1.jpg"),
+        "left out",
+        "1 images in '.*pets' are in no class folder",
+        boxes=FIVE,
+    ),
+    everywhere(
+        "class folder without images",
+        emptied,
+        "stops",
+        r"1 of 2 class folders hold no image \(cat\)",
+    ),
+    everywhere("no class folders", no_classes, "stops", "holds no folders"),
+    everywhere("missing folder", gone, "stops", "there is no folder"),
+]
+
+
+@pytest.mark.parametrize("unreadable", ["error", "skip"])
+@pytest.mark.parametrize("case", CLASSIFICATION, ids=lambda case: case.name)
+def test_classification(case, unreadable, caplog):
+    outcome = either(case, unreadable)
+    write_folders(case.spoil)
+    cfg = classification_config(unreadable)
+    if outcome == "stops":
+        with pytest.raises(FileNotFoundError, match=f"Data set 'own_pets'.*{case.message}"):
+            check_datasets(cfg)
+        return
+    check_datasets(cfg)
+    if outcome == "ends":
+        for use in (files_in_training, files_in_evaluation):
+            message = f"cat/1.jpg' cannot be read .*({case.message}).*UNREADABLE_IMAGES to 'skip'"
+            with pytest.raises(UnreadableImageError, match=message):
+                use(cfg)
+        return
+    expected = FIVE if outcome == "skipped" else case.boxes
+    assert files_in_training(cfg) == expected
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    if outcome == "used":
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert re.search(case.message, warning)
+        named = "1.jpg' cannot be read" in warning and "met 1 unreadable" in warning
+        assert named == (outcome == "skipped")
+    assert files_in_evaluation(cfg) == expected
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def test_table_is_what_is_tested():
+    """docs/bad_data.md has a row for each case above, with its outcomes, and no others."""
+    cases = {
+        "test_detection_image": DETECTION_IMAGES,
+        "test_detection_annotation": DETECTION_ANNOTATIONS,
+        "test_classification": CLASSIFICATION,
+    }
+    expected = {(c.name, c.error, c.skip, test) for test in cases for c in cases[test]}
+    assert len(expected) == sum(map(len, cases.values()))
+    rows = [
+        tuple(cell.strip().strip("`") for cell in line.strip("|").split("|"))
+        for line in TABLE.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    found = [(name, *outcomes, test) for name, *outcomes, test in rows if test.startswith("test_")]
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+# Beyond the table --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_worker_processes_count_together(workers, capfd):
+    """An image is named once, whichever of them meets it, and counted with those of the others."""
+    logger = logging.getLogger("ss_detectron.data.stream")
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    write_set(lambda content: [Path(f"sky/images/{i}.jpg").write_bytes(b"") for i in (1, 3)])
+    cfg = checked(detection_config("skip", "DATALOADER.NUM_WORKERS", workers))
+    try:
+        loader = Trainer.build_train_loader(cfg)
+        found = [i["image_id"] for batch in islice(loader, 12) for i in batch]
+    finally:
+        logger.removeHandler(handler)
+    assert set(found) == {0, 2}
+    assert loader.dataset.unreadable.tolist() == [False, True, False, True]
+    said = capfd.readouterr().err
+    assert said.count("1.jpg' cannot be used") == said.count("3.jpg' cannot be used") == 1
+    assert "has met 2 unreadable images" in said
+
+
+def test_worker_process_ends_the_run_with_the_name():
+    write_set(on_file(write(b"")))
+    cfg = checked(detection_config("error", "DATALOADER.NUM_WORKERS", 1))
+    for use in (trained_on, average_precision):
+        with pytest.raises(UnreadableImageError, match="1.jpg' cannot be used: cannot identify"):
+            use(cfg)
+
+
+def test_names_that_are_not_utf_8_can_be_logged(caplog):
+    """Those of files may be any bytes; a log is UTF-8."""
+    write_folders(as_bytes)
+    Path("pets/cat", NOT_UTF8).write_bytes(b"")
+    Path("pets/cat", NOT_UTF8 + ".txt").touch()
+    assert files_in_training(classification_config("skip")) == FIVE
+    assert caplog.text.encode().count(rb"\udcff\udce9.jpg") >= 2
+
+
+def test_weighted_samplers_find_the_images_they_counted():
+    write_set(on_object(bbox=[9, 9, 0, 5]))
+    cfg = checked(detection_config("error", "DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"))
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []  # which some versions of Detectron2 lack
+    assert trained_on(cfg, images=8) == {**BOXES, 1: []}
+
+
+def test_rank_zero_speaks_for_all(monkeypatch, caplog):
+    write_set(one_more([9, 9, 0, 5]))
+    cfg = checked(detection_config())
+    monkeypatch.setattr(comm, "get_rank", lambda: 1)
+    Trainer.build_train_loader(cfg)
+    assert "have no area" not in caplog.text
+    monkeypatch.setattr(comm, "get_rank", lambda: 0)
+    Trainer.build_train_loader(cfg)
+    assert caplog.text.count("have no area") == 1
+
+
+def test_unknown_treatment_is_refused_for_detection():
+    write_set(lambda content: None)
+    with pytest.raises(ValueError, match="UNREADABLE_IMAGES is 'ignore'; choose 'error' or 'skip'"):
+        checked(detection_config("ignore"))
+
+
+def test_all_images_missing_are_too_many_to_skip():
+    write_set(lambda content: None)
+    for file in Path("sky/images").iterdir():
+        file.rename(file.with_suffix(".png"))
+    with pytest.raises(FileNotFoundError, match="names 4 images, 4 of which are not in"):
+        checked(detection_config("skip"))
+
+
+def test_nothing_to_learn_from():
+    def flatten(content: dict) -> None:
+        for annotation in content["annotations"]:
+            annotation["bbox"][2] = 0
+
+    write_set(flatten)
+    cfg = checked(detection_config())
+    with pytest.raises(ValueError, match="'own_sky' .*no image has an object that can be used"):
+        Trainer.build_train_loader(cfg)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (on_object(id=1), "Annotation ids in .* are not unique"),
+        (on_object(category_id=3), "category_id=3"),
+        (
+            on_object(bbox=[4, 8, float("nan"), 9]),
+            r"1 boxes are not four.*\[4, 8, nan, 9\] of",
+        ),
+        (on_object(bbox="none"), "1 boxes are not four finite numbers: 'none' of image 1"),
+        (without("annotations", "bbox"), "1 boxes are not four finite numbers: None of image 1"),
+        (without("images", "width"), "KeyError"),
+        (text(b"[]"), "AssertionError"),
+        (lambda content: content["annotations"].clear(), "no image has an object that can be"),
+    ],
+)
+def test_sets_that_are_not_parsed_beforehand(spoil, message):
+    """As COCO's own: what Detectron2 fails on comes with the set and its file."""
+    write_set(spoil)
+    cfg = detection_config()
+    register_coco_from_config(cfg)
+    MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
+    check_datasets(cfg)
+    with pytest.raises(ValueError, match=f"'own_sky' .'.*sky/labels.json'.: .*{message}"):
+        Trainer.build_train_loader(cfg)
+
+
+def test_boxes_of_both_kinds_and_none():
+    """Detectron2's two forms of a box; rotated ones and crowds are not looked at."""
+    dicts = [
+        {"image_id": 0, "width": 20, "height": 10, "annotations": annotations}
+        for annotations in (
+            [{"bbox": (1, 2, 3, 4), "bbox_mode": 0}, {"bbox": (5, 5, 5, 9), "bbox_mode": 0}],
+            [{"bbox": (5, 5, 4, 9), "bbox_mode": 1}, {"bbox": (20, 5, 4, 9), "bbox_mode": 1}],
+            [{"bbox": (0, 8, 1, 1.001358e-5), "bbox_mode": 1}],  # less in float32
+            [{"bbox": (1, 2, -3, 4, 90), "bbox_mode": 4}],
+            [{"bbox": (1, 2, 0, 4), "bbox_mode": 1, "iscrowd": 1}],
+            [],
+        )
+    ]
+    before = json.dumps(dicts)
+    found = without_unusable_boxes(dicts, "here")
+    assert json.dumps(dicts) == before
+    assert [len(image["annotations"]) for image in found] == [1, 1, 0, 1, 1, 0]
+    assert found[1]["annotations"] == [{"bbox": (5, 5, 4, 9), "bbox_mode": 1}]
+    assert without_unusable_boxes(found, "here") is found
+
+
+def test_negative_box_would_be_another_to_detectron2():
+    """Why it is left out: Detectron2 takes it for the box between the same corners."""
+    write_set(one_more([40, 40, -9, -9]))
+    cfg = checked(detection_config())
+    dicts = DatasetCatalog.get("own_sky")
+    instances = DetectionMapper(cfg, True)(dicts[0])["instances"]
+    assert instances.gt_boxes.tensor[-1].tolist() == [31, 31, 40, 40]
+
+
+@pytest.mark.parametrize("spoil", [zero_ids, no_areas, gaps, crowd])
+def test_evaluation_without_what_coco_takes_for_granted(spoil):
+    """Found by an ideal detector, every object counts."""
+    write_set(spoil)
+    assert average_precision(checked(detection_config())) == pytest.approx(100)
+
+
+def test_masks_by_rle():
+    def add(content: dict) -> None:
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": [5, 9, 48 * 64 - 14]}
+
+    write_set(add)
+    cfg = checked(detection_config("error", *MASKS, "INPUT.MASK_FORMAT", "bitmask"))
+    image = next(iter(Trainer.build_train_loader(cfg)))[0]
+    assert image["instances"].gt_masks.tensor.sum() == 9
+
+
+def test_mask_that_cannot_be_decoded_is_the_image_s():
+    """Of a data set that is not parsed beforehand."""
+
+    def add(content: dict) -> None:
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": "zzzzabc\x7f"}
+
+    write_set(add)
+    cfg = detection_config("error", *BITMASKS)
+    register_coco_from_config(cfg)
+    MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
+    check_datasets(cfg)
+    with pytest.raises(UnreadableImageError, match=r"images/\d.jpg' cannot be used: Invalid RLE"):
+        next(iter(Trainer.build_train_loader(cfg)))
+
+
+def read_with_rle(counts: Any, **changes: Any) -> None:
+    size = {"size": [HEIGHT, WIDTH], "counts": counts}
+    Path("sky").mkdir(exist_ok=True)
+    box = {"bbox": [4, 8, 9, 9], "segmentation": size, **changes}
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": HEIGHT, "width": WIDTH}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, **box}],
+        "categories": [{"id": 1, "name": "kite"}],
+    }
+    Path("sky/labels.json").write_text(json.dumps(content))
+    read_coco_file("sky/labels.json", annotated=True, masks=True)
+
+
+def test_compressed_rle_of_any_mask_is_read():
+    random = np.random.default_rng(0)
+    for share in (0, 1e-3, 0.01, 0.1, 0.5, 0.9, 1):
+        for _ in range(9):
+            counts = compressed((random.random((HEIGHT, WIDTH)) < share).astype(np.uint8))
+            read_with_rle(counts)
+
+
+@pytest.mark.parametrize("iscrowd", [0, 1])
+def test_damaged_compressed_rle_is_refused(iscrowd):
+    """It would keep pycocotools busy for good, or give a mask of whatever is in its memory."""
+    good = compressed(box_mask(BOXES[1][0]))
+    minus = chr(48 + 31)  # -1
+    read_with_rle(good, iscrowd=iscrowd)
+    for counts in (
+        "0oooooooooo1",
+        "",
+        "111",
+        good[:-1],
+        good[1:],
+        good + "1",
+        good + minus,
+        good + "\ud800",
+        good + "\0",
+        good + "p",
+        good + " ",
+        "o" * 100_000,
+        "é" + good,
+        good + 6 * "P" + "0",  # a zero of seven digits
+    ):
+        with pytest.raises(ValueError, match=r"\(id 1\) has RLE of the counts .*, not those of"):
+            read_with_rle(counts, iscrowd=iscrowd)
+    with pytest.raises(ValueError, match="not those of its size") as error:
+        read_with_rle("o" * 100_000)
+    assert len(str(error.value)) < 300
+
+
+def test_null_in_place_of_the_annotations_of_a_test_set():
+    """Those of COCO's test sets have no such key at all."""
+    write_set(lambda content: content.update(annotations=None))
+    with pytest.raises(ValueError, match="'own_sky': .*'annotations' is None"):
+        checked_for_evaluation()
+
+
+def test_no_annotations_of_a_test_set():
+    write_set(lambda content: content.pop("annotations"))
+    checked_for_evaluation()
+
+
+def checked_for_evaluation() -> None:
+    cfg = detection_config()
+    register_coco_from_config(cfg)
+    check_datasets(cfg, training=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"area": 9}, "has no bbox"),
+        ({}, "has no bbox"),
+        ({"bbox": None}, "has the bbox None"),
+        ({"bbox": None, "area": 9}, "has the bbox None"),
+        ({"bbox": [1, 2, 3]}, r"has the bbox \[1, 2, 3\]"),
+        ({"bbox": [1, 2, "3", 4]}, r"has the bbox \[1, 2, '3', 4\]"),
+    ],
+)
+def test_evaluation_of_sets_that_are_not_parsed_beforehand(changes, message):
+    def change(content: dict) -> None:
+        annotation = content["annotations"][1]
+        del annotation["bbox"], annotation["area"]
+        annotation.update(changes)
+
+    write_set(change)
+    cfg = detection_config()
+    register_coco_from_config(cfg)
+    with pytest.raises(ValueError, match=f"Data set 'own_sky': annotation 2 {message}, not"):
+        Trainer.build_evaluator(cfg, "own_sky")

@@ -1,0 +1,582 @@
+"""A step whose losses or gradients are not finite: not taken, told of, skipped without a trace."""
+
+import copy
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.config import get_cfg
+from detectron2.engine import SimpleTrainer, TrainerBase, hooks
+from detectron2.utils.events import EventStorage, JSONWriter
+from group_utils import run_ranks
+from modeling_utils import assert_same, load_config, make_batch
+from PIL import Image
+from run_utils import SECONDS, end, model_of, rows, start
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, convert_feedback
+from ss_detectron.engine import AlignmentHook, Trainer
+from ss_detectron.engine.not_finite import all_finite, image_names, not_finite
+from ss_detectron.engine.train_loop import StepTrainer
+from ss_detectron.solver.build import build_optimizer, check_solver
+
+RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
+
+
+class Model(nn.Module):
+    """A classifier with batch norm."""
+
+    def __init__(self, rule: str = "ss") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 3),
+            nn.Flatten(),
+            nn.Linear(12, 5),
+        )
+        convert_feedback(self, rule)
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        out = self.layers(batch["image"])
+        return {"loss_a": out.square().mean(), "loss_b": batch["factor"] * out[:, 0].abs().mean()}
+
+
+def batches(count: int, rank: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        {
+            "image": torch.randn(4, 2, 6, 6, generator=generator),
+            "file_name": [f"rank{rank}_batch{i}_{j}.png" for j in range(4)],
+            "factor": 1.0,
+        }
+        for i in range(count)
+    ]
+
+
+def spoiled(batch: dict, how: str = "pixel") -> dict:
+    """One pixel is not a number, or one of the losses is infinite (and the gradient as well)."""
+    batch = copy.deepcopy(batch)
+    if how == "pixel":
+        batch["image"][2, 1, 3, 3] = math.nan
+    else:
+        batch["factor"] = math.inf
+    return batch
+
+
+def make(rule: str, loader: list[dict], optimizer: str = "SGD", **options) -> StepTrainer:
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.merge_from_list(["SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", 0.01])
+    model = Model(rule)
+    return StepTrainer(model, loader, build_optimizer(cfg, model), **options)
+
+
+def train(trainer: SimpleTrainer, steps: int) -> list[dict[str, float]]:
+    """The losses that each step has logged."""
+    logged = []
+    for _ in range(steps):
+        with EventStorage(trainer.iter) as storage:
+            trainer.run_step()
+            logged.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
+        trainer.iter += 1
+    return logged
+
+
+def state(trainer: StepTrainer) -> tuple[dict, dict]:
+    model = getattr(trainer.model, "module", trainer.model)
+    return copy.deepcopy((model.state_dict(), trainer.optimizer.state_dict()))
+
+
+# What is found -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_single_number_among_many_is_found(value):
+    tensors = {"a": torch.zeros(3), "b": torch.randn(40, 50), "c": torch.ones(2, 2).bfloat16()}
+    assert all_finite(tensors.values()) and not not_finite(tensors.items())
+    tensors["b"][31, 17] = value
+    assert not all_finite(tensors.values())
+    assert not_finite(tensors.items()) == ["b"]
+
+
+def test_numbers_whose_squares_overflow_are_finite():
+    assert not all_finite([torch.full((3,), 1e30)])
+    assert not_finite([("a", torch.full((3,), 1e30))]) == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "names"),
+    [
+        ({"image": torch.zeros(2, 3), "file_name": ["a.png", Path("b.png")]}, ["a.png", "b.png"]),
+        ([{"file_name": "a.jpg"}, {"file_name": "b.jpg", "image": 0}], ["a.jpg", "b.jpg"]),
+        ([{"image": 0}, {"file_name": "b.jpg"}], None),
+        ({"image": 0}, None),
+        ({"file_name": "a.jpg"}, None),
+        (torch.zeros(3), None),
+        ((torch.zeros(3), torch.zeros(3)), None),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_the_images_of_a_batch(batch, names):
+    assert image_names(batch) == names
+
+
+# A step that is not taken ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("how", ["pixel", "loss"])
+def test_a_step_is_not_taken_and_everything_about_it_is_told(how, passes, caplog):
+    good, bad = batches(2)
+    loader = [good] * passes + [good, spoiled(bad, how)][-passes:]
+    trainer = make("ss", loader, passes=passes)
+    trainer.optimizer.param_groups[0]["lr"] = 0.125
+    train(trainer, 1)
+    weights = copy.deepcopy(dict(trainer.model.named_parameters()))
+    state_before = copy.deepcopy(trainer.optimizer.state_dict())
+    with pytest.raises(FloatingPointError) as error:
+        train(trainer, 1)
+    assert_same(dict(trainer.model.named_parameters()), weights)
+    assert_same(trainer.optimizer.state_dict(), state_before)
+
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert record.getMessage() == str(error.value)
+    text = str(error.value)
+    assert "not finite at iteration 1" in text
+    where = "rank 0" if passes == 1 else "rank 0, pass 2 of 2"
+    losses = r"loss_a nan, loss_b nan" if how == "pixel" else r"loss_a [\d.]+, loss_b inf"
+    names = ", ".join(bad["file_name"])
+    assert re.search(rf"^  {where}: {losses}; images: {names}$", text, re.M)
+    assert text.count("images: ") == passes
+    assert re.search(r"^  learning rate: .*0\.125 \(\d+ parameters\)", text, re.M)
+    expected = "gradients that are not finite: 8: layers.0.weight, layers.0.bias, layers.1.weight"
+    assert expected in text
+    ratios = re.search(r"norm\(B\)/norm\(W\): (.+)", text)[1].split(", ")
+    assert {r.split()[0] for r in ratios} == {"layers.0", "layers.3", "layers.5"}
+    values = [float(r.split()[1]) for r in ratios]
+    assert values == sorted(values, reverse=True) and values[0] < 1
+
+
+def test_a_gradient_that_is_not_finite_counts_although_the_losses_are():
+    trainer = make("ss", batches(1))
+    trainer.model.layers[3].weight.register_hook(
+        lambda g: g.index_fill(0, torch.tensor(1), math.inf)
+    )
+    with pytest.raises(
+        FloatingPointError, match="gradients that are not finite: 1: layers.3.weight"
+    ):
+        train(trainer, 1)
+
+
+def test_a_large_gradient_is_no_reason():
+    trainer = make("ss", batches(1))
+    for parameter in trainer.model.parameters():
+        parameter.register_hook(lambda g: g + 1e30)
+    trainer.optimizer.param_groups[0]["lr"] = 0.0
+    train(trainer, 1)
+    assert trainer.model.layers[0].weight.grad.min() > 1e29
+
+
+def test_a_batch_without_names_is_said_to_have_none():
+    batch = spoiled(batches(1)[0])
+    del batch["file_name"]
+    with pytest.raises(FloatingPointError, match="loss_b nan; images: the batch names none"):
+        train(make("bp", [batch]), 1)
+
+
+def test_frozen_parameters_and_sparse_gradients():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 3, sparse=True)
+            self.frozen = nn.Linear(3, 3).requires_grad_(False)
+            self.unused = nn.Linear(3, 3)
+
+        def forward(self, index):
+            return {"loss": self.frozen(self.table(index)).sum()}
+
+    model = Sparse()
+    trainer = StepTrainer(
+        model, [torch.tensor([1, 1, 4])] * 2, torch.optim.SGD(model.parameters(), 0.1)
+    )
+    before = model.table.weight.detach().clone()
+    train(trainer, 1)
+    changed = (model.table.weight != before).all(1)
+    assert changed.tolist() == [False, True, False, False, True]
+    model.frozen.weight.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match=r"gradients .* not finite: 1: table\.weight"):
+        train(trainer, 1)
+
+
+def test_gradients_that_no_optimiser_uses_do_not_count():
+    model = Model()
+    model.layers[5].weight.register_hook(lambda g: g * math.nan)
+    used = [p for p in model.parameters() if p is not model.layers[5].weight]
+    train(StepTrainer(model, batches(2), torch.optim.SGD(used, 0.1)), 2)
+
+
+# Skipping ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"passes": 2}, {"mixed_precision": True}], ids=str)
+@pytest.mark.parametrize("how", ["pixel", "loss"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_skipped_step_leaves_no_trace(rule, how, options):
+    passes = options.get("passes", 1)
+    good = batches(4 * passes)
+    bad = batches(passes, rank=1)
+    bad[-1] = spoiled(bad[-1], how)
+    some, others = good[: 2 * passes], good[2 * passes :]
+    skipped = make(rule, some + bad + others, skips=1, **options)
+    logged = train(skipped, 5)
+    plain = make(rule, good, **options)
+    expected = train(plain, 4)
+    assert logged == [*expected[:2], {}, *expected[2:]]
+    assert_same(state(skipped), state(plain))
+    assert int(plain.model.layers[1].num_batches_tracked) == 4 * passes
+    if rule == "brsf":
+        assert int(plain.model.state_dict()["layers.0.feedback_updates"]) == 4
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_the_very_first_step_may_be_skipped(optimizer):
+    good = batches(2)
+    skipped = make("brsf", [spoiled(good[0]), *good], optimizer, skips=1)
+    train(skipped, 3)
+    plain = make("brsf", good, optimizer)
+    train(plain, 2)
+    assert_same(state(skipped), state(plain))
+
+
+def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(caplog, tmp_path):
+    good, bad = batches(1)[0], spoiled(batches(1)[0])
+    trainer = make("ss", [good, bad, good], skips=2)
+    train(trainer, 3)
+    (record,) = [r for r in caplog.records if "not finite" in r.message]
+    assert record.levelno == logging.WARNING
+    assert "rank0_batch0_3.png" in record.message and "Skipped: 1 of up to 2" in record.message
+
+    torch.save(trainer.state_dict(), tmp_path / "state.pth")
+    saved = torch.load(tmp_path / "state.pth", weights_only=True)
+    SimpleTrainer(Model(), [], make("ss", []).optimizer).load_state_dict(saved)
+    resumed = make("ss", [bad, good, bad], skips=2)
+    resumed.load_state_dict(saved)
+    train(resumed, 2)
+    with pytest.raises(FloatingPointError, match=r"All 2 steps of SOLVER\.SKIP_NOT_FINITE"):
+        train(resumed, 1)
+    assert resumed.skipped == 2
+
+
+def test_weights_that_are_not_finite_are_not_skipped_over(caplog):
+    trainer = make("ss", batches(3), skips=100)
+    train(trainer, 1)
+    trainer.model.layers[3].weight.data[0, 0, 0, 0] = math.inf
+    with pytest.raises(FloatingPointError, match=r"weights .* not finite: 1: layers\.3\.weight"):
+        train(trainer, 1)
+    assert "skipping it is no use" in caplog.text
+
+
+def test_a_detectors_statistics_and_normaliser_are_put_back():
+    cfg = load_config("quick/shapes_retinanet_ss.yaml", "MODEL.FPN.OUT_CHANNELS", 32)
+    model = Trainer.build_model(cfg)
+    bad = make_batch()
+    bad[0]["image"] = torch.full_like(bad[0]["image"], math.nan, dtype=torch.float32)
+    loader = [make_batch(), bad, bad]
+    trainer = StepTrainer(model, loader, Trainer.build_optimizer(cfg, model), skips=1)
+    train(trainer, 1)
+    before, normalizer = state(trainer), model.loss_normalizer
+    train(trainer, 1)
+    assert_same(state(trainer), before)
+    assert normalizer == model.loss_normalizer != 100
+    with pytest.raises(FloatingPointError):  # without a skip left, nothing is put back
+        train(trainer, 1)
+    assert model.loss_normalizer != normalizer
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
+def test_a_number_of_skips_that_is_none_is_refused(value):
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.SOLVER.SKIP_NOT_FINITE = value
+    with pytest.raises(ValueError, match=re.escape(f"SOLVER.SKIP_NOT_FINITE is {value!r}")):
+        check_solver(cfg)
+
+
+# Scaled gradients --------------------------------------------------------------------------------
+
+
+def scaled(loader: list[dict], scale: float, **options) -> StepTrainer:
+    """As on a GPU, with the scaler that torch has for the CPU."""
+    trainer = make("ss", loader, **options)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.optimizer._step_supports_amp_scaling = False
+    return trainer
+
+
+def overflow(trainer: StepTrainer) -> None:
+    trainer.model.layers[0].weight.register_hook(lambda g: g * math.inf)
+
+
+def test_overflows_are_the_scalers_business_until_its_scale_is_tiny():
+    trainer = scaled(batches(60), 65536.0)
+    overflow(trainer)
+    before = copy.deepcopy(dict(trainer.model.named_parameters()))
+    with pytest.raises(FloatingPointError, match=r"gradients that are not finite: 1: layers\.0"):
+        train(trainer, 60)
+    assert trainer.iter == 30
+    assert_same(dict(trainer.model.named_parameters()), before)
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow_and_skipping_it_leaves_the_scale():
+    good = batches(2)
+    skipped = scaled([good[0], spoiled(good[1]), good[1]], 1024.0, skips=1)
+    train(skipped, 3)
+    plain = scaled(good, 1024.0)
+    train(plain, 2)
+    assert_same(state(skipped), state(plain))
+    assert_same(skipped.scaler.state_dict(), plain.scaler.state_dict())
+    with pytest.raises(FloatingPointError, match="loss_b nan"):
+        train(scaled([spoiled(good[0])], 1024.0), 1)
+
+
+# What is kept and written ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (lambda t: t.model.layers[5].bias, "layers.5.bias"),
+        (lambda t: t.model.layers[1].running_var, "layers.1.running_var"),
+        (
+            lambda t: t.optimizer.state[t.model.layers[0].weight]["momentum_buffer"],
+            "momentum_buffer of layers.0.weight",
+        ),
+    ],
+)
+def test_a_state_that_is_not_finite_is_refused_to_checkpoints(place, name):
+    trainer = make("fa", batches(1))
+    train(trainer, 1)
+    place(trainer).data.view(-1)[0] = 1e30
+    trainer.state_dict()
+    place(trainer).data.view(-1)[0] = math.inf
+    with pytest.raises(FloatingPointError, match=f"Not finite: 1: {name}"):
+        trainer.state_dict()
+
+
+class Run(TrainerBase):
+    """A trainer around a training step, as DefaultTrainer is."""
+
+    def __init__(self, trainer: StepTrainer, own_hooks: list) -> None:
+        super().__init__()
+        self._trainer, self.model = trainer, trainer.model
+        trainer.after_backward = self.after_backward
+        self.register_hooks(own_hooks)
+
+    def run_step(self) -> None:
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
+
+
+def test_metrics_hold_no_nan_and_count_what_was_skipped(tmp_path):
+    good = batches(4)
+    loader = [spoiled(good[0]), good[0], spoiled(good[1], "loss"), *good[1:]]
+    rates = torch.optim.lr_scheduler.LambdaLR
+    trainer = make("ss", loader, skips=2)
+    writer = JSONWriter(str(tmp_path / "metrics.json"))
+    schedule = hooks.LRScheduler(trainer.optimizer, rates(trainer.optimizer, lambda i: 1 / (i + 1)))
+    run = Run(trainer, [AlignmentHook(1), schedule, hooks.PeriodicWriter([writer], 1)])
+    run.train(0, 6)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in metrics.json")
+
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    logged = [json.loads(line, parse_constant=refuse) for line in lines]
+    by_iteration = {row["iteration"]: row for row in logged}
+    assert ["total_loss" in by_iteration[i] for i in range(6)] == [False, True, False, *[True] * 3]
+    assert [by_iteration[i].get("skipped_steps") for i in (0, 2)] == [1, 2]
+    assert by_iteration[5]["lr"] == pytest.approx(0.01 / 6)
+    assert "alignment/gradient_angle" in by_iteration[1]
+    assert not any(h for h in trainer.model._forward_hooks.values())
+
+
+# Two processes -----------------------------------------------------------------------------------
+
+
+class Constant(Model):
+    """One of its losses is a constant of the batch, which gives no gradient."""
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        losses = super().forward(batch)
+        constant = torch.tensor(batch.get("constant", 0.0))
+        return {**losses, "loss_c": 0 * losses["loss_a"] + constant}
+
+
+def _worker(rank: int, folder: str) -> None:
+    def make_two(loader: list[dict], **options) -> StepTrainer:
+        model = DistributedDataParallel(Constant("kp"), broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        return StepTrainer(model, loader, optimizer, **options)
+
+    good, result = batches(3, rank), {}
+    bad = {
+        # Of one rank alone: a pixel, whose gradient all ranks get, and a loss without gradient.
+        "pixel": spoiled(good[1]) if rank == 1 else good[1],
+        "loss": {**good[1], "constant": math.inf} if rank == 1 else good[1],
+    }
+    plain = make_two([good[0], good[2]])
+    train(plain, 2)
+    for how, batch in bad.items():
+        skipped = make_two([good[0], batch, good[2], batch], skips=1)
+        train(skipped, 3)
+        assert_same(state(skipped), state(plain))
+        try:
+            train(skipped, 1)
+        except FloatingPointError as error:
+            result[how] = str(error)
+    torch.save(result, f"{folder}/rank{rank}.pth")
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(tmp_path):
+    run_ranks(_worker, tmp_path)
+    results = [torch.load(tmp_path / f"rank{i}.pth") for i in (0, 1)]
+    assert results[0] == results[1]
+    for how, text in results[0].items():
+        for rank in (0, 1):
+            names = ", ".join(f"rank{rank}_batch1_{j}.png" for j in range(4))
+            assert re.search(rf"  rank {rank}: .*; images: {names}$", text, re.M), how
+    assert re.search(r"rank 0: loss_a [\d.]+, .*\n  rank 1: loss_a nan, ", results[0]["pixel"])
+    assert "gradients that are not finite: 11: layers.0.weight" in results[0]["pixel"]
+    assert re.search(r"rank 0: .*loss_c 0;.*\n  rank 1: .*loss_c inf;", results[0]["loss"])
+    assert "gradients that are not finite: 0" in results[0]["loss"]
+
+
+# Whole runs --------------------------------------------------------------------------------------
+
+# A first step with a tiny learning rate, then absurd ones.
+DIVERGE = [
+    *("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e20, "SOLVER.LR_SCHEDULER_NAME"),
+    *("WarmupMultiStepLR", "SOLVER.WARMUP_FACTOR", 1e-23, "SOLVER.WARMUP_ITERS", 2),
+    *("SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 1),
+    *("OUTPUT_DIR", "out"),
+]
+CLASSIFIER = ["--config-file", "quick/shapes_resnet18_ss.yaml", "SOLVER.IMS_PER_BATCH", 8]
+CLASSIFIER += ["INPUT.CLASSIFICATION.SIZE", 32]
+DETECTOR = ["--config-file", "quick/shapes_retinanet_bp.yaml", "SOLVER.IMS_PER_BATCH", 2]
+DETECTOR += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.RETINANET.NUM_CONVS", 1]
+
+
+def fail(*words, cwd: Path, **options) -> str:
+    """What a run that fails has printed."""
+    with start(*words, cwd=cwd, **options) as process:
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        finally:
+            end(process)
+    assert process.returncode not in (0, None), output[-5000:]
+    return output
+
+
+@pytest.mark.parametrize(
+    "words", [CLASSIFIER, pytest.param(DETECTOR, marks=pytest.mark.slow)], ids=["cls", "det"]
+)
+def test_a_run_that_diverges_ends_with_a_report_and_good_checkpoints(words, tmp_path):
+    # The step that fails is the last, after which a run that succeeds is evaluated.
+    output = fail(*words, *DIVERGE, "SOLVER.MAX_ITER", 3, cwd=tmp_path)
+    report = output[output.rindex("FloatingPointError: ") :]
+    assert "Loss or gradient not finite at iteration 2" in report
+    assert "learning rate: 1e+20 (" in report
+    for pattern in (
+        r"rank 0: loss_cls \S+.*; images: \S+\.(png|jpg), ",
+        r"gradients that are not finite: [1-9]\d*: \S*backbone\S+, ",
+        r"largest norm\(B\)/norm\(W\): \S+ [\d.]+, ",
+    ):
+        assert re.search(pattern, report), pattern
+    assert "Evaluation results" not in output and not (tmp_path / "out" / "inference").exists()
+    folder = tmp_path / "out"
+    assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert {path.name for path in folder.glob("*.pth")} == {
+        "model_0000000.pth",
+        "model_0000001.pth",
+    }
+    for name in ("model_0000000.pth", "model_0000001.pth"):
+        assert not not_finite(model_of(folder, name).items())
+    assert all(math.isfinite(v) for row in rows(folder) for v in row.values())
+
+
+# A trainer whose model meets a pixel that is not a number wherever a batch has one image.
+PLANT = """
+import math
+from detectron2.engine import launch
+from ss_detectron.engine import Trainer, argument_parser, setup
+
+NAME = "NAME_OF_THE_IMAGE"
+
+def spoil(model, batches):
+    (batch,) = batches
+    if NAME in batch["file_name"]:
+        batch["image"] = batch["image"].float()
+        batch["image"][batch["file_name"].index(NAME), 0, 5, 5] = math.nan
+
+class Planted(Trainer):
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        model.register_forward_pre_hook(spoil)
+        return model
+
+def main(args):
+    trainer = Planted(setup(args))
+    trainer.resume_or_load(args.resume)
+    trainer.train()
+
+if __name__ == "__main__":
+    args = argument_parser().parse_args()
+    launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,))
+"""
+
+
+@pytest.mark.slow
+def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_path):
+    """It comes once an epoch: skipped in the first, and the end in the second, resumed."""
+    for i in range(12):
+        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 50).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
+    spoiling = tmp_path / "images" / "1" / "7.png"
+    script = tmp_path / "plant.py"
+    script.write_text(PLANT.replace("NAME_OF_THE_IMAGE", str(spoiling)))
+    words = ["--num-gpus", 2, *CLASSIFIER, "OUTPUT_DIR", "out", "SOLVER.STEPS", "()"]
+    words += ["DATASETS.IMAGE_FOLDERS", f"[['mine', '{tmp_path / 'images'}']]"]
+    words += ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 4]
+    words += ["MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 2, "DATALOADER.NUM_WORKERS", 1]
+    words += ["SOLVER.SKIP_NOT_FINITE", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER"]
+    with start(*words, 3, cwd=tmp_path, script=script) as process:
+        output, _ = process.communicate(timeout=SECONDS)
+        end(process)
+    assert process.returncode == 0, output[-5000:]
+    assert (
+        len(re.findall("WARNING .* Loss or gradient not finite at iteration [012],", output)) == 1
+    )
+    assert "Skipped: 1 of up to 1 steps" in output
+    assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", output)
+    assert len(re.findall(r"  rank \d: loss_cls [\d.]+; images: ", output)) == 1
+    assert [r["skipped_steps"] for r in rows(tmp_path / "out") if "skipped_steps" in r] == [1]
+
+    report = fail("--resume", *words, 20, cwd=tmp_path, script=script)
+    report = report[report.rindex("FloatingPointError: ") :]
+    iteration = int(re.search("not finite at iteration ([345]),", report)[1])
+    assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", report)
+    assert "All 1 steps of SOLVER.SKIP_NOT_FINITE have been skipped" in report
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == f"model_{iteration - 1:07d}.pth"
+    for path in (tmp_path / "out").glob("*.pth"):
+        assert not not_finite(model_of(path.parent, path.name).items())

@@ -1,0 +1,89 @@
+"""The end of a process's part in a run of several."""
+
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from group_utils import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ss_detectron.utils.comm import any_rank, leave_group, limit_waiting
+
+TASKS = Path("/proc/self/task")
+
+
+def gloo_threads() -> int:
+    names = [(task / "comm").read_text() for task in TASKS.iterdir()]
+    return sum("gloo" in name for name in names)
+
+
+class Trainer:
+    """In a cycle, as trainers are with their hooks."""
+
+    def __init__(self) -> None:
+        self.model = DistributedDataParallel(nn.Linear(2, 1))
+        self.hook = self
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.skipif(not TASKS.is_dir(), reason="needs Linux's list of threads")
+def test_no_thread_outlives_the_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    leave_group()  # of none
+    for attempt in range(2):  # another group can follow
+        dist.init_process_group("gloo", f"file://{tmp_path}/{attempt}", rank=0, world_size=1)
+        comm.create_local_process_group(1)
+        assert comm.get_local_size() == 1
+        assert comm.all_gather("x") == ["x"] and comm._get_global_gloo_group() is not None
+        trainer = Trainer()
+        trainer.model(torch.ones(1, 2)).sum().backward()
+        comm.synchronize()
+        assert gloo_threads() > 0
+        del trainer
+        leave_group()
+        assert gloo_threads() == 0
+        assert comm.get_world_size() == 1 and not dist.is_initialized()
+
+
+def _end_before_a_thread(rank: int, folder: str) -> None:
+    """Of the last sum, one of the group's threads still holds what Python has to release."""
+    begun = threading.Event()
+
+    def linger(future: torch.futures.Future) -> None:
+        begun.set()
+        for _ in range(1000):
+            time.sleep(0.001)
+
+    work = dist.all_reduce(torch.ones(1), group=comm.get_local_process_group(), async_op=True)
+    work.get_future().then(linger)
+    begun.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_python_ends_after_the_groups_threads(tmp_path):
+    run_ranks(_end_before_a_thread, tmp_path)
+
+
+def _wait_for_an_absent_rank(rank, folder):
+    dist.get_backend = lambda *_: "nccl"  # beside which there is a group of gloo's
+    limit_waiting(timedelta(seconds=1))
+    assert not any_rank(False)
+    failed = Path(folder, "failed")
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+            any_rank(True)
+        failed.touch()
+    while not failed.exists():
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_ranks_do_not_wait_for_each_others_objects_for_ever(tmp_path):
+    run_ranks(_wait_for_an_absent_rank, tmp_path)

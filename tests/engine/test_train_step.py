@@ -1,0 +1,260 @@
+"""A step is Detectron2's; a step over several batches is a step over one large batch."""
+
+import copy
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from detectron2.config import get_cfg
+from detectron2.engine import SimpleTrainer
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.events import EventStorage
+from group_utils import run_ranks
+from modeling_utils import assert_same
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, convert_feedback
+from ss_detectron.engine.train_loop import StepTrainer
+from ss_detectron.solver.build import build_optimizer
+
+RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
+STEPS, BATCH = 3, 8
+
+
+class Model(nn.Module):
+    """Without batch statistics; one of its losses is a sum of squares."""
+
+    def __init__(self, rule: str = "ss") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, 5)
+        ).double()
+        convert_feedback(self, rule)
+        self.calls = 0
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        out = self.layers(images)
+        return {"loss_a": out.square().sum(1).mean(), "loss_b": -out[:, 0].mean()}
+
+
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(STEPS, BATCH, 2, 6, 6, generator=generator, dtype=torch.float64)
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-3)
+
+
+def train(trainer: SimpleTrainer, steps: int = STEPS) -> list[dict[str, float]]:
+    """The logged losses of each step."""
+    rows = []
+    for trainer.iter in range(steps):
+        with EventStorage(trainer.iter) as storage:
+            trainer.run_step()
+            rows.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
+    return rows
+
+
+def stock(rule: str) -> tuple[nn.Module, list[dict[str, float]]]:
+    model = Model(rule)
+    return model, train(SimpleTrainer(model, list(images()), optimizer(model)))
+
+
+def parts(batches: torch.Tensor, passes: int) -> Iterator[torch.Tensor]:
+    for batch in batches:
+        yield from batch.chunk(passes)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_of_one_batch_is_detectron2s_bit_for_bit(rule):
+    trained = []
+    for kind in (SimpleTrainer, StepTrainer):
+        model = Model(rule).float()
+        trainer = kind(model, list(images().float()), optimizer(model))
+        losses = train(trainer)
+        trained.append((model.state_dict(), trainer.optimizer.state_dict(), losses))
+    assert_same(*trained)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_several_passes_train_as_one_large_batch(rule, passes):
+    expected, expected_losses = stock(rule)
+    model = Model(rule)
+    loader = list(parts(images(), passes))
+    losses = train(StepTrainer(model, loader, optimizer(model), passes=passes))
+    assert model.calls == STEPS * passes
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)
+    for row, other in zip(losses, expected_losses, strict=True):
+        assert row == pytest.approx(other)
+        assert set(row) == {"loss_a", "loss_b", "total_loss"}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_hooks_see_a_steps_gradients_before_the_optimizer_does(passes):
+    model = Model()
+    trainer = StepTrainer(model, list(parts(images(), 2)), optimizer(model), passes=passes)
+    seen = []
+
+    def look() -> None:
+        weight = model.layers[0].weight
+        seen.append((model.calls, weight.detach().clone(), weight.grad.clone()))
+
+    trainer.after_backward = look
+    start = model.layers[0].weight.detach().clone()
+    train(trainer, 1)
+    ((calls, weight, gradient),) = seen
+    assert calls == passes
+    assert torch.equal(weight, start) and torch.equal(gradient, model.layers[0].weight.grad)
+    assert not torch.equal(model.layers[0].weight, start)
+
+
+def test_a_single_loss_may_be_a_tensor():
+    class Single(Model):
+        def forward(self, images):
+            return super().forward(images)["loss_a"]
+
+    model = Single()
+    (row,) = train(StepTrainer(model, [images()[0]], optimizer(model)), 1)
+    assert row["total_loss"] == pytest.approx(Single()(images()[0]).item())
+
+
+class Typed(nn.Module):
+    """Records the type that a layer's output has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = convert_feedback(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "fa")
+        self.types = []
+
+    def forward(self, batch):
+        out = self.layer(batch)
+        self.types.append(out.dtype)
+        return {"loss": out.float().square().mean()}
+
+
+def test_mixed_precision_on_the_cpu_is_bfloat16_with_float32_weights():
+    batch = torch.randn(6, 4)
+    model, exact = Typed(), Typed()
+    trainer = StepTrainer(model, [batch], optimizer(model), mixed_precision=True)
+    train(trainer, 1)
+    exact(batch)["loss"].backward()
+    assert model.types == [torch.bfloat16] and exact.types == [torch.float32]
+    for (name, p), other in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32, name
+        torch.testing.assert_close(p.grad, other.grad, rtol=0.05, atol=0.02)
+
+
+def test_state_goes_from_and_to_detectron2s_trainer():
+    model = Model()
+    ours = StepTrainer(model, list(images()), optimizer(model))
+    theirs = SimpleTrainer(copy.deepcopy(model), list(images()), optimizer(model))
+    train(ours)
+    state = ours.state_dict()
+    assert set(state) - set(theirs.state_dict()) == {"skipped_steps"}
+    theirs.load_state_dict(state)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.iter == STEPS - 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_mixed_precision_on_a_gpu_scales_gradients_and_keeps_the_scale():
+    model = Typed().cuda()
+    loader = [torch.randn(6, 4, device="cuda")] * 4
+    trainer = StepTrainer(
+        model, loader, optimizer(model), passes=2, mixed_precision=True, device="cuda"
+    )
+    train(trainer, 2)
+    assert set(model.types) == {torch.float16}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    state = trainer.state_dict()
+    assert state["grad_scaler"]["scale"] > 1
+    trainer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_and_gradient_clipping_see_gradients_without_the_scale(fused):
+    """As on a GPU, with the scaler that torch has for the CPU."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-2
+    seen = []
+    for scale in (None, 1024.0):
+        model = Model().float()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        trainer = StepTrainer(model, list(images().float()), maybe_add_gradient_clipping(cfg, sgd))
+        if scale is not None:
+            trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        gradients = []
+        trainer.after_backward = lambda m=model, g=gradients: g.extend(
+            p.grad.clone() for p in m.parameters()
+        )
+        train(trainer)
+        seen.append([*gradients, *model.parameters()])
+    assert max(g.abs().max() for g in seen[0]) > 1e-2
+    for unscaled, scaled in zip(*seen, strict=True):
+        torch.testing.assert_close(scaled, unscaled)
+
+
+def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.1])
+    batch = images()[1].float()
+    trained = []
+    for factors in ([math.inf, 1.0], [1.0]):
+        model = Model("brsf").float()
+        gradient = iter(factors)
+        model.layers[0].weight.register_hook(lambda g, factor=gradient: g * next(factor))
+        trainer = StepTrainer(model, [batch] * 2, build_optimizer(cfg, model))
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.optimizer._step_supports_amp_scaling = False
+        train(trainer, len(factors))
+        buffers = [s["momentum_buffer"] for s in trainer.optimizer.state.values()]
+        assert len(buffers) == len(list(model.parameters()))
+        trained.append([*model.parameters(), *buffers])
+    for left_out, fresh in zip(*trained, strict=True):
+        torch.testing.assert_close(left_out, fresh)
+
+
+# Two processes
+
+
+def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
+    wrapped = DistributedDataParallel(Model(rule))
+    reductions = 0
+
+    def count(state, bucket):
+        nonlocal reductions
+        reductions += 1
+        return default_hooks.allreduce_hook(state, bucket)
+
+    wrapped.register_comm_hook(None, count)
+    mine = images().chunk(2, dim=1)[rank]
+    trainer = StepTrainer(wrapped, list(parts(mine, passes)), optimizer(wrapped), passes=passes)
+    losses = train(trainer)
+    if rank == 0:
+        result = {"model": wrapped.module.state_dict(), "losses": losses, "reductions": reductions}
+        torch.save(result, f"{folder}/result.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("rule", ["ss", "kp"])
+def test_two_processes_train_as_one_and_exchange_gradients_once_a_step(rule, tmp_path):
+    expected, expected_losses = stock(rule)
+    run_ranks(_worker, tmp_path, rule, 2)
+    result = torch.load(tmp_path / "result.pth", weights_only=True)
+    torch.testing.assert_close(result["model"], expected.state_dict(), rtol=1e-9, atol=1e-12)
+    for row, other in zip(result["losses"], expected_losses, strict=True):
+        assert row == pytest.approx(other)
+    # Small as the model is, DistributedDataParallel sends it in one bucket, at first in two.
+    assert STEPS <= result["reductions"] <= STEPS + 1

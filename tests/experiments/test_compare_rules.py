@@ -1,0 +1,604 @@
+"""Comparisons: which runs they take, running them, the table, and one whole comparison."""
+
+import json
+import logging
+import os
+import runpy
+import shutil
+import signal
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from output_folders import CLASSIFICATION, DETECTION, write_run
+from run_utils import ROOT, finish, start
+
+from ss_detectron import FEEDBACK_REGISTRY
+from ss_detectron.data import generate_shapes
+from ss_detectron.experiments import launch
+from ss_detectron.experiments.compare import compare, write_report
+from ss_detectron.experiments.launch import environments, hardware, read_launches, run_all
+from ss_detectron.experiments.plan import describe_plan, plan_runs, starting_config
+from ss_detectron.experiments.runs import read_runs
+from ss_detectron.experiments.summary import summarise, table
+
+TOOL = ROOT / "tools" / "compare_rules.py"
+BP, SS, FA, KP = "backpropagation", "sign_symmetry", "feedback_alignment", "kolen_pollack"
+
+
+# Which config a rule starts from -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config_file", [DETECTION, "quick/shapes_retinanet_bp.yaml"])
+def test_a_rule_starts_from_its_own_config_or_its_nearest_relatives(config_file):
+    starts = {rule: starting_config(config_file, rule) for rule, _ in FEEDBACK_REGISTRY}
+    ss, fa = "quick/shapes_retinanet_ss.yaml", "quick/shapes_retinanet_fa.yaml"
+    assert starts[BP] == ("quick/shapes_retinanet_bp.yaml", [])
+    assert starts[SS] == (ss, [])
+    assert starts[FA] == (fa, [])
+    for name in ("sign_symmetry_fixed_magnitude", "sign_symmetry_batchwise_magnitude"):
+        assert starts[name] == (ss, ["MODEL.FEEDBACK.RULE", name])
+    for name in ("feedback_alignment_signed_init", KP):
+        assert starts[name] == (fa, ["MODEL.FEEDBACK.RULE", name])
+
+
+def test_a_rule_without_relatives_starts_from_the_config_itself(tmp_path):
+    file = tmp_path / "mine_kp.yaml"
+    file.write_text("MODEL: {FEEDBACK: {RULE: kp, GAIN: 2.0}}\n")
+    assert starting_config(str(file), KP) == (str(file), [])
+    for rule in (BP, SS, "sign_symmetry_fixed_magnitude"):
+        assert starting_config(str(file), rule) == (str(file), ["MODEL.FEEDBACK.RULE", rule])
+    (tmp_path / "mine.yaml").write_text(file.read_text())
+    assert starting_config(str(tmp_path / "mine.yaml"), KP) == (
+        str(tmp_path / "mine.yaml"),
+        ["MODEL.FEEDBACK.RULE", KP],
+    )
+
+
+def test_a_last_layer_on_the_configs_rule_changes_with_it():
+    name = "cifar10_resnet18_ss_lastlayer.yaml"
+    assert starting_config(name, FA) == ("cifar10_resnet18_fa_lastlayer.yaml", [])
+    assert starting_config(name, BP) == (
+        name,
+        ["MODEL.FEEDBACK.RULE", BP, "MODEL.FEEDBACK.LAST_LAYER_RULE", BP],
+    )
+
+
+# The plan ----------------------------------------------------------------------------------------
+
+
+def test_the_plan_has_a_run_for_each_rule_and_seed(tmp_path):
+    options = ["SOLVER.MAX_ITER", "1000"]
+    runs = plan_runs(DETECTION, {"bp": [1, 2], "kp": [7]}, tmp_path, options)
+    assert [run.name for run in runs] == ["bp_seed1", "bp_seed2", "kp_seed7"]
+    *_, kp = runs
+    assert (kp.rule, kp.seed, kp.folder) == (KP, 7, tmp_path / "kp_seed7")
+    assert kp.config["MODEL.FEEDBACK.RULE"] == KP
+    assert kp.config["SEED"] == kp.config["MODEL.FEEDBACK.SEED"] == 7
+    assert kp.config["OUTPUT_DIR"] == str(tmp_path / "kp_seed7")
+    assert kp.config["SOLVER.MAX_ITER"] == 1000
+    assert kp.config["TEST.ALIGNMENT_PERIOD"] == 40
+    assert kp.config["MODEL.FEEDBACK.GAIN"] == 1.0  # of the config of feedback alignment
+    # The options say it all: the config file with them is the config.
+    assert dict(zip(kp.options[::2], kp.options[1::2], strict=True)) == {
+        "MODEL.FEEDBACK.RULE": KP,
+        "SOLVER.MAX_ITER": "1000",
+        "TEST.ALIGNMENT_PERIOD": "40",
+        "SEED": "7",
+        "MODEL.FEEDBACK.SEED": "7",
+        "OUTPUT_DIR": str(tmp_path / "kp_seed7"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "period", "expected"),
+    [
+        (["SOLVER.MAX_ITER", "4"], None, 40),
+        (["SOLVER.MAX_ITER", "90000"], None, 4500),
+        ([], 7, 7),
+        ([], 0, 0),
+        (["TEST.ALIGNMENT_PERIOD", "5"], None, 5),
+    ],
+)
+def test_alignment_is_measured_some_ten_to_twenty_times(options, period, expected, tmp_path):
+    (run,) = plan_runs(DETECTION, {"bp": [1]}, tmp_path, options, period)
+    assert run.config["TEST.ALIGNMENT_PERIOD"] == expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "options", "message"),
+    [
+        ({"xy": [1]}, [], "unknown feedback rule 'xy'"),
+        ({"bp": [1], BP: [2]}, [], "backpropagation is named twice"),
+        ({"bp": []}, [], "no seed"),
+        ({"bp": [1]}, ["SOLVER.MAX_ITER"], "in pairs"),
+        ({"bp": [1]}, ["SEED", "3"], "SEED: the comparison sets this itself"),
+        ({"bp": [1]}, ["MODEL.FEEDBACK.RULE", "fa"], "sets this itself"),
+        ({"bp": [1]}, ["SOLVER.MAX_ITR", "3"], "SOLVER.MAX_ITR"),
+        ({"bp": [1]}, ["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused(rules, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        plan_runs(DETECTION, rules, tmp_path, options)
+
+
+def test_a_config_that_learns_by_another_rule_than_its_name_says_is_refused(tmp_path):
+    (tmp_path / "x_ss.yaml").write_text("MODEL: {FEEDBACK: {RULE: ss}}\n")
+    (tmp_path / "x_fa.yaml").write_text("MODEL: {FEEDBACK: {RULE: ss}}\n")
+    with pytest.raises(ValueError, match="x_fa.yaml should learn by feedback_alignment"):
+        plan_runs(str(tmp_path / "x_ss.yaml"), {"fa": [1]}, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        plan_runs("no_such.yaml", {"fa": [1]}, tmp_path)
+
+
+# What is done already ----------------------------------------------------------------------------
+
+
+def leave(run, rows=(), checkpoint="", final=False, **changes) -> None:
+    """What the run leaves in its folder."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    nested: dict = {}
+    for key, value in {**run.config, **changes}.items():
+        node = nested
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(nested))
+    (run.folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if checkpoint:
+        (run.folder / "last_checkpoint").write_text(checkpoint)
+    if final:
+        (run.folder / "model_final.pth").touch()
+
+
+def test_a_run_is_finished_with_its_weights_and_their_evaluation(tmp_path):
+    (run,) = plan_runs(DETECTION, {"bp": [1]}, tmp_path, ["SOLVER.MAX_ITER", "4"])
+    assert not run.is_finished()
+    loss, early = {"iteration": 3, "total_loss": 1.0}, {"iteration": 1, "bbox/AP": 1.0}
+    leave(run, [loss, early], final=True)
+    assert not run.is_finished()
+    leave(run, [loss, {"iteration": 4, "bbox/AP": 1.0}])
+    assert run.is_finished()
+    (run.folder / "model_final.pth").unlink()
+    assert not run.is_finished()
+    leave(run, [loss, {"iteration": 5, "one/bbox/AP": 1.0}], final=True)  # resumed, two test sets
+    assert run.is_finished()
+    (run.folder / "metrics.json").unlink()
+    assert not run.is_finished()
+
+
+def test_a_folder_of_another_config_is_told_by_its_keys(tmp_path):
+    (run,) = plan_runs(DETECTION, {"bp": [1]}, tmp_path)
+    assert run.conflicts() == {}
+    moved = {"OUTPUT_DIR": "/elsewhere", "MODEL.DEVICE": "cpu", "DATALOADER.NUM_WORKERS": 9}
+    leave(run, **moved)
+    assert run.conflicts() == {}
+    leave(run, **{"SOLVER.MAX_ITER": 800, "DATASETS.TRAIN": ["other"]})
+    assert run.conflicts() == {
+        "DATASETS.TRAIN": (["other"], ["shapes_train"]),
+        "SOLVER.MAX_ITER": (800, 400),
+    }
+
+
+def test_the_plan_is_described(tmp_path):
+    runs = plan_runs(DETECTION, {"bp": [1, 2], "ss": [1], "kp": [1]}, tmp_path)
+    end = runs[0].config["SOLVER.MAX_ITER"]
+    leave(runs[0], [{"iteration": end, "bbox/AP": 1.0}], final=True)
+    leave(runs[1], checkpoint="model_0000199.pth")
+    leave(runs[2], **{"SOLVER.BASE_LR": 1.0})
+    states = [line.split("|")[-2].strip() for line in describe_plan(runs).splitlines()[2:]]
+    assert states == ["finished", "goes on", "has another config: SOLVER.BASE_LR", "new"]
+    assert f"MODEL.FEEDBACK.RULE {KP}" in describe_plan(runs)
+
+
+# Running, with a tool that trains nothing --------------------------------------------------------
+
+FAKE = """
+import json, os, pathlib, signal, sys
+
+words = sys.argv[1:]
+options = words[words.index("--num-gpus") + 2 :]
+resume = "--resume" in options
+options = dict(zip(options[resume::2], options[resume + 1 :: 2]))
+folder = pathlib.Path(options["OUTPUT_DIR"])
+record = {"name": folder.name, "resume": resume, "threads": os.environ.get("OMP_NUM_THREADS")}
+with open(folder.parent / "calls", "a") as file:
+    file.write(json.dumps(record | {"gpus": words[words.index("--num-gpus") + 1]}) + "\\n")
+
+behaviours = pathlib.Path(__file__).with_suffix(".json")
+behaviour = json.loads(behaviours.read_text()).get(folder.name) if behaviours.exists() else None
+if behaviour == "fail":
+    print("no memory left")
+    sys.exit(3)
+signal.alarm(60)  # what follows may wait, but not for ever
+if behaviour in ("r", "w"):  # two runs wait for each other
+    open(folder.parent / "meeting", behaviour).close()
+if behaviour in ("INT", "TERM"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / "asked to end").touch()))
+    (folder / "pid").write_text(str(os.getpid()))
+    os.kill(os.getppid(), getattr(signal, "SIG" + behaviour))
+    signal.pause()
+if behaviour != "nothing":
+    (folder / "model_final.pth").touch()
+    row = {"iteration": int(options["SOLVER.MAX_ITER"]), "bbox/AP": 10.0 * int(options["SEED"])}
+    (folder / "metrics.json").write_text(json.dumps(row) + "\\n")
+"""
+
+
+@pytest.fixture
+def fake(tmp_path) -> Path:
+    tool = tmp_path / "train_net.py"
+    tool.write_text(FAKE)
+    return tool
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "_cores", lambda: 5)
+
+
+def plan(tmp_path, rules=None):
+    return plan_runs(
+        DETECTION, rules or {"bp": [1], "ss": [1]}, tmp_path / "out", ["SOLVER.MAX_ITER", "4"]
+    )
+
+
+def calls(tmp_path) -> list[dict]:
+    path = tmp_path / "out" / "calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def behave(fake, **behaviours) -> None:
+    fake.with_suffix(".json").write_text(json.dumps(behaviours))
+
+
+def test_runs_start_or_go_on_in_their_order(tmp_path, fake, no_gpu):
+    runs = plan(tmp_path, {"bp": [2, 1], "ss": [1]})
+    leave(runs[1], checkpoint="model_0000001.pth")
+    assert run_all(runs, fake) == []
+    assert [(call["name"], call["resume"]) for call in calls(tmp_path)] == [
+        ("bp_seed2", False),
+        ("bp_seed1", True),
+        ("ss_seed1", False),
+    ]
+    assert {(call["threads"], call["gpus"]) for call in calls(tmp_path)} == {("5", "1")}
+    assert all(run.is_finished() for run in runs)
+    (launched,) = read_launches(runs[1].folder)
+    assert launched["hardware"] == hardware()
+    assert launched["command"].startswith(f"{fake} --config-file quick/shapes_retinanet_bp.yaml")
+    assert launched["command"].endswith(f"OUTPUT_DIR {runs[1].folder}")
+    assert "--resume" in launched["command"]
+
+
+def test_runs_at_a_time_share_the_cores(tmp_path, fake, no_gpu):
+    os.makedirs(tmp_path / "out")
+    os.mkfifo(tmp_path / "out" / "meeting")
+    behave(fake, bp_seed1="r", ss_seed1="w")
+    assert run_all(plan(tmp_path), fake, jobs=2) == []
+    assert [call["threads"] for call in calls(tmp_path)] == ["2", "2"]
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, fake, no_gpu, caplog):
+    behave(fake, bp_seed1="fail", ss_seed1="nothing")
+    runs = plan(tmp_path, {"bp": [1], "ss": [1], "fa": [1]})
+    assert [run.name for run in run_all(runs, fake)] == ["bp_seed1", "ss_seed1"]
+    assert runs[2].is_finished()
+    assert "bp_seed1 failed with exit code 3" in caplog.text
+    assert "no memory left" in caplog.text
+    assert "ss_seed1 ended without a last evaluation" in caplog.text
+    assert (runs[0].folder / "train.log").read_text() == "no memory left\n"
+
+
+@pytest.mark.parametrize(("name", "error"), [("INT", KeyboardInterrupt), ("TERM", SystemExit)])
+def test_whatever_ends_the_comparison_ends_its_runs(name, error, tmp_path, fake, no_gpu):
+    behave(fake, bp_seed1=name)
+    runs = plan(tmp_path)
+    # As the tool has them; a test run in the background of a script has SIGINT ignored.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            run_all(runs, fake)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before_int)
+    assert (runs[0].folder / "asked to end").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((runs[0].folder / "pid").read_text()), 0)
+    assert [call["name"] for call in calls(tmp_path)] == ["bp_seed1"]
+
+
+def test_gpus_are_dealt_out_in_turns(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    key = "CUDA_VISIBLE_DEVICES"
+    assert environments(2, 2) == [{key: "0,1"}, {key: "2,3"}]
+    assert environments(3, 2) == [{key: "0,1"}, {key: "2,3"}, {key: "0,1"}]
+    monkeypatch.setenv(key, "7,5,3,1")
+    assert environments(4, 1) == [{key: "7"}, {key: "5"}, {key: "3"}, {key: "1"}]
+    with pytest.raises(ValueError, match="5 GPUs per run are wanted, but there are 4"):
+        environments(1, 5)
+
+
+def test_the_users_number_of_threads_is_kept(monkeypatch, no_gpu):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environments(2, 1) == [{"OMP_NUM_THREADS": "3"}] * 2
+
+
+def test_hardware_names_the_machine_and_its_software(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["A", "B", "A"][i])
+    text = hardware()
+    assert "2 x A, 1 x B" in text
+    assert f"torch {torch.__version__}" in text
+    assert " cores, " in text
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def result(folder, rule, seed, value, time, metric="bbox/AP", **options) -> Path:
+    logged = [
+        {"iteration": 19, "time": 9 * time, metric: 1.0, "alignment/gradient_angle": 80.0},
+        {"iteration": 39, "time": time},
+        {"iteration": 59, "time": 2 * time, metric: value, "alignment/gradient_angle": 10.0 * seed},
+    ]
+    return write_run(folder / f"{rule}{seed}", logged, rule, SEED=seed, **options)
+
+
+def test_the_table_has_means_deviations_and_ratios(tmp_path):
+    values = {"bp": [60.0, 64.0, 71.0], "ss": [50.0, 53.0], "kp": [13.0]}
+    for rule, results in values.items():
+        for seed, value in enumerate(results, 1):
+            result(tmp_path, rule, seed, value, 0.5 if rule == "bp" else 0.6)
+    summary = summarise(read_runs(sorted(tmp_path.iterdir())), "bbox/AP")
+    assert [row.rule for row in summary] == [BP, SS, KP]
+    bp, ss, kp = summary
+    assert (bp.values, bp.seeds) == (values["bp"], [1, 2, 3])
+    assert bp.mean == pytest.approx(65)
+    assert bp.standard_deviation == pytest.approx(statistics.stdev(values["bp"]))
+    assert (bp.ratio_to_bp, bp.difference_to_bp, bp.time_ratio_to_bp) == (1, 0, 1)
+    assert ss.ratio_to_bp == pytest.approx(51.5 / 65)
+    assert ss.difference_to_bp == pytest.approx(51.5 - 65)
+    assert (bp.seconds_per_step, ss.seconds_per_step) == pytest.approx((1.0, 1.2))
+    assert ss.time_ratio_to_bp == pytest.approx(1.2)
+    assert (bp.gradient_angle, ss.gradient_angle) == (20, 15)
+    assert (kp.mean, kp.standard_deviation) == (13, None)
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table(summary, "bbox/AP").splitlines()
+    ]
+    assert cells[0] == [
+        "rule",
+        "seeds",
+        "box AP, %",
+        "ratio to BP",
+        "time per step, s",
+        "time ratio to BP",
+        "gradient angle at the end, °",
+    ]
+    assert cells[2:] == [
+        ["BP", "3", "65.0 ± 5.6", "1.00", "1", "1.00", "20.0"],
+        ["SS", "2", "51.5 ± 2.1", "0.79", "1.2", "1.20", "15.0"],
+        ["KP", "1", "13.0", "0.20", "1.2", "1.20", "10.0"],
+    ]
+
+
+def test_errors_are_compared_in_points_too(tmp_path):
+    metric = "classification/top1_error"
+    for rule, value in (("bp", 10.0), ("fa", 25.5)):
+        result(tmp_path, rule, 1, value, 1.0, metric, config_file=CLASSIFICATION)
+    summary = summarise(read_runs(sorted(tmp_path.iterdir())), metric)
+    text = table(summary, metric)
+    assert "difference to BP, points" in text
+    assert "+15.5" in text and "2.55" in text
+
+
+def test_without_backpropagation_there_are_no_ratios(tmp_path):
+    result(tmp_path, "ss", 1, 10.0, 1.0)
+    (row,) = summary = summarise(read_runs(tmp_path.iterdir()), "bbox/AP")
+    assert (row.ratio_to_bp, row.difference_to_bp, row.time_ratio_to_bp) == (None, None, None)
+    assert "ratio" not in table(summary, "bbox/AP")
+
+
+def test_what_is_not_known_is_said(tmp_path, caplog):
+    result(tmp_path, "bp", 1, float("nan"), 1.0)
+    result(tmp_path, "ss", 1, 10.0, 1.0)
+    write_run(tmp_path / "fa", [{"iteration": 3, "total_loss": 1.0}], "fa")
+    bp, ss = summarise(read_runs(sorted(tmp_path.iterdir())), "bbox/AP")
+    assert bp.mean != bp.mean and ss.mean == 10
+    assert ss.seconds_per_step == 2
+    assert "bp1 ended with bbox/AP nan" in caplog.text
+    assert "fa has no bbox/AP and is not in the table" in caplog.text
+
+
+# The whole comparison, with the fake -------------------------------------------------------------
+
+
+def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, caplog):
+    rules = {"bp": [1, 3], "ss": [1], "fa": [1]}
+    runs = plan(tmp_path, rules)
+    behave(fake, fa_seed1="fail")
+    text, complete = compare(runs, tmp_path / "out", fake, command="the command")
+    assert not complete
+    assert "| BP" in text and "20.0 ± 14.1" in text and "FA" not in text
+    assert len(calls(tmp_path)) == 4
+
+    behave(fake)
+    text, complete = compare(runs, tmp_path / "out", fake, command="the command")
+    assert complete and "FA" in text
+    assert [call["name"] for call in calls(tmp_path)[4:]] == ["fa_seed1"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "ss_detectron"):
+        assert compare(runs, tmp_path / "out", fake, command="the command") == (text, True)
+    assert len(calls(tmp_path)) == 5
+    assert "4 of 4 runs are finished already" in caplog.text
+
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert (content["metric"], content["command"]) == ("bbox/AP", "the command")
+    assert content["hardware"] == [hardware()]
+    assert content["not finished"] == []
+    bp = content["rules"][0]
+    assert (bp["rule"], bp["seeds"], bp["values"]) == (BP, [1, 3], [10.0, 30.0])
+    assert bp["config"] == "quick/shapes_retinanet_bp.yaml"
+    assert len(content["runs"][3]["launches"]) == 2  # the failing one, too
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    for part in (text, hardware(), "the command", "Threads per run: 5", "![detection](detection"):
+        assert part in page
+    assert (tmp_path / "out" / "detection.png").is_file()
+
+
+def test_a_folder_of_another_config_stops_the_comparison_but_not_the_report(
+    tmp_path, fake, no_gpu, caplog
+):
+    runs = plan(tmp_path, {"bp": [1], "ss": [1], "fa": [1]})
+    leave(runs[0], [{"iteration": 4, "bbox/AP": 50.0}], final=True)
+    leave(runs[1], [{"iteration": 4, "bbox/AP": 1.0}], final=True, **{"SOLVER.BASE_LR": 1.0})
+    text, complete = compare(runs, tmp_path / "out", fake)
+    assert not complete
+    assert calls(tmp_path) == []
+    assert f"{runs[1].folder} was started with another config: SOLVER.BASE_LR 1.0" in caplog.text
+    assert "BP" in text and "SS" not in text
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "Not finished, and not in the table: fa_seed1" in page
+    # Nor is it complete with all the others finished.
+    assert compare(runs[:2], tmp_path / "out", fake) == (text, False)
+
+
+def test_nothing_finished_gives_no_table(tmp_path, fake, no_gpu, caplog):
+    behave(fake, bp_seed1="fail", ss_seed1="fail")
+    runs = plan(tmp_path)
+    assert compare(runs, tmp_path / "out", fake) == ("", False)
+    assert "No run is finished" in caplog.text
+    leave(runs[0], [{"iteration": 4, "bbox/AP": 50.0}], final=True)
+    assert write_report(runs, tmp_path / "out", metric="bbox/AP50") == ""
+    assert "No run is finished with bbox/AP50" in caplog.text
+
+
+# The tool ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tool():
+    return runpy.run_path(str(TOOL))
+
+
+def run_tool(tool, *words) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tools/compare_rules.py", *map(str, words)])
+        return tool["main"](tool["parse_arguments"]())
+
+
+def test_seeds_are_a_number_or_a_list(tool):
+    parse = tool["parse_seeds"]
+    assert [parse(text) for text in ("3", "1", "4,5", "7,", "2,2")] == [
+        [1, 2, 3],
+        [1],
+        [4, 5],
+        [7],
+        [2],
+    ]
+    for text in ("0", "", "x", "-1", "0,1", ","):
+        with pytest.raises(ValueError):
+            parse(text)
+
+
+def test_the_tools_words(tool, tmp_path, capsys):
+    words = ["--config-file", DETECTION, "--output", tmp_path, "--seeds", 2, "--dry-run"]
+    words += ["--rules", "bp", "kp:1", "ss:7,", "SOLVER.MAX_ITER", 4]
+    assert run_tool(tool, *words) == 0
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == [f"{tmp_path}/{n}" for n in ("bp_seed1", "bp_seed2", "kp_seed1", "ss_seed7")]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rules", "bp", "bp:2"], "names a rule twice"),
+        (["--seeds", "none"], "a number of seeds"),
+        (["--jobs", "0"], "1 at least"),
+        (["--seeds", "1", "SOLVER.MAX_ITER", "4", "--jobs", "2"], "before the first KEY VALUE"),
+    ],
+)
+def test_words_that_the_tool_does_not_understand(words, message, tool, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_tool(tool, "--config-file", DETECTION, *words)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_that_does_not_fit_ends_the_tool(tool, tmp_path, capsys):
+    words = ["--output", tmp_path, "--rules", "bp", "SOLVER.MAX_ITR", 4]
+    assert run_tool(tool, "--config-file", DETECTION, *words) == 2
+    assert "SOLVER.MAX_ITR" in capsys.readouterr().err
+
+
+# A real comparison -------------------------------------------------------------------------------
+
+
+def test_two_rules_are_compared_and_a_run_that_was_killed_goes_on(tmp_path, tool, capsys):
+    shapes = generate_shapes(tmp_path / "sets", train=4, val=2, size=64)
+    sets = [
+        [f"tiny_{split}", f"{shapes}/annotations/instances_{split}.json", f"{shapes}/{split}"]
+        for split in ("train", "val")
+    ]
+    output = tmp_path / "out"
+    words = ["--config-file", DETECTION, "--rules", "bp", "fa", "--output", output]
+    for key, value in {
+        "DATASETS.COCO_INSTANCES": sets,
+        "DATASETS.TRAIN": ("tiny_train",),
+        "DATASETS.TEST": ("tiny_val",),
+        "INPUT.MIN_SIZE_TRAIN": (64,),
+        "INPUT.MIN_SIZE_TEST": 64,
+        "MODEL.RETINANET.NUM_CONVS": 1,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.001,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.STEPS": (),
+        "SOLVER.MAX_ITER": 4,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "TEST.EVAL_PERIOD": 0,
+    }.items():
+        words += [key, str(value)]
+    said = finish(start(*words, cwd=tmp_path, script=TOOL))
+    assert "fa_seed1 is finished (2 of 2)" in said
+    assert "| BP" in said and "| FA" in said
+
+    (bp, fa) = runs = read_runs([output / "bp_seed1", output / "fa_seed1"])
+    assert [run.rule for run in runs] == [BP, FA]
+    assert [run.config["SEED"] for run in runs] == [1, 1]
+    assert fa.epochs_per_iteration == 2 / 4  # as the log says
+    assert bp.last("alignment/gradient_angle") == pytest.approx(0, abs=1e-3)
+    assert fa.last("alignment/gradient_angle") > 10
+    assert (output / "weight_angle.pdf").is_file()
+
+    # As if killed in its third step, while it wrote into the log.
+    folder = output / "fa_seed1"
+    weights = torch.load(folder / "model_final.pth")["model"]
+    (folder / "model_final.pth").unlink()
+    (folder / "model_0000003.pth").unlink()
+    shutil.rmtree(folder / "inference")
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    (folder / "metrics.json").write_text('{"iteration": 1, "total_l')
+    logs = {name: (output / name / "train.log").read_text() for name in ("bp_seed1", "fa_seed1")}
+    assert run_tool(tool, *words) == 0
+    new = (folder / "train.log").read_text().removeprefix(logs["fa_seed1"])
+    assert "Starting training from iteration 2" in new
+    assert (output / "bp_seed1" / "train.log").read_text() == logs["bp_seed1"]
+    again = torch.load(folder / "model_final.pth")["model"]
+    fixed = [name for name in weights if name.endswith("feedback_weight")]
+    assert fixed and all(torch.equal(weights[name], again[name]) for name in fixed)
+    assert any("bbox/AP" in row for row in read_runs([folder])[0].rows)
+
+    logs["fa_seed1"] += new
+    capsys.readouterr()
+    assert run_tool(tool, *words) == 0
+    assert "| FA" in capsys.readouterr().out
+    assert {name: (output / name / "train.log").read_text() for name in logs} == logs

@@ -1,0 +1,505 @@
+"""tools/demo.py: what is drawn is what the models see, in the order of the checkpoints."""
+
+import itertools
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import logger as detectron2_logger
+from image_utils import datasets_folder, write_images
+from matplotlib.colors import to_rgb
+from modeling_utils import assert_same, load_config
+from PIL import Image
+
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.data import SHAPES_CLS_CLASSES, draw_shapes, generate_shapes
+from ss_detectron.experiments import demo
+from ss_detectron.experiments.demo import (
+    Detector,
+    Panel,
+    Predictor,
+    build_predictor,
+    check_same_classes,
+    draw_video,
+    find_files,
+    output_paths,
+    read_picture,
+    render,
+    side_by_side,
+    titles,
+)
+from ss_detectron.experiments.styles import COLOURS
+
+TOOL = Path(__file__).parents[2] / "tools" / "demo.py"
+
+
+def picture(seed: int = 0, size: int = 96) -> np.ndarray:
+    return draw_shapes(np.random.default_rng(seed), size)[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Output folders of three detectors (bp, ss, fa) and a classifier (cls): config, weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, name in enumerate(("bp", "ss", "fa", "cls")):
+        (folder / name).mkdir()
+        if name == "cls":
+            cfg = load_config("quick/shapes_resnet18_ss.yaml")
+        else:
+            few = ["MODEL.RETINANET.NUM_CONVS", 1, "TEST.DETECTIONS_PER_IMAGE", 6]
+            cfg = load_config(f"quick/shapes_retinanet_{name}.yaml", *few)
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        if name != "cls":  # scores of all sizes, where an untrained detector's are near 0
+            torch.nn.init.normal_(model.head.cls_score.weight, std=0.1)
+            torch.nn.init.constant_(model.head.cls_score.bias, -2.0)
+        FeedbackCheckpointer(model, str(folder / name)).save("model_final")
+        (folder / name / "config.yaml").write_text(cfg.dump())
+    return folder
+
+
+def config(runs: Path, name: str, *options):
+    return demo.load_config(str(runs / name / "config.yaml"), options)
+
+
+# What models see ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "configured"), [("RGB", 0.999), ("BGR", 0.0)])
+def test_detections_are_those_of_the_model_above_the_threshold(runs, form, configured):
+    cfg = config(runs, "ss", "INPUT.FORMAT", form, "INPUT.MIN_SIZE_TEST", 128)
+    stock = cfg.clone()
+    stock.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    everything = DefaultPredictor(stock)(picture()[:, :, ::-1])["instances"]
+    assert len(everything) == 6
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = configured  # more or less than is asked for
+    found = Detector(cfg, everything.scores[3:5].mean().item())(picture())
+    assert len(found) == 4 and found.image_size == (96, 96)
+    for field in ("pred_boxes", "scores", "pred_classes"):
+        ours, theirs = found.get(field), everything[:4].get(field)
+        assert_same(getattr(ours, "tensor", ours), getattr(theirs, "tensor", theirs))
+
+
+class _Sees(Detector):
+    """A detector that sees one given object."""
+
+    classes = ("circle", "square", "triangle")
+
+    def __init__(self, *box: float):
+        self.box = box
+
+    def __call__(self, image):
+        found = Instances(image.shape[:2], pred_boxes=Boxes(torch.tensor([self.box])))
+        found.scores, found.pred_classes = torch.tensor([0.876]), torch.tensor([2])
+        return found
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((100, 50), 4), ((800, 600), 1), ((500, 2000), 0.5)], ids=str
+)
+def test_a_box_is_drawn_where_it_is_with_its_class_and_score(monkeypatch, size, factor):
+    written = []
+    draw_text = demo.Visualizer.draw_text
+
+    def note(self, text, position, **options):
+        written.append((text, position))
+        return draw_text(self, text, position, **options)
+
+    monkeypatch.setattr(demo.Visualizer, "draw_text", note)
+    height, width = size
+    box = [0.2 * width, 0.1 * height, 0.9 * width, 0.8 * height]
+    drawn, caption = _Sees(*box).draw(np.full((height, width, 3), 128, np.uint8))
+    assert drawn.shape == (height * factor, width * factor, 3)
+    x0, y0, x1, y1 = (round(side * factor) for side in box)
+    assert written == [("triangle 88%", (pytest.approx(x0), pytest.approx(y0)))]
+    assert caption == ""
+    colour = [round(255 * c) for c in to_rgb(COLOURS[2])]
+    y, x = (y0 + y1) // 2, (x0 + x1) // 2
+    for edge in ((y, x0), (y, x1), (y1, x)):
+        np.testing.assert_allclose(drawn[edge], colour, atol=1)
+    assert (drawn[y, x] == 128).all()
+    assert (drawn[y, x0 - 10] == 128).all()
+
+
+def test_a_classifier_s_panel_names_its_most_probable_classes(runs, tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "shape.png")
+    predictor = build_predictor(config(runs, "cls"))
+    assert isinstance(predictor, demo.Classifier)
+    seen = predictor(picture())
+    record = predictor.mapper({"file_name": str(tmp_path / "shape.png"), "label": 0})
+    with torch.no_grad():
+        expected = predictor.model({"image": record["image"][None]})["probabilities"][0]
+    assert_same(seen, expected)
+    drawn, caption = predictor.draw(picture())
+    assert drawn.shape == (400, 400, 3)
+    order = seen.argsort(descending=True)[:5].tolist()
+    assert caption.split() == [
+        word for i in order for word in (f"{seen[i]:.1%}", SHAPES_CLS_CLASSES[i])
+    ]
+
+
+def test_a_title_is_the_checkpoint_s_rule_or_else_the_config_s(runs, tmp_path):
+    weights = [str(runs / "bp" / "model_final.pth"), *(str(tmp_path / f"{i}.pth") for i in "12")]
+    stock = {"model": torch.load(weights[0])["model"]}
+    rules = {"head.cls_score": "backpropagation", "head.bbox_pred": "backpropagation"}
+    rules["backbone.fpn_output3"] = "sign_symmetry(scale=rms, gain=0.5)"
+    torch.save({**stock, "feedback": rules}, weights[1])
+    torch.save(stock, weights[2])
+    config_file = str(runs / "fa" / "config.yaml")
+    predictors = [build_predictor(demo.load_config(config_file, [], path)) for path in weights]
+    _, ss, fa = predictors
+    assert titles(predictors, weights) == ["backpropagation", "sign symmetry", "feedback alignment"]
+    assert titles([fa, ss, fa], ["out/a/last.pth", "out/a/best.pth", "best.pth"]) == [
+        "feedback alignment (a/last)",
+        "sign symmetry",
+        "feedback alignment (best)",
+    ]
+
+
+@pytest.mark.parametrize("rule", ["fasi", "kp"])
+def test_weights_without_feedback_do_for_every_rule(runs, tmp_path, rule):
+    torch.save({"model": torch.load(runs / "bp" / "model_final.pth")["model"]}, tmp_path / "w.pth")
+    cfg = config(runs, "bp", "MODEL.FEEDBACK.RULE", rule, "MODEL.WEIGHTS", str(tmp_path / "w.pth"))
+    assert len(Detector(cfg, 0.01)(picture())) > 0
+
+
+def test_weights_of_a_backbone_alone_are_refused(runs, tmp_path):
+    model = torch.load(runs / "ss" / "model_final.pth")["model"]
+    part = {name: value for name, value in model.items() if name.startswith("backbone.bottom_up")}
+    torch.save({"model": part}, tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match=r"backbone\.pth leaves .* \(backbone\.fpn_lateral3"):
+        Detector(config(runs, "ss", "MODEL.WEIGHTS", str(tmp_path / "backbone.pth")))
+
+
+def test_which_weights_are_taken(runs, tmp_path):
+    final = runs / "ss" / "model_final.pth"
+    other, given = tmp_path / "other.pth", tmp_path / "given.pth"
+    for path in (other, given):
+        path.touch()
+    file, option = str(runs / "ss" / "config.yaml"), ["MODEL.WEIGHTS", str(other)]
+
+    def weights(*more):
+        return Path(demo.load_config(file, *more).MODEL.WEIGHTS)
+
+    assert weights() == final
+    assert weights(option) == other
+    assert weights(option, str(given)) == given
+    with pytest.raises(FileNotFoundError, match=r"there are no weights 'none\.pth'"):
+        demo.load_config(file, [], "none.pth")
+    with pytest.raises(FileNotFoundError, match="quick/shapes_retinanet_ss.yaml names no trained"):
+        demo.load_config("quick/shapes_retinanet_ss.yaml")
+
+
+def test_the_classes_names_come_from_one_s_own_data_set(runs, tmp_path, monkeypatch, caplog):
+    shapes = generate_shapes(tmp_path, train=1, val=1, size=64)
+    annotations = shapes / "annotations" / "instances_val.json"
+    text = annotations.read_text()
+    for name, renamed in (("circle", "ring"), ("square", "box"), ("triangle", "wedge")):
+        text = text.replace(f'"{name}"', f'"{renamed}"')
+    annotations.write_text(text)
+    with datasets_folder(tmp_path, monkeypatch):
+        own = ["own", str(annotations), str(shapes / "val")]
+        keys = ["DATASETS.COCO_INSTANCES", [own], "DATASETS.TEST", ("own",)]
+        assert Detector(config(runs, "ss", *keys)).classes == ["ring", "box", "wedge"]
+
+        gone = ["gone", str(tmp_path / "gone.json"), str(tmp_path)]
+        keys = ["DATASETS.COCO_INSTANCES", [gone], "DATASETS.TEST", ("gone",)]
+        assert Detector(config(runs, "ss", *keys)).classes == ["class 0", "class 1", "class 2"]
+        assert "The classes have no names here" in caplog.text
+
+        write_images(tmp_path / "two", a=1, b=1)
+        keys = ["DATASETS.IMAGE_FOLDERS", [["two", str(tmp_path / "two")]]]
+        with pytest.raises(ValueError, match="'two' has 2 classes, the model 3"):
+            Detector(config(runs, "ss", *keys, "DATASETS.TEST", ("two",)))
+        with pytest.raises(ValueError, match="No data set named 'none'"):
+            Detector(config(runs, "ss", "DATASETS.TEST", ("none",)))
+
+
+def test_models_of_other_classes_are_not_drawn_side_by_side():
+    three, other, four = (Predictor.__new__(Predictor) for _ in range(3))
+    three.classes, other.classes, four.classes = list("abc"), list("axc"), list("abcd")
+    check_same_classes([three, three], ["a.yaml", "b.yaml"])
+    with pytest.raises(ValueError, match=r"a\.yaml and c\.yaml .* class 1 is 'b' .* 'x'"):
+        check_same_classes([three, three, other], ["a.yaml", "b.yaml", "c.yaml"])
+    with pytest.raises(ValueError, match="class 3 is None .* 'd'"):
+        check_same_classes([three, four], ["a.yaml", "b.yaml"])
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+def grey(value: int, height: int = 300, width: int = 400) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def test_panels_stand_side_by_side_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (301, 403, 3), np.uint8) for _ in range(3)]
+    figure = side_by_side([Panel(f"rule {i}", p) for i, p in enumerate(pictures)])
+    drawn = render(figure)
+    assert drawn.shape == (34 + 301 + 8, 8 + 3 * (403 + 8), 3)
+    for i, expected in enumerate(pictures):
+        left = 8 + i * (403 + 8)
+        np.testing.assert_array_equal(drawn[34 : 34 + 301, left : left + 403], expected)
+    assert (drawn[34:, :8] == 255).all() and (drawn[34:, 8 + 403 : 8 + 403 + 8] == 255).all()
+    shown = [text for text in figure.texts if text.get_text()]
+    assert [text.get_text() for text in shown] == ["rule 0", "rule 1", "rule 2"]
+    for i, text in enumerate(shown):
+        extent = text.get_window_extent()
+        assert (extent.x0 + extent.x1) / 2 == pytest.approx(8 + i * 411 + 201.5, abs=2)
+        assert extent.y0 > 8 + 301
+
+
+@pytest.mark.parametrize(("width", "wide"), [(30, 160), (400, 400), (1000, 1000)])
+def test_text_stays_within_its_panel(width, wide):
+    title = "sign symmetry (the_folder_of_this_run/model_0000199) " * 2
+    caption = f" 99.9%  {'a class of a long name, ' * 10}\n  0.1%  $x$"
+    figure = side_by_side([Panel(title, grey(0, 50, width), caption)] * 2)
+    height = render(figure).shape[0]
+    headings, captions = figure.texts[::2], figure.texts[1::2]
+    for left, heading, lines in zip((8, 16 + wide), headings, captions, strict=True):
+        assert heading.get_text().replace("\n", "").replace(" ", "") == title.replace(" ", "")
+        assert lines.get_text().splitlines()[1] == "  0.1%  $x$"
+        above, below = heading.get_window_extent(), lines.get_window_extent()
+        assert left <= min(above.x0, below.x0) and max(above.x1, below.x1) <= left + wide
+        assert below.y0 >= 0 and below.y1 <= 8 + 2 * 18
+        assert above.y0 >= 8 + 2 * 18 + 50 and above.y1 <= height
+
+
+def test_pictures_of_all_kinds_are_read_as_rgb(tmp_path):
+    rgb = Image.fromarray(picture())
+    transparent = rgb.convert("RGBA")
+    transparent.putalpha(100)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter, clockwise
+    rgb.save(tmp_path / "Größe.png")
+    rgb.convert("L").save(tmp_path / "grey.png")
+    transparent.save(tmp_path / "rgba.png")
+    Image.fromarray(picture()[:60]).save(tmp_path / "turned.png", exif=turned)
+    np.testing.assert_array_equal(read_picture(tmp_path / "Größe.png"), picture())
+    np.testing.assert_array_equal(read_picture(tmp_path / "rgba.png"), picture())
+    read = read_picture(tmp_path / "grey.png")
+    assert read.shape == (96, 96, 3) and (read == read[:, :, :1]).all()
+    np.testing.assert_array_equal(
+        read_picture(tmp_path / "turned.png"), np.rot90(picture()[:60], -1)
+    )
+    (tmp_path / "bad.png").write_bytes((tmp_path / "Größe.png").read_bytes()[:200])
+    with pytest.raises(demo.UnreadableImageError, match=r"bad\.png' cannot be read"):
+        read_picture(tmp_path / "bad.png")
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def test_files_folders_and_patterns_are_found_once(tmp_path, monkeypatch):
+    for name in ("b/2.png", "b/1.JPG", "b/notes.txt", "a[1].png", "c/d/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+    def found(*words):
+        return [str(path) for path in find_files(words)]
+
+    assert found("a[1].png", "b") == ["a[1].png", "b/1.JPG", "b/2.png"]
+    assert found("b/*.png", "b", f"{tmp_path}/b/2.png") == ["b/2.png", "b/1.JPG"]
+    assert found("**/3.*") == ["c/d/3.png"]
+    for word in ("b/3.png", "*.jpg"):
+        with pytest.raises(FileNotFoundError, match="there is no file '"):
+            found(word)
+    with pytest.raises(FileNotFoundError, match="no image in the folder 'c'"):
+        found("c")
+
+
+def test_no_drawing_overwrites_another_or_its_own_picture(tmp_path):
+    files = [
+        Path("a/x.png"),
+        Path("a/x_2.png"),
+        Path("b/x.png"),
+        Path("b/X.jpg"),
+        Path("c/y.z.png"),
+    ]
+    names = ["x.png", "x_2.png", "x_3.png", "X_4.png", "y.z.png"]
+    assert output_paths(files, tmp_path) == [tmp_path / name for name in names]
+    with pytest.raises(ValueError, match=r"'a/x\.png' would overwrite 'a/x\.png'"):
+        output_paths(files, Path("a"))
+    assert output_paths(files[3:4], Path("b")) == [Path("b/X.png")]
+
+
+def test_every_frame_of_a_video_is_drawn(tmp_path):
+    levels = [20, 120, 220, 60]
+    source, target = tmp_path / "quelle-ü.mp4", tmp_path / "drawn.mp4"
+    codec = cv2.VideoWriter_fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(source), codec, 5, (64, 48))
+    for level in levels:
+        writer.write(np.full((48, 64, 3), (0, 0, level), np.uint8))  # red
+    writer.release()
+    frames = []
+
+    def draw(frame):
+        frames.append(frame)
+        return np.pad(frame, ((0, 3), (0, 65), (0, 0)))
+
+    assert draw_video(source, target, draw) == 4
+    assert [frame.shape for frame in frames] == [(48, 64, 3)] * 4
+    drawn = cv2.VideoCapture(str(target))
+    assert drawn.get(cv2.CAP_PROP_FPS) == 5
+    for level, seen in itertools.zip_longest(levels, frames):
+        read, frame = drawn.read()
+        assert read and frame.shape == (50, 128, 3)
+        np.testing.assert_allclose(seen.mean((0, 1)), [level, 0, 0], atol=6)
+        np.testing.assert_allclose(frame[:40, :56].mean((0, 1)), [0, 0, level], atol=8)
+    assert not drawn.read()[0]
+    source.write_bytes(b"no video")
+    with pytest.raises(demo.UnreadableImageError, match="quelle-ü.mp4' cannot be read as a video"):
+        draw_video(source, target, draw)
+
+
+# The tool ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the tool here; returns what it printed. It leaves the tests' logging as it is."""
+    monkeypatch.setattr(detectron2_logger, "setup_logger", lambda *args, **kwargs: None)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
+        runpy.run_path(str(TOOL), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_tool_draws_one_panel_per_checkpoint(runs, tmp_path, monkeypatch, run):
+    panels = []
+    compose = demo.side_by_side
+    monkeypatch.setattr(demo, "side_by_side", lambda p: panels.append(p) or compose(p))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    Image.fromarray(picture(1)).save(tmp_path / "a" / "ähnlich.png")
+    Image.fromarray(picture(2, 128)[:80]).convert("L").save(tmp_path / "b" / "ähnlich.jpg")
+    configs = [runs / name / "config.yaml" for name in ("fa", "bp", "ss")]
+    words = ["--config-file", *configs, "--input", tmp_path / "a", tmp_path / "b"]
+    out, options = tmp_path / "new" / "out", ["INPUT.MIN_SIZE_TEST", 128]
+    scores = Detector(config(runs, "fa", *options), 0.0)(picture(1)).scores
+    score = scores[1:3].mean().item()  # the first panel has two boxes
+    assert len(scores) == 6
+    printed = run(*words, "--score", score, "--output", out, *options)
+    assert printed.count(" -> ") == 2
+    drawn = [read_image(str(out / name), "RGB") for name in ("ähnlich.png", "ähnlich_2.png")]
+    assert [d.shape for d in drawn] == [
+        (34 + height + 8, 8 + 3 * (400 + 8), 3) for height in (400, 250)
+    ]
+    assert [panel.title for panel in panels[0]] == [
+        "feedback alignment",
+        "backpropagation",
+        "sign symmetry",
+    ]
+    for i, file in enumerate(configs):
+        expected, _ = Detector(demo.load_config(str(file), options), score).draw(picture(1))
+        left = 8 + i * 408
+        np.testing.assert_array_equal(drawn[0][34 : 34 + 400, left : left + 400], expected)
+    assert len({panel.picture.tobytes() for panel in panels[0]}) == 3
+
+
+def test_one_config_does_for_several_weights_and_labels_replace_rules(
+    runs, tmp_path, monkeypatch, run
+):
+    panels = []
+    compose = demo.side_by_side
+    monkeypatch.setattr(demo, "side_by_side", lambda p: panels.extend(p) or compose(p))
+    Image.fromarray(picture()).save(tmp_path / "x.png")
+    weights = [runs / name / "model_final.pth" for name in ("ss", "bp")]
+    words = ["--config-file", runs / "bp" / "config.yaml", "--weights", *weights]
+    run(*words, "--input", tmp_path / "x.png", "--labels", "SS", "BP", "--output", tmp_path / "out")
+    assert [panel.title for panel in panels] == ["SS", "BP"]
+    for panel, name in zip(panels, ("ss", "bp"), strict=True):
+        expected, _ = Detector(config(runs, name)).draw(picture())
+        np.testing.assert_array_equal(panel.picture, expected)
+
+
+def test_unreadable_images_are_named_skipped_and_counted(runs, tmp_path, caplog, run):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.png").write_bytes(b"no image")
+    Image.fromarray(picture()).save(tmp_path / "in" / "2.png")
+    words = ["--config-file", runs / "cls" / "config.yaml", "--input", tmp_path / "in"]
+    with pytest.raises(SystemExit, match="1 of 2 files could not be read"):
+        run(*words, "--output", tmp_path / "out")
+    assert "1.png' cannot be read as an image" in caplog.text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["2.png"]
+
+
+def test_the_tool_draws_videos(runs, tmp_path, run):
+    source = tmp_path / "v.mp4"
+    writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"mp4v"), 5, (96, 96))
+    writer.write(picture())
+    writer.release()
+    words = ["--config-file", runs / "ss" / "config.yaml", runs / "bp" / "config.yaml"]
+    run(*words, "--video", source, "--output", tmp_path / "out")
+    read, frame = cv2.VideoCapture(str(tmp_path / "out" / "v.mp4")).read()
+    assert read and frame.shape == (34 + 400 + 8, 8 + 2 * 408, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config-file RUNS/ss/config.yaml --input no.png", "there is no file 'no.png'"),
+        ("--config-file RUNS/ss/config.yaml --video no.mp4", "there is no file 'no.mp4'"),
+        ("--config-file no.yaml --input x.png", "there is no config file 'no.yaml'"),
+        ("--config-file quick/shapes_retinanet_fa.yaml --input x.png", "names no trained weights"),
+        (
+            "--config-file RUNS/ss/config.yaml --weights no.pth --input x.png",
+            "there are no weights 'no.pth'",
+        ),
+        (
+            "--config-file RUNS/ss/config.yaml RUNS/cls/config.yaml --input x.png",
+            "cls/config.yaml differ in their classes: class 0 is 'circle' in the one and 'bar_fall",
+        ),
+        (
+            "--config-file RUNS/ss/config.yaml --weights RUNS/cls/model_final.pth --input x.png",
+            "cls/model_final.pth leaves",
+        ),
+        ("--config-file RUNS/ss/config.yaml --input x.png --output x.png/out", "be written to"),
+        ("--config-file RUNS/ss/config.yaml --input x.png --output x.png", "cannot be written to"),
+        ("--config-file RUNS/ss/config.yaml --input x.png --output .", "would overwrite 'x.png'"),
+        (
+            "--config-file RUNS/ss/config.yaml --input x.png --output out MODEL.NONE 1",
+            "Non-existent key: MODEL.NONE",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch, run, words, message):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture()).save("x.png")
+    words = words.replace("RUNS", str(runs)).split()
+    with pytest.raises(SystemExit) as exit_:
+        run(*words, *([] if "--output" in words else ["--output", "out"]))
+    assert message in str(exit_.value.code)
+    np.testing.assert_array_equal(read_picture("x.png"), picture())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config-file a b --weights c --input d", "2 configs, but 1 weights"),
+        ("--config-file a --labels b c --input d", "2 labels, but 1 checkpoints"),
+        ("--config-file a --input b --score 40", "--score 40.0: choose a number from 0 to 1"),
+        ("--config-file a --input b --video c", "not allowed with argument --input"),
+        ("--config-file a --input b --output c K V --score 1", "--score: give options before"),
+        ("--config-file a --input b --output c MODEL.DEVICE", "a KEY or a VALUE is missing"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_refused(run, capsys, words, message):
+    words = words.split()
+    with pytest.raises(SystemExit) as exit_:
+        run(*words, *([] if "--output" in words else ["--output", "out"]))
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err

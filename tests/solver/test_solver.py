@@ -1,0 +1,713 @@
+import copy
+import itertools
+import pickle
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.solver import LRMultiplier
+from detectron2.solver import build_optimizer as detectron2_build_optimizer
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from torch import nn
+from torch._dynamo.utils import counters
+
+from ss_detectron import AsymmetricLinear, add_ss_config, backpropagation, convert_feedback
+from ss_detectron.solver import SGD, match_feedback_groups
+from ss_detectron.solver.build import build_optimizer, check_solver
+
+SHAPES = [(4, 3, 3, 3), (4,), (5, 4), ()]
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs a C++ compiler"
+)
+
+
+def reference_step(
+    p, g, state, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
+    batch_manhattan=False, no_sign_change=False, maximize=False,
+):  # fmt: skip
+    """The definition, for one parameter; returns its new value."""
+    g = -g if maximize else g
+    g = g.sign() if batch_manhattan else g
+    g = g + weight_decay * p
+    if momentum:
+        first = "v" not in state
+        state["v"] = g if first else momentum * state["v"] + (1 - dampening) * g
+        g = g + momentum * state["v"] if nesterov else state["v"]
+    new = p - lr * g
+    if no_sign_change:
+        new[(p >= 0) & (new <= 0)] = 1e-10
+        new[(p < 0) & (new >= 0)] = -1e-10
+    return new
+
+
+def some_params(dtype=torch.float64, seed=0) -> list[nn.Parameter]:
+    """Small values of both signs, many of them exactly zero, one of them -0."""
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.randn(shape, generator=generator, dtype=dtype) * 0.1 for shape in SHAPES]
+    for p in params[:-1]:
+        p[torch.rand(p.shape, generator=generator) < 0.3] = 0.0
+    params[0].view(-1)[0] = -0.0
+    return [nn.Parameter(p) for p in params]
+
+
+def set_gradients(params, step) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        if p.dim():
+            p.grad[torch.rand(p.shape, generator=generator) < 0.2] = 0.0
+
+
+def run(optimizer, steps=6, start=0, lrs=None) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(start, start + steps):
+        if lrs is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = lrs[step]
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def values(params) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def assert_equal(actual, expected) -> None:
+    torch.testing.assert_close(list(actual), list(expected), rtol=0, atol=0, equal_nan=True)
+
+
+def assert_close(actual, expected, dtype) -> None:
+    """Within the roundings of some steps."""
+    rtol, atol = {torch.float64: (1e-12, 1e-15), torch.float32: (1e-5, 1e-6)}[dtype]
+    torch.testing.assert_close(list(actual), list(expected), rtol=rtol, atol=atol)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+# One step --------------------------------------------------------------------------------------
+
+MOMENTA = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3},
+    {"momentum": 0.9, "nesterov": True},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    ("batch_manhattan", "no_sign_change"), [*itertools.product([False, True], repeat=2)]
+)
+def test_every_step_is_the_definition(
+    dtype, momentum, weight_decay, maximize, batch_manhattan, no_sign_change
+):
+    options = {
+        "lr": 0.07,
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+        "batch_manhattan": batch_manhattan,
+        "no_sign_change": no_sign_change,
+        **momentum,
+    }
+    params = some_params(dtype)
+    expected = [p.detach().double() for p in params]
+    states = [{} for _ in params]
+    optimizer = SGD(params, **options)
+    for step in range(6):
+        set_gradients(params, step)
+        gradients = [p.grad.double() for p in params]
+        expected = [
+            reference_step(p, g, state, **options)
+            for p, g, state in zip(expected, gradients, states, strict=True)
+        ]
+        optimizer.step()
+        assert_close(params, [e.to(dtype) for e in expected], dtype)
+        if momentum:
+            buffers = [optimizer.state[p]["momentum_buffer"] for p in params]
+            assert_close(buffers, [state["v"].to(dtype) for state in states], dtype)
+        if no_sign_change:
+            at_bound = [abs(e.to(dtype)) == torch.tensor(1e-10, dtype=dtype) for e in expected]
+            assert sum(a.sum() for a in at_bound) > 5
+            for p, e, a in zip(params, expected, at_bound, strict=True):
+                assert_equal([p[a]], [e.to(dtype)[a]])
+
+
+@pytest.mark.parametrize("options", [*MOMENTA, {"weight_decay": 0.1, "maximize": True}])
+def test_without_the_options_it_is_torchs_own_bit_for_bit(options):
+    ours, theirs = some_params(torch.float32), some_params(torch.float32)
+    run(SGD(ours, lr=0.07, **options))
+    run(torch.optim.SGD(theirs, lr=0.07, foreach=True, **options))
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch_manhattan", [False, True])
+def test_no_weight_ever_changes_its_sign(dtype, batch_manhattan):
+    weights, biases = some_params(dtype), some_params(dtype, seed=1)
+    groups = [{"params": weights, "no_sign_change": True}, {"params": biases}]
+    optimizer = SGD(groups, lr=1.0, momentum=0.9, batch_manhattan=batch_manhattan)
+    signs = [torch.where(w >= 0, 1, -1) for w in weights]
+    free = [b.sign() for b in biases]
+    for step in range(30):
+        run(optimizer, steps=1, start=step)
+        assert_equal([w.sign().int() for w in weights], [s.int() for s in signs])
+    assert any((b.sign() != s).any() for b, s in zip(biases, free, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [
+        (torch.float64, 1e-10),
+        (torch.float32, 1e-10),
+        (torch.bfloat16, 1e-10),
+        (torch.float16, 2.0**-14),
+    ],
+)
+def test_what_becomes_of_weights_near_zero(dtype, bound):
+    tiny = 3e-11 if dtype != torch.float16 else 2.0**-20
+    before = torch.tensor([1, -1, 1, -1, 0, 0, -0.0, 0, 2, -2], dtype=dtype)
+    update = torch.tensor([-1, 1, -3, 3, -1, 0, 0, 1, -2, 2], dtype=dtype)
+    after = torch.tensor([1, -1, 1, -1, 1, 1, 1, 0, 1, -1], dtype=torch.float64) * bound
+    after[7] = 1.0
+    # Of its own sign, a weight may be nearer to zero than the bound.
+    before = torch.cat([before, torch.tensor([tiny, -tiny], dtype=dtype)])
+    update = torch.cat([update, torch.zeros(2, dtype=dtype)])
+    weight = nn.Parameter(before.clone())
+    weight.grad = -update
+    SGD([weight], lr=1.0, no_sign_change=True).step()
+    assert_equal([weight], [torch.cat([after.to(dtype), before[-2:]])])
+
+
+def test_a_weight_that_is_no_number_stays_one_to_be_seen():
+    weight = nn.Parameter(torch.tensor([1.0, 1.0, -1.0, 1.0]))
+    weight.grad = torch.tensor([float("nan"), float("inf"), float("-inf"), float("-inf")])
+    SGD([weight], lr=1.0, no_sign_change=True).step()
+    assert_equal([weight], [torch.tensor([float("nan"), 1e-10, -1e-10, float("inf")])])
+
+
+def test_types_are_mixed_freely_in_one_group():
+    mixed = [p for dtype in (torch.float64, torch.float16) for p in some_params(dtype)]
+    apart = [nn.Parameter(p.detach().clone()) for p in mixed]
+    options = {"lr": 0.1, "momentum": 0.9, "no_sign_change": True, "batch_manhattan": True}
+    together, groups = SGD(mixed, **options), [{"params": [p]} for p in apart]
+    for optimizer in together, SGD(groups, **options):
+        for step in range(3):
+            for i, p in enumerate([p for g in optimizer.param_groups for p in g["params"]]):
+                generator = torch.Generator().manual_seed(10 * step + i)
+                p.grad = torch.randn(p.shape, generator=generator).to(p)
+            optimizer.step()
+    assert_equal(mixed, apart)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_gradients_and_parameters_without_them_are_left_as_they_are(compiled):
+    params = some_params()
+    options = {"batch_manhattan": True, "no_sign_change": True, "weight_decay": 0.1}
+    optimizer = SGD(params, lr=0.1, momentum=0.9, compiled=compiled, **options)
+    run(optimizer, steps=1)
+    set_gradients(params, 1)
+    params[1].grad = None
+    before = params[1].detach().clone(), [p.grad.clone() for p in params if p.grad is not None]
+    optimizer.step()
+    after = params[1].detach(), [p.grad for p in params if p.grad is not None]
+    assert_equal([after[0], *after[1]], [before[0], *before[1]])
+    optimizer.zero_grad()
+    before = values(params)
+    optimizer.step()
+    assert_equal(params, before)
+
+
+def test_what_it_cannot_do_is_refused():
+    embedding = nn.Embedding(3, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="takes no sparse gradients"):
+        SGD(embedding.parameters(), lr=0.1).step()
+    with pytest.raises(TypeError, match="differentiable"):
+        SGD(some_params(), lr=0.1, differentiable=True)
+    with pytest.raises(ValueError, match="Nesterov"):
+        SGD(some_params(), lr=0.1, nesterov=True)
+
+
+# An ordinary optimizer -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_batchwise_magnitude_notices_each_update(compiled):
+    layer = AsymmetricLinear(3, 2, rule="brsf", scale="kaiming")
+    options = {"batch_manhattan": True, "no_sign_change": True}
+    optimizer = SGD(layer.parameters(), lr=0.1, momentum=0.9, compiled=compiled, **options)
+    seen = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 3)).sum().backward()
+        seen.append(layer.current_feedback().abs())
+        layer(torch.ones(1, 3))
+        assert torch.equal(layer.current_feedback().abs(), seen[-1])
+        optimizer.step()
+    for a, b in itertools.combinations(seen, 2):
+        assert not torch.equal(a, b)
+
+
+def test_state_goes_from_torchs_own_and_back():
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    params = some_params()
+    theirs = torch.optim.SGD(params, foreach=True, **options)
+    run(theirs, steps=3)
+    mine = [nn.Parameter(p.detach().clone()) for p in params]
+    ours = SGD(mine, lr=1.0, no_sign_change=True)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    (group,) = ours.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.1, 0.9, 0.1)
+    # The checkpoint says nothing of the options: they are not switched off.
+    assert (group["batch_manhattan"], group["no_sign_change"]) == (False, True)
+    group["no_sign_change"] = False
+    again = [nn.Parameter(p.detach().clone()) for p in params]
+    back = torch.optim.SGD(again, lr=1.0)
+    back.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for optimizer in theirs, ours, back:
+        run(optimizer, start=3)
+    assert_equal(mine, params)
+    assert_equal(again, params)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_training_goes_on_from_a_saved_optimizer(way, compiled):
+    params = some_params()
+    groups = [
+        {"params": params[:2], "batch_manhattan": True, "lr": 0.05},
+        {"params": params[2:], "no_sign_change": True},
+    ]
+    optimizer = SGD(groups, lr=0.1, momentum=0.9, compiled=compiled)
+    run(optimizer, steps=2)
+    if way == "state_dict":
+        other = [nn.Parameter(p.detach().clone()) for p in params]
+        groups = [{"params": other[:2]}, {"params": other[2:]}]
+        resumed = SGD(groups, lr=1.0, compiled=compiled)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        copied = {"pickle": lambda o: pickle.loads(pickle.dumps(o)), "deepcopy": copy.deepcopy}
+        resumed = copied[way](optimizer)
+        other = [p for group in resumed.param_groups for p in group["params"]]
+    assert resumed.compiled == compiled
+    for o in optimizer, resumed:
+        run(o, start=2, steps=2)
+    assert_equal(other, params)
+    assert not any(torch.equal(a, b) for a, b in zip(params[:3], some_params(), strict=False))
+
+
+def test_a_group_added_later_has_the_optimizers_settings():
+    first, second = some_params()[0], some_params()[2]
+    optimizer = SGD([first], lr=0.1, batch_manhattan=True)
+    optimizer.add_param_group({"params": [second], "no_sign_change": True})
+    settings = [(g["batch_manhattan"], g["no_sign_change"]) for g in optimizer.param_groups]
+    assert settings == [(True, False), (True, True)]
+
+
+def test_closures_and_hooks_are_called_once_a_step():
+    weight = nn.Parameter(torch.tensor([1.0, -1.0]))
+    torch.optim.SGD([weight], lr=0.1)  # from now on, torch's own step calls hooks too
+    optimizer = SGD([weight], lr=0.5, batch_manhattan=True)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 100 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 200
+    assert weight.tolist() == [0.5, -0.5]
+    assert calls == ["before", "after"]
+
+
+def test_gradient_scaling_skips_steps_that_overflow():
+    weight = nn.Parameter(torch.tensor([1.0, -1.0]))
+    optimizer = SGD([weight], lr=0.25, batch_manhattan=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor, expected in ((float("inf"), [1.0, -1.0]), (3.0, [0.75, -0.75])):
+        optimizer.zero_grad()
+        scaler.scale((factor * weight.square()).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert weight.tolist() == expected
+
+
+# Compiled --------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("momentum", [*MOMENTA[:1], *MOMENTA[2:]])
+def test_compiled_steps_are_uncompiled_ones_and_compile_once(momentum):
+    def make(dtype, compiled):
+        params = some_params(dtype)
+        groups = [
+            {"params": params[:1], "batch_manhattan": True, "no_sign_change": True},
+            {"params": params[1:2], "batch_manhattan": True},
+            {"params": params[2:3], "no_sign_change": True},
+            {"params": params[3:]},
+        ]
+        return params, SGD(groups, lr=0.1, weight_decay=0.1, compiled=compiled, **momentum)
+
+    lrs = [0.01 * (step + 1) for step in range(8)]  # a warm-up
+    for count, dtype in enumerate((torch.float64, torch.float32), start=1):
+        expected, eager = make(dtype, compiled=False)
+        actual, compiled = make(dtype, compiled=True)
+        for step in range(len(lrs)):
+            run(eager, steps=1, start=step, lrs=lrs)
+            run(compiled, steps=1, start=step, lrs=lrs)
+            assert_close(actual, expected, dtype)
+            assert_equal([p.sign() for p in actual], [p.sign() for p in expected])
+        assert counters["stats"]["unique_graphs"] == count
+        assert not counters["graph_break"]
+        assert compiled.param_groups[0]["lr"] == lrs[-1]
+        assert isinstance(compiled.param_groups[0]["lr"], float)
+
+
+@needs_compiler
+def test_narrow_types_are_left_to_uncompiled_steps():
+    options = {"lr": 0.1, "momentum": 0.9, "batch_manhattan": True, "no_sign_change": True}
+    expected, actual = some_params(torch.float16), some_params(torch.float16)
+    run(SGD(expected, **options))
+    run(SGD(actual, compiled=True, **options))
+    assert_equal(actual, expected)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_the_benchmark_measures():
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "benchmark_solver.py"))
+    row = tool["measure"]({"no_sign_change": True}, False, torch.device("cpu"), repeats=2)
+    assert float(row["ours, ms"]) > 0
+    assert float(row["ours / stock"]) > 0
+
+
+# From the config -------------------------------------------------------------------------------
+
+
+def make_cfg(**solver) -> CfgNode:
+    """Keys of SOLVER; LAST_LAYER_X stands for LAST_LAYER.X."""
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    cfg.SOLVER.BASE_LR = 0.25
+    for key, value in solver.items():
+        node, _, name = key.rpartition("LAST_LAYER_")
+        (cfg.SOLVER.LAST_LAYER if key.startswith("LAST_LAYER_") else cfg.SOLVER)[name] = value
+    return cfg
+
+
+class Net(nn.Module):
+    last_layers = ("score",)
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.GroupNorm(2, 4)
+        self.hidden = nn.Linear(4, 5)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.score = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.score(self.frozen(self.hidden(x)).relu())
+
+
+def make_model(rule="bp", **options) -> nn.Module:
+    torch.manual_seed(0)
+    return convert_feedback(Net(), rule, **options)
+
+
+def train(model, optimizer, steps=4) -> None:
+    for step in range(steps):
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        x = x.to(model.conv.weight)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def settings_by_name(optimizer, model) -> dict[str, dict]:
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        names[p]: {k: v for k, v in group.items() if k != "params"}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {},
+        {"NESTEROV": True, "WEIGHT_DECAY": 0.1},
+        {"BIAS_LR_FACTOR": 2.0, "WEIGHT_DECAY_BIAS": 0.3, "WEIGHT_DECAY_NORM": 0.2},
+    ],
+)
+def test_without_options_it_is_detectron2s_optimizer(solver, clip):
+    cfg = make_cfg(**solver)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clip
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-3
+    model = make_model("kp")
+    other = copy.deepcopy(model)
+    ours, theirs = build_optimizer(cfg, model), detectron2_build_optimizer(cfg, other)
+    assert type(ours).__mro__[1 if clip else 0] is torch.optim.SGD
+    for group in theirs.param_groups:
+        assert group["foreach"]
+        group.update(foreach=None, fused=True)  # the one difference: a faster kernel
+    assert ours.state_dict() == theirs.state_dict()
+    assert list(settings_by_name(ours, model)) == list(settings_by_name(theirs, other))
+    train(model, ours)
+    train(other, theirs)
+    assert_equal(model.parameters(), other.parameters())
+
+
+def test_a_parameter_that_learns_later_begins_its_momentum_then():
+    """As by torch's own SGD, after a checkpoint as well."""
+    cfg = make_cfg(WEIGHT_DECAY=0.1)
+    model = make_model("kp")
+    other = copy.deepcopy(model)
+    ours, theirs = build_optimizer(cfg, model), detectron2_build_optimizer(cfg, other)
+    for each, optimizer in ((model, ours), (other, theirs)):
+        with backpropagation(each):  # no gradient for the feedback weights
+            train(each, optimizer, steps=1)
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    train(model, ours)
+    train(other, theirs)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_the_last_layer_has_a_learning_rate_of_its_own_under_the_schedule(optimizer):
+    model = make_model()
+    cfg = make_cfg(OPTIMIZER=optimizer, LAST_LAYER_BASE_LR=0.03125, BIAS_LR_FACTOR=2.0)
+    built = build_optimizer(cfg, model)
+    assert type(built) is getattr(torch.optim, optimizer)
+    # weights, norm weights (no weight decay), biases, norm biases, and the last layer's two
+    assert len(built.param_groups) == 6
+
+    def rates():
+        settings = settings_by_name(built, model)
+        return {name: settings[name]["lr"] for name in settings}
+
+    first = rates()
+    assert first["conv.weight"] == first["norm.weight"] == first["hidden.weight"] == 0.25
+    assert first["conv.bias"] == first["norm.bias"] == first["hidden.bias"] == 0.5
+    assert (first["score.weight"], first["score.bias"]) == (0.03125, 0.0625)
+    assert not any(name.startswith("frozen") for name in first)
+    schedule = MultiStepParamScheduler([1.0, 0.5], milestones=[2], num_updates=4)
+    scheduler = LRMultiplier(built, schedule, max_iter=4)
+    for factor in (1.0, 0.5, 0.5):
+        built.step()
+        scheduler.step()
+        assert rates() == {name: lr * factor for name, lr in first.items()}
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_options_hold_for_the_layers_that_the_keys_say(last):
+    model = make_model()
+    prefix = "LAST_LAYER_" if last else ""
+    cfg = make_cfg(**{prefix + "BATCH_MANHATTAN": True, prefix + "NO_SIGN_CHANGE": True})
+    optimizer = build_optimizer(cfg, model)
+    assert type(optimizer) is SGD
+    assert len(optimizer.param_groups) == (4 if last else 5)
+    settings = settings_by_name(optimizer, model)
+    assert len(settings) == 8
+    for name, setting in settings.items():
+        held = name.startswith("score") == last
+        assert setting["batch_manhattan"] == held, name
+        assert setting["no_sign_change"] == (held and not name.endswith("bias")), name
+
+
+@pytest.mark.parametrize("held", ["hidden.weight", "score.weight"])
+def test_weights_keep_their_signs_where_the_keys_say(held):
+    key = "LAST_LAYER_NO_SIGN_CHANGE" if held == "score.weight" else "NO_SIGN_CHANGE"
+    kept = {}
+    for on in (False, True):
+        model = make_model()
+        before = {name: p.detach().sign() for name, p in model.named_parameters()}
+        train(model, build_optimizer(make_cfg(BASE_LR=4.0, **{key: on}), model))
+        after = dict(model.named_parameters())
+        kept[on] = {name for name in before if torch.equal(after[name].sign(), before[name])}
+    assert held in kept[True]
+    assert not {"hidden.weight", "score.weight", "hidden.bias"} & (kept[True] - {held})
+    assert held not in kept[False]
+
+
+def test_options_without_last_layers_hold_for_all_and_say_so(caplog):
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizer = build_optimizer(make_cfg(BATCH_MANHATTAN=True), model)
+    assert [g["batch_manhattan"] for g in optimizer.param_groups] == [True]
+    assert "SOLVER.BATCH_MANHATTAN holds for all layers: Sequential" in caplog.text
+
+
+@needs_compiler
+def test_the_compiled_step_is_asked_for_by_a_key():
+    model, other = make_model(), make_model()
+    options = {"BATCH_MANHATTAN": True, "LAST_LAYER_NO_SIGN_CHANGE": True}
+    train(model, build_optimizer(make_cfg(COMPILED=True, **options), model))
+    assert counters["stats"]["unique_graphs"] == 1
+    train(other, build_optimizer(make_cfg(**options), other))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert_close([a], [b], torch.float32)
+    optimizer = build_optimizer(make_cfg(COMPILED=True), model)
+    assert type(optimizer) is SGD
+    assert optimizer.compiled
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_gradients_are_clipped_before_the_options_apply(compiled):
+    model = make_model()
+    cfg = make_cfg(BATCH_MANHATTAN=True, MOMENTUM=0.0, WEIGHT_DECAY=0.0, COMPILED=compiled)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-4
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, SGD)
+    assert type(optimizer) is not SGD
+    before = values([model.hidden.weight, model.score.weight])
+    train(model, optimizer, steps=1)
+    after = model.hidden.weight, model.score.weight
+    hidden, score = (p - b for p, b in zip(after, before, strict=True))
+    torch.testing.assert_close(hidden, -0.25 * model.hidden.weight.grad.sign())
+    assert model.score.weight.grad.abs().max() == pytest.approx(1e-4)
+    torch.testing.assert_close(score, -0.25 * model.score.weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ({"OPTIMIZER": "Adam"}, "OPTIMIZER is 'Adam'; choose 'SGD' or 'AdamW'"),
+        ({"LAST_LAYER_BASE_LR": -0.1}, "LAST_LAYER.BASE_LR is -0.1"),
+        ({"LAST_LAYER_BASE_LR": float("nan")}, "LAST_LAYER.BASE_LR is nan"),
+        ({"ACCUMULATION_STEPS": 0}, "ACCUMULATION_STEPS is 0"),
+        *(
+            ({"OPTIMIZER": "AdamW", key: True}, f"{key.replace('LAYER_', 'LAYER.')} is an option")
+            for key in (
+                "BATCH_MANHATTAN",
+                "NO_SIGN_CHANGE",
+                "COMPILED",
+                "LAST_LAYER_BATCH_MANHATTAN",
+                "LAST_LAYER_NO_SIGN_CHANGE",
+            )
+        ),
+    ],
+)
+def test_a_key_that_does_not_fit_is_named(solver, message):
+    with pytest.raises(ValueError, match=f"SOLVER.{message}"):
+        check_solver(make_cfg(**solver))
+    with pytest.raises(ValueError, match=f"SOLVER.{message}"):
+        build_optimizer(make_cfg(**solver), make_model())
+
+
+def test_the_defaults_fit():
+    check_solver(make_cfg())
+    check_solver(make_cfg(OPTIMIZER="AdamW", LAST_LAYER_BASE_LR=0.1, ACCUMULATION_STEPS=2))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"LAST_LAYER_BASE_LR": 0.1},
+        {"LAST_LAYER_BASE_LR": 0.1, "OPTIMIZER": "AdamW"},
+        {"LAST_LAYER_BATCH_MANHATTAN": True},
+        {"LAST_LAYER_NO_SIGN_CHANGE": True},
+    ],
+)
+def test_last_layers_that_the_model_does_not_have_are_named(solver):
+    key = next(iter(solver)).replace("LAYER_", "LAYER.")
+    with pytest.raises(ValueError, match=f"SOLVER.{key} is set, but Sequential .*last_layers"):
+        build_optimizer(make_cfg(**solver), nn.Sequential(nn.Linear(2, 2)))
+    model = make_model()
+    model.last_layers = ("score", "skore")
+    with pytest.raises(ValueError, match="Net.last_layers names 'skore'"):
+        build_optimizer(make_cfg(**solver), model)
+
+
+# Kolen-Pollack ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {},
+        {"BIAS_LR_FACTOR": 3.0, "WEIGHT_DECAY_BIAS": 0.7, "WEIGHT_DECAY_NORM": 0.5},
+        {"LAST_LAYER_BASE_LR": 0.125, "WEIGHT_DECAY_BIAS": 0.0},
+        {"BATCH_MANHATTAN": True, "WEIGHT_DECAY_NORM": 0.0},
+        {"LAST_LAYER_BATCH_MANHATTAN": True, "LAST_LAYER_BASE_LR": 0.0625},
+    ],
+)
+def test_feedback_approaches_its_weight_by_the_closed_form(solver):
+    model = make_model("kp").double()
+    cfg = make_cfg(MOMENTUM=0.0, WEIGHT_DECAY=0.25, **solver)
+    optimizer = build_optimizer(cfg, model)
+    layers = {"conv": 0.25, "hidden": 0.25, "score": solver.get("LAST_LAYER_BASE_LR", 0.25)}
+    apart = {n: getattr(model, n).weight - getattr(model, n).feedback_weight for n in layers}
+    before = {n: getattr(model, n).feedback_weight.detach().clone() for n in layers}
+    frozen = model.frozen.feedback_weight.clone()
+    steps = 5
+    train(model, optimizer, steps)
+    for name, lr in layers.items():
+        layer = getattr(model, name)
+        expected = apart[name] * (1 - lr * 0.25) ** steps
+        torch.testing.assert_close(layer.weight - layer.feedback_weight, expected)
+        # And not by weight decay alone: the gradient moves it too.
+        assert (layer.feedback_weight - before[name] * (1 - lr * 0.25) ** steps).abs().max() > 1e-4
+    assert torch.equal(model.frozen.feedback_weight, frozen)
+
+
+def test_feedback_is_moved_into_its_weights_group_whatever_the_groups():
+    model = make_model("kp")
+    feedback = [p for n, p in model.named_parameters() if n.endswith("feedback_weight")]
+    rest = [
+        (n, p)
+        for n, p in model.named_parameters()
+        if not n.endswith("feedback_weight") and not n.startswith("score")
+    ]
+    groups = [
+        {"params": iter(feedback), "lr": 0.1, "weight_decay": 0.0},
+        {"params": rest, "lr": 0.2},
+        {"params": model.score.weight, "lr": 0.3, "weight_decay": 0.5},
+        {"params": [model.score.bias]},
+    ]
+    matched = match_feedback_groups(groups, model)
+    assert [len(g["params"]) for g in groups[1:2]] == [len(rest)]
+    assert [{k: v for k, v in g.items() if k != "params"} for g in matched] == [
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.2},
+        {"lr": 0.3, "weight_decay": 0.5},
+        {},
+    ]
+    assert [len(g["params"]) for g in matched] == [0, len(rest) + 3, 2, 1]
+    assert matched[1]["params"][: len(rest)] == rest
+    for layer, i in ((model.conv, 1), (model.hidden, 1), (model.frozen, 1), (model.score, 2)):
+        assert any(p is layer.feedback_weight for p in matched[i]["params"])
+    # Nothing is left to be moved.
+    again = match_feedback_groups(matched, model)
+    assert [[id(p) for p in g["params"]] for g in again] == [
+        [id(p) for p in g["params"]] for g in matched
+    ]
+
+
+def test_a_pair_in_torn_groups_is_refused_by_name():
+    model = make_model("kp")
+    weights = [p for n, p in model.named_parameters() if not n.endswith("feedback_weight")]
+    with pytest.raises(ValueError, match="conv.weight is in .* conv.feedback_weight is in none"):
+        match_feedback_groups([{"params": weights}], model)
+    with pytest.raises(ValueError, match="score.feedback_weight is in .* score.weight is in none"):
+        match_feedback_groups([{"params": [model.score.feedback_weight]}], model)
+    assert match_feedback_groups([{"params": [model.conv.bias]}], model)
+    model.conv.feedback_weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="conv.feedback_weight is in none.*requires_grad"):
+        build_optimizer(make_cfg(), model)

@@ -1,0 +1,221 @@
+"""What `pip` makes of the project: the real one, built from a copy, without network."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import ss_detectron
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
+FOLDERS = ("ss_detectron", "configs")
+
+
+def copy_project(copy: Path) -> Path:
+    """Copy what the distribution is made of, as building leaves files in its source folder."""
+    for name in PARTS:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
+    subprocess.run([*pip, *options, str(source)], check=True)
+    return next(folder.glob("ss_detectron-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The contents of the wheel, by name."""
+    project = copy_project(tmp_path_factory.mktemp("project"))
+    path = build_wheel(project, tmp_path_factory.mktemp("wheel"))
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def metadata_of(wheel):
+    return message_from_bytes(
+        next(data for name, data in wheel.items() if name.endswith(".dist-info/METADATA"))
+    )
+
+
+def test_wheel_has_the_code_and_the_configs_and_nothing_else(wheel):
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ss_detectron").rglob("*.py")}
+    configs = {
+        f"ss_detectron/{path.relative_to(ROOT).as_posix()}"
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }
+    assert any("/configs/quick/" in name for name in configs)
+    assert {name for name in wheel if ".dist-info/" not in name} == code | configs
+
+
+def test_wheel_has_the_licence(wheel):
+    licence = [data for name, data in wheel.items() if name.endswith("/LICENSE")]
+    assert licence == [(ROOT / "LICENSE").read_bytes()]
+    assert b"Apache License" in licence[0]
+
+
+def test_metadata(wheel):
+    metadata = metadata_of(wheel)
+    assert metadata["Name"] == "ss_detectron"
+    assert metadata["Version"] == ss_detectron.__version__
+
+
+def test_installing_leaves_detectron2_opencv_and_torch_alone(wheel):
+    """Whatever the environment has of them must do."""
+    required = [line for line in metadata_of(wheel).get_all("Requires-Dist") if "extra" not in line]
+    names = {line.split(">")[0] for line in required}
+    assert {"torch", "torchvision"} <= names
+    assert not {"detectron2", "opencv-python", "opencv-python-headless"} & names
+    assert not [line for line in required if "<" in line or "==" in line or "~" in line]
+
+
+def test_source_distribution_gives_the_same_wheel(wheel, tmp_path):
+    (tmp_path / "project").mkdir()
+    project = copy_project(tmp_path / "project")
+    script = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", script], cwd=project, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("ss_detectron-*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = next(path for path in tmp_path.glob("ss_detectron-*") if path.is_dir())
+    with zipfile.ZipFile(build_wheel(source, tmp_path)) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == wheel
+
+
+def test_every_requirement_is_pinned():
+    for path in (ROOT / "requirements").glob("*.txt"):
+        for line in path.read_text().splitlines():
+            requirement = line.partition("#")[0].strip()
+            assert not requirement or requirement.startswith("-r ") or "==" in requirement, line
+
+
+# ---------------------------------------------------------------- make
+
+
+class FakePython:
+    """A Python that only writes down how it is called, for `make` to do its set-up with.
+
+    It is a shell script; `make_venv` gives the environment it makes the same script as Python and
+    as ruff, so that the calls of all three stand in one log.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "fake-python"
+        self.log = folder / "calls"
+        shutil.copy(ROOT / "Makefile", folder)
+        shutil.copytree(ROOT / "requirements", folder / "requirements")
+        (folder / "tools").mkdir()
+        for name in ("setup.py", "pyproject.toml", "tools/install_detectron2.py"):
+            (folder / name).touch()
+        self.behave("")
+
+    def behave(self, body: str) -> None:
+        """Set what it does: lines of shell, run with the arguments of a call."""
+        make_venv = (
+            f'case "$*" in "-m venv "*) mkdir -p .venv/bin\n'
+            f"for name in python ruff; do ln -sf {self.path} .venv/bin/$name; done;; esac"
+        )
+        log = f'echo "$(basename $0) $*" >> {self.log}'
+        self.path.write_text(f"#!/bin/sh\n{log}\n{body}\n{make_venv}\n")
+        self.path.chmod(0o755)
+
+    def make(self, target: str) -> subprocess.CompletedProcess:
+        self.log.write_text("")
+        command = ["make", "--no-print-directory", target, f"PYTHON={self.path}"]
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+
+    def calls(self, part: str) -> int:
+        """Count the calls in the last run of make that have a part in common."""
+        return self.log.read_text().count(part)
+
+
+@pytest.fixture
+def python(tmp_path):
+    return FakePython(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            'case "$*" in --version) echo Python 3.9.2;; *version_info*) exit 1;; esac',
+            "Python >= 3.11 is needed, .*fake-python is Python 3.9.2. Name another: make PYTHON=",
+        ),
+        ('case "$*" in *ensurepip*) exit 1;; esac', "lacks the modules venv or .*python3-venv"),
+        ('case "$*" in "-m venv"*) exit 1;; esac', "fake-python could not make .venv"),
+    ],
+    ids=["old", "no venv module", "venv fails"],
+)
+def test_make_says_what_is_wrong_with_python(python, body, message):
+    python.behave(body)
+    result = python.make("setup")
+    assert result.returncode == 2
+    assert re.search(message, result.stderr)
+    assert python.calls("pip install") == 0
+
+
+def test_make_says_that_there_is_no_python(python):
+    python.path.unlink()
+    result = python.make("setup")
+    assert result.returncode == 2
+    assert re.search("fake-python is not there. Name a Python >= 3.11: make PYTHON=", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("failing", "message"),
+    [
+        ("*install*-r*", "pip failed; see above"),
+        ("*import*torch*", "torch does not load"),
+        ("*import*cv2*", "libGL.so.1 .*opencv-python-headless"),
+        ("*install_detectron2.py*", ""),  # says itself why
+    ],
+)
+def test_set_up_that_fails_is_taken_up_again(python, failing, message):
+    python.behave(f'case "$*" in {failing}) exit 1;; esac')
+    for _ in range(2):  # it does not pass for complete the second time
+        result = python.make("setup")
+        assert result.returncode == 2
+        assert re.search(message, result.stderr)
+    python.behave("")
+    assert python.make("setup").returncode == 0
+    assert python.calls("tools/install_detectron2.py --source auto") == 1
+    assert python.make("setup").returncode == 0
+    assert python.log.read_text() == ""
+
+
+def test_make_lint_needs_ruff_only(python):
+    assert python.make("lint").returncode == 0
+    assert python.calls("pip --disable-pip-version-check install -q -r requirements/lint.txt") == 1
+    assert python.calls("install") == 1
+    assert python.calls("ruff check .") == 1
+    assert python.make("lint").returncode == 0
+    assert python.log.read_text() == "ruff check .\n"
+
+
+def test_make_test_says_on_which_detectron2_it_runs(python):
+    assert python.make("test").returncode == 0
+    report = python.log.read_text().index("install_detectron2.py --report")
+    assert report < python.log.read_text().index("-m pytest tests")
+
+
+def test_changed_requirements_are_installed(python):
+    assert python.make("setup").returncode == 0
+    requirements = python.folder / "requirements" / "demo.txt"
+    later = time.time() + 3600
+    os.utime(requirements, (later, later))
+    assert python.make("setup").returncode == 0
+    assert python.calls("install -r requirements/test.txt") == 1
