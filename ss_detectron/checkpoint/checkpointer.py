@@ -32,21 +32,21 @@ from ss_detectron.utils.trust import (
 
 from .files import (
     NeedsPickleError,
+    atomic_write,
     find_checkpoints,
     has_checkpoint,
     last_checkpoint,
     read_checkpoint,
-    remove_unfinished,
-    write_whole,
+    remove_partial_files,
 )
 from .weights import (
+    abbreviate,
     check_torchvision_resnet,
-    describe,
-    few,
     find_renaming,
     is_torchvision_resnet,
     largest_modules,
     rename_state,
+    summarise,
 )
 
 __all__ = ["FeedbackCheckpointer", "NotWrittenError"]
@@ -105,7 +105,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             if not any(first_match(name, (pattern,)) for name in names):
                 raise ValueError(
                     f"MODEL.WEIGHTS_EXCEPT: {pattern!r} matches no module and no parameter of "
-                    f"{type(self.model).__name__}; it holds {describe(names)}"
+                    f"{type(self.model).__name__}; it holds {summarise(names)}"
                 )
 
     def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
@@ -128,11 +128,11 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         target = os.path.join(self.save_dir, name + ".pth")
         self.logger.info("Saving checkpoint to %s", target)
         try:
-            with write_whole(target) as file:
+            with atomic_write(target) as file:
                 torch.save({**data, **kwargs}, file)
             if tag:
                 self.tag_last_checkpoint(name + ".pth")
-            remove_unfinished(self.save_dir)
+            remove_partial_files(self.save_dir)
         except (OSError, RuntimeError) as error:
             cause = _os_error(error)
             if cause is None:
@@ -142,11 +142,11 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if is_url(self.save_dir):
             return super().tag_last_checkpoint(last_filename_basename)
-        with write_whole(os.path.join(self.save_dir, "last_checkpoint")) as file:
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
     @contextmanager
-    def explaining_a_full_disk(self) -> Iterator[None]:
+    def explain_full_disk(self) -> Iterator[None]:
         """
         Makes of a full disk's error, whichever file of the run meets it first, one that says what
         is left.
@@ -324,7 +324,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
         # Returned to fvcore, the two lists would be logged at length.
-        self._say_what_was_loaded(
+        self._log_loaded(
             loaded=[name for name in model if name in state],
             missing=[name for name in incompatible.missing_keys if name not in excepted],
             excepted=[name for name in model if name in excepted],
@@ -333,9 +333,10 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
     def _nothing_fits(self, saved: Iterable[str], model: Iterable[str], by_heuristics: bool) -> str:
         message = (
-            f"{self._path} has nothing of this {type(self.model).__name__} (it holds {few(saved)}; "
-            f"the model {few(model)}). MODEL.WEIGHTS takes weights of the same network, or of its "
-            "backbone from an ImageClassifier or from torchvision's ResNets"
+            f"{self._path} has nothing of this {type(self.model).__name__} (it holds "
+            f"{abbreviate(saved)}; the model {abbreviate(model)}). MODEL.WEIGHTS takes weights of "
+            "the same network, or of its backbone from an ImageClassifier or a ResNet of "
+            "torchvision's"
         )
         if by_heuristics:
             return message
@@ -365,10 +366,10 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             )
         raise ValueError(
             f"{self._path} does not fit this model, in which {len(differ)} of its tensors have "
-            f"another shape ({few(shapes)}): {remedy}"
+            f"another shape ({abbreviate(shapes)}): {remedy}"
         )
 
-    def _say_what_was_loaded(
+    def _log_loaded(
         self, loaded: list[str], missing: list[str], excepted: list[str], unexpected: list[str]
     ) -> None:
         tensors = self.model.state_dict(keep_vars=True)
@@ -388,7 +389,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         ):
             if names:
                 others = {*loaded, *missing, *excepted}.difference(names)
-                said.append(f"{text}: {describe(names, others)}")
+                said.append(f"{text}: {summarise(names, others)}")
         if feedback:
             said.append(f"the checkpoint's feedback of {len(feedback)} layers is not used")
         level = logging.WARNING if missing or unexpected else logging.INFO

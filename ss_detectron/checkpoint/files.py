@@ -22,9 +22,9 @@ __all__ = [
     "is_checkpoint_name",
     "last_checkpoint",
     "read_checkpoint",
-    "remove_unfinished",
-    "set_aside",
-    "write_whole",
+    "remove_partial_files",
+    "archive_previous_run",
+    "atomic_write",
 ]
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class NeedsPickleError(ValueError):
 
 
 @contextmanager
-def write_whole(target: str) -> Iterator[BinaryIO]:
+def atomic_write(target: str) -> Iterator[BinaryIO]:
     """
     A file to write to that becomes ``target`` in one step once all of it is on the disk: a run may
     be killed, or its machine fail, at any time. After an error, ``target`` is what it was.
@@ -62,7 +62,7 @@ def write_whole(target: str) -> Iterator[BinaryIO]:
     _sync_names(os.path.dirname(target) or ".")
 
 
-def remove_unfinished(folder: str) -> None:
+def remove_partial_files(folder: str) -> None:
     """Removes what a run that was killed had begun to write; only for the one that writes now."""
     for path in Path(folder).glob("*.pth.new"):
         path.unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def find_checkpoints(folder: str) -> list[str]:
     The files that the run in ``folder`` can go on from, best first: the one that
     ``last_checkpoint`` names, be it there or not, then those of fewer iterations
     (``model_NNNNNNN.pth``), down to the first; all there are where it names none. See
-    :func:`set_aside` for what an earlier run has left.
+    :func:`archive_previous_run` for what an earlier run has left.
     """
     last = last_checkpoint(folder)
     numbered = _NUMBERED.fullmatch(os.path.basename(last or ""))
@@ -180,7 +180,7 @@ def _iteration(path: str) -> float:
         return math.inf
 
 
-def set_aside(folder: str) -> str | None:
+def archive_previous_run(folder: str) -> str | None:
     """
     Moves the checkpoints of an earlier run to a folder of their own, ``earlier_run_N`` in
     ``folder``: a run that began there anew, once interrupted, would go on from them.

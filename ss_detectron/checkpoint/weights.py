@@ -11,8 +11,8 @@ from torch import Tensor, nn
 __all__ = [
     "Renaming",
     "check_torchvision_resnet",
-    "describe",
-    "few",
+    "summarise",
+    "abbreviate",
     "find_renaming",
     "is_torchvision_resnet",
     "largest_modules",
@@ -132,36 +132,36 @@ def largest_modules(names: Iterable[str], others: Iterable[str] = ()) -> dict[st
     The largest modules that hold some of ``names`` and none of ``others`` (the parameter itself
     where there is none) -> how many they hold.
     """
-    shared = {module for name in others for module in _around(name)}
-    return Counter(next(m for m in _around(name) if m not in shared) for name in names)
+    shared = {module for name in others for module in parents(name)}
+    return Counter(next(m for m in parents(name) if m not in shared) for name in names)
 
 
-def describe(names: Iterable[str], others: Iterable[str] = ()) -> str:
+def summarise(names: Iterable[str], others: Iterable[str] = ()) -> str:
     """
     ``names`` in a few words, by their :func:`largest_modules`:
     "backbone (16: fpn_lateral3, fpn_output3, fpn_lateral4, ...), head (22)".
     """
-    parents = defaultdict(dict)
+    groups = defaultdict(dict)
     for module, count in largest_modules(names, others).items():
         parent, _, child = module.rpartition(".")
-        parents[parent][child] = count
+        groups[parent][child] = count
     said = []
-    for parent, children in parents.items():
+    for parent, children in groups.items():
         if parent and len(children) > 1:
-            said.append(f"{parent} ({sum(children.values())}: {few(children)})")
+            said.append(f"{parent} ({sum(children.values())}: {abbreviate(children)})")
         else:
             start = f"{parent}." if parent else ""
             said += [f"{start}{child} ({count})" for child, count in children.items()]
-    return few(said, 6)
+    return abbreviate(said, 6)
 
 
-def few(names: Iterable[str], count: int = 3) -> str:
+def abbreviate(names: Iterable[str], count: int = 3) -> str:
     """The first of ``names``, and dots if there are more."""
     names = list(names)
     return ", ".join(names[:count]) + ", ..." * (len(names) > count)
 
 
-def _around(name: str) -> list[str]:
+def parents(name: str) -> list[str]:
     """The names of the modules around, from the outermost on, and the name itself."""
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -25,7 +25,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
-from ss_detectron.checkpoint.files import has_checkpoint, set_aside
+from ss_detectron.checkpoint.files import archive_previous_run, has_checkpoint
 from ss_detectron.config import add_ss_config, merge_config_file, runs_on_cpu
 from ss_detectron.data import (
     build_classification_test_loader,
@@ -263,20 +263,20 @@ class Trainer(DefaultTrainer):
         return loaders
 
     def train(self) -> Any:
-        """DefaultTrainer's; what an earlier run has left in OUTPUT_DIR is set aside."""
+        """DefaultTrainer's; what an earlier run has left in OUTPUT_DIR is archived."""
         if self.start_iter == 0:
-            self._set_aside_earlier_run()
+            self._archive_previous_run()
         # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
         # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
         # nothing to go without; a GPU is not exact to the bit in any case.
         with (
             torch.jit.optimized_execution(not runs_on_cpu(self.cfg)),
-            self.checkpointer.explaining_a_full_disk(),
+            self.checkpointer.explain_full_disk(),
         ):
             return super().train()
 
-    def _set_aside_earlier_run(self) -> None:
-        aside = set_aside(self.cfg.OUTPUT_DIR) if comm.is_main_process() else None
+    def _archive_previous_run(self) -> None:
+        aside = archive_previous_run(self.cfg.OUTPUT_DIR) if comm.is_main_process() else None
         if aside:
             logger.warning("The checkpoints of an earlier run are now in %s.", aside)
         comm.synchronize()

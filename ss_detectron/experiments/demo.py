@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import is_image_file
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
-from ss_detectron.checkpoint.weights import few
+from ss_detectron.checkpoint.weights import abbreviate
 from ss_detectron.config import add_ss_config, merge_config_file
 from ss_detectron.data import (
     ClassificationMapper,
@@ -294,8 +294,8 @@ def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> str:
     if left:
         raise ValueError(
             f"{path} leaves {len(left)} of the model's parameters without a number "
-            f"({few(left)}): it holds a part of a network, such as the backbone that a training "
-            "starts from, or its training diverged. Give a trained model's checkpoint"
+            f"({abbreviate(left)}): it holds a part of a network, such as the backbone that a "
+            "training starts from, or its training diverged. Give a trained model's checkpoint"
         )
     rules: dict[str, Any] = checkpoint.get("feedback") or {
         row.name: row.rule for row in feedback_report(model)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
-from ss_detectron.checkpoint.weights import describe, largest_modules
+from ss_detectron.checkpoint.weights import largest_modules, summarise
 from ss_detectron.layers import AsymmetricLayer
 from ss_detectron.modeling import AlexNet, ImageClassifier
 
@@ -513,7 +513,7 @@ def test_heuristics_drop_what_has_another_shape_and_the_log_says_so(tmp_path, sa
 
 def test_heuristics_that_match_nothing_are_refused(tmp_path):
     path = zoo_style(tmp_path, {"a.b": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"it holds a.b; the model .*ResNets$"):
+    with pytest.raises(ValueError, match=r"it holds a.b; the model .*torchvision's$"):
         load(detector(), path, trusted_weights=[str(path)])
 
 
@@ -560,6 +560,7 @@ def test_names_are_told_by_the_largest_modules_that_hold_no_others():
         "d.x.w": 1,
         "e": 1,
     }
-    assert describe(names, ["a.z.w", "d.x.b"]) == "a (3: x, y), c (1), e (1), d.x.w (1)"
-    assert describe(names) == "a (3), c (1), d (1), e (1)"
-    assert describe([f"{i}.w" for i in range(9)]) == "0 (1), 1 (1), 2 (1), 3 (1), 4 (1), 5 (1), ..."
+    assert summarise(names, ["a.z.w", "d.x.b"]) == "a (3: x, y), c (1), e (1), d.x.w (1)"
+    assert summarise(names) == "a (3), c (1), d (1), e (1)"
+    numbered = summarise(f"{i}.w" for i in range(9))
+    assert numbered == "0 (1), 1 (1), 2 (1), 3 (1), 4 (1), 5 (1), ..."

@@ -22,10 +22,10 @@ from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.checkpoint.files import (
+    archive_previous_run,
     find_checkpoints,
     has_checkpoint,
     read_checkpoint,
-    set_aside,
 )
 from ss_detectron.engine import BestCheckpointer
 from ss_detectron.utils.comm import leave_group
@@ -351,16 +351,16 @@ def test_the_latest_is_the_final_one_unless_the_run_was_made_longer(tmp_path):
     assert resume(tmp_path) == 29
 
 
-def test_what_an_earlier_run_has_left_is_set_aside(tmp_path):
+def test_the_files_of_an_earlier_run_are_archived(tmp_path):
     for number in (1, 2):
         save(tmp_path, 14, final=True)
         (tmp_path / "model_best.pth").write_bytes(b"")
         (tmp_path / "pretrained.pth").write_bytes(b"")
         aside = tmp_path / f"earlier_run_{number}"
-        assert set_aside(str(tmp_path)) == str(aside)
+        assert archive_previous_run(str(tmp_path)) == str(aside)
         names = ["last_checkpoint", "model_0000014.pth", "model_best.pth", "model_final.pth"]
         assert sorted(path.name for path in aside.iterdir()) == names
-    assert set_aside(str(tmp_path)) is None
+    assert archive_previous_run(str(tmp_path)) is None
     assert not has_checkpoint(str(tmp_path))
     assert (tmp_path / "pretrained.pth").is_file()
 
