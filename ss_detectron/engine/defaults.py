@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ from ss_detectron.utils.random_state import kept_random_state
 from ss_detectron.values import check_values
 
 from .checks import check_conversion, check_options, check_proposals, check_weights
-from .hooks import AlignmentHook, BestCheckpointer, PeriodicCheckpointer
+from .hooks import AlignmentHook, BestCheckpointer, EpochLogger, PeriodicCheckpointer
 from .preemption import PreemptionHook
 from .train_loop import StepTrainer
 
@@ -453,6 +453,9 @@ class Trainer(DefaultTrainer):
             built.insert(len(built) - 1, best)
         if self.cfg.TEST.ALIGNMENT_PERIOD:
             built.insert(0, AlignmentHook(self.cfg.TEST.ALIGNMENT_PERIOD))
+        images = getattr(self._trainer.data_loader, "dataset", None)
+        if isinstance(images, Sized):
+            built.insert(0, EpochLogger(self.cfg.SOLVER.IMS_PER_BATCH / len(images)))
         return [*built, PreemptionHook()]
 
 

@@ -18,9 +18,20 @@ from ss_detectron.alignment import (
 )
 from ss_detectron.checkpoint.files import read_checkpoint
 
-__all__ = ["AlignmentHook", "BestCheckpointer", "PeriodicCheckpointer"]
+__all__ = ["AlignmentHook", "BestCheckpointer", "EpochLogger", "PeriodicCheckpointer"]
 
 logger = logging.getLogger(__name__)
+
+
+class EpochLogger(HookBase):
+    """Logs, as "epoch", how many times the run has been over its training images."""
+
+    def __init__(self, epochs_per_step: float) -> None:
+        self.epochs_per_step = epochs_per_step
+
+    def after_step(self) -> None:
+        epoch = (self.trainer.iter + 1) * self.epochs_per_step
+        self.trainer.storage.put_scalar("epoch", epoch, smoothing_hint=False)
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
