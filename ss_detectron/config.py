@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 def add_ss_config(cfg: CfgNode) -> None:
     """Adds this package's keys, with their defaults, to a Detectron2 config."""
+    object.__setattr__(cfg, "__class__", _Config)  # yacs would take it for a key
     _C = cfg
+
+    # How gradients arise: a name in ss_detectron.learners.LEARNER_REGISTRY. "backpropagation" goes
+    # through whatever feedback rules the layers have.
+    _C.MODEL.LEARNER = CfgNode()
+    _C.MODEL.LEARNER.NAME = "backpropagation"
 
     _C.MODEL.FEEDBACK = CfgNode()
     # Which rule the layers built by build_{ss,fa,feedback}_* and *RetinaNetHead learn by: a name
@@ -85,7 +92,7 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.SOLVER.ACCUMULATION_STEPS = 1
     # How many steps of a run with a loss or gradient that is not finite are left out, with a
     # warning that tells all about them; the next one ends the run. The schedule goes on.
-    _C.SOLVER.SKIP_NOT_FINITE = 0
+    _C.SOLVER.MAX_SKIPPED_STEPS = 0
 
     # One's own data sets in COCO's format, registered before training: triples of a name (for
     # DATASETS.TRAIN and TEST), an annotation file and an image folder.
@@ -133,6 +140,42 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.TEST.CLASSIFICATION = CfgNode()
     _C.TEST.CLASSIFICATION.IMS_PER_BATCH = 64
     _C.TEST.CLASSIFICATION.PER_CLASS = False
+
+
+RENAMED_KEYS = {"SOLVER.SKIP_NOT_FINITE": "SOLVER.MAX_SKIPPED_STEPS"}
+"""Keys that are still read: former name -> name, in the same group."""
+
+
+class _Config(CfgNode):
+    """Detectron2's config, which reads keys by their former names as well."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        # Also called for each file that this one builds on.
+        content = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        for old in RENAMED_KEYS:
+            *groups, name = old.split(".")
+            node = content
+            for group in groups:
+                node = node.get(group) if isinstance(node, dict) else None
+            if isinstance(node, dict) and name in node:
+                node[_current_name(old).rpartition(".")[2]] = node.pop(name)
+        return content
+
+    def merge_from_list(self, cfg_list: list[Any]) -> None:
+        words = [word if i % 2 else _current_name(word) for i, word in enumerate(cfg_list)]
+        super().merge_from_list(words)
+
+    @classmethod
+    def _decode_cfg_value(cls, value: Any) -> Any:
+        return CfgNode._decode_cfg_value(value)  # whose class the groups have
+
+
+def _current_name(key: str) -> str:
+    name = RENAMED_KEYS.get(key, key)
+    if name != key:
+        logger.warning("The key %s is now called %s.", key, name)
+    return name
 
 
 def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) -> str:

@@ -203,7 +203,7 @@ def _values() -> dict[str, _Values]:
         "SOLVER.IMS_PER_BATCH": _whole(1, _IMAGES),
         "SOLVER.REFERENCE_WORLD_SIZE": _whole(0),
         "SOLVER.ACCUMULATION_STEPS": _whole(1),
-        "SOLVER.SKIP_NOT_FINITE": _whole(0),
+        "SOLVER.MAX_SKIPPED_STEPS": _whole(0),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _one_of(("value", "norm")),
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _or(_positive(), math.inf),
         "SOLVER.CLIP_GRADIENTS.NORM_TYPE": _or(_positive(), math.inf),
@@ -247,7 +247,7 @@ def _values() -> dict[str, _Values]:
 
 
 # Of an image in each of INPUT.FORMAT's.
-_CHANNELS = {"BGR": 3, "RGB": 3, "L": 1}
+_CHANNELS = {"BGR": 3, "RGB": 3, "YUV-BT.601": 3, "L": 1}
 
 
 def _conflicts(cfg: CfgNode) -> Iterator[str]:

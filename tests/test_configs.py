@@ -1,4 +1,5 @@
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from detectron2.modeling import build_model
 from modeling_utils import load_config, rules
 
 from ss_detectron import add_ss_config, find_config
+from ss_detectron.config import merge_config_file
 from ss_detectron.solver.build import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -224,6 +226,40 @@ def test_scratch_config_starts_from_nothing(kind):
     assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
     norms = {cfg.MODEL[part].NORM for part in ("RESNETS", "FPN", "RETINANET")}
     assert norms == {"GN"}
+
+
+# Renamed keys
+
+
+@pytest.mark.parametrize("read", [CfgNode.merge_from_file, merge_config_file])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"my": "SKIP_NOT_FINITE: 3"}, 3),
+        ({"my": "BASE_LR: 1.0", "base": "SKIP_NOT_FINITE: 3"}, 3),
+        # What stands nearer to the run holds, under whichever name.
+        ({"my": "SKIP_NOT_FINITE: 3", "base": "MAX_SKIPPED_STEPS: 2"}, 3),
+        ({"my": "MAX_SKIPPED_STEPS: 3", "base": "SKIP_NOT_FINITE: 2"}, 3),
+    ],
+)
+def test_a_renamed_key_is_read_in_files(read, files, expected, tmp_path, caplog):
+    for name, content in files.items():
+        base = "_BASE_: base.yaml\n" if name == "my" and "base" in files else ""
+        (tmp_path / f"{name}.yaml").write_text(f"{base}SOLVER: {{{content}}}")
+    cfg = pickle.loads(pickle.dumps(config("quick/shapes_retinanet_ss.yaml").clone()))
+    read(cfg, str(tmp_path / "my.yaml"))
+    assert expected == cfg.SOLVER.MAX_SKIPPED_STEPS
+    assert "SKIP_NOT_FINITE" not in cfg.dump()
+    assert "SOLVER.SKIP_NOT_FINITE is now called SOLVER.MAX_SKIPPED_STEPS" in caplog.text
+
+
+def test_a_renamed_key_is_read_on_command_lines(caplog):
+    cfg = config("quick/shapes_retinanet_ss.yaml")
+    cfg.merge_from_list(["SOLVER.MAX_SKIPPED_STEPS", "2", "SOLVER.SKIP_NOT_FINITE", "3"])
+    assert cfg.SOLVER.MAX_SKIPPED_STEPS == 3
+    assert "SOLVER.SKIP_NOT_FINITE is now called SOLVER.MAX_SKIPPED_STEPS" in caplog.text
+    with pytest.raises(AssertionError, match="odd length"):
+        cfg.merge_from_list(["SOLVER.SKIP_NOT_FINITE"])
 
 
 # find_config

@@ -158,7 +158,7 @@ class Trainer(DefaultTrainer):
             passes=cfg.SOLVER.ACCUMULATION_STEPS,
             mixed_precision=cfg.SOLVER.AMP.ENABLED,
             device=torch.device(cfg.MODEL.DEVICE).type,
-            skips=cfg.SOLVER.SKIP_NOT_FINITE,
+            skips=cfg.SOLVER.MAX_SKIPPED_STEPS,
         )
         # DefaultTrainer leaves its hooks out of this one.
         self._trainer.after_backward = self.after_backward

@@ -244,15 +244,13 @@ class StepTrainer(SimpleTrainer):
 
     def _outcome(self, skip: bool, no_use: bool) -> str:
         if skip:
-            return (
-                f"Skipped: {self.skipped + 1} of up to {self.skips} steps (SOLVER.SKIP_NOT_FINITE)."
-            )
+            return f"Skipped: {self.skipped + 1} of SOLVER.MAX_SKIPPED_STEPS {self.skips} steps."
         if no_use:
             said = "The weights were not finite before this step already: skipping it is no use."
         elif self.skips:
-            said = f"All {self.skips} steps of SOLVER.SKIP_NOT_FINITE have been skipped."
+            said = f"All {self.skips} steps of SOLVER.MAX_SKIPPED_STEPS have been skipped."
         else:
-            said = "SOLVER.SKIP_NOT_FINITE N would skip up to N such steps."
+            said = "SOLVER.MAX_SKIPPED_STEPS N would skip up to N such steps."
         return (
             f"The run ends with a loss or gradient that is not finite, at iteration {self.iter}; "
             f"its last checkpoint is kept. {said} A lower SOLVER.BASE_LR, a longer "

@@ -263,7 +263,10 @@ def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(capl
     train(trainer, 3)
     (record,) = [r for r in caplog.records if "not finite" in r.message]
     assert record.levelno == logging.WARNING
-    assert "rank0_batch0_3.png" in record.message and "Skipped: 1 of up to 2" in record.message
+    assert (
+        "rank0_batch0_3.png" in record.message
+        and "Skipped: 1 of SOLVER.MAX_SKIPPED_STEPS 2" in record.message
+    )
 
     torch.save(trainer.state_dict(), tmp_path / "state.pth")
     saved = torch.load(tmp_path / "state.pth", weights_only=True)
@@ -271,7 +274,7 @@ def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(capl
     resumed = make("ss", [bad, good, bad], skips=2)
     resumed.load_state_dict(saved)
     train(resumed, 2)
-    with pytest.raises(FloatingPointError, match=r"All 2 steps of SOLVER\.SKIP_NOT_FINITE"):
+    with pytest.raises(FloatingPointError, match=r"All 2 steps of SOLVER\.MAX_SKIPPED_STEPS"):
         train(resumed, 1)
     assert resumed.skipped == 2
 
@@ -306,8 +309,8 @@ def test_a_detectors_statistics_and_normaliser_are_put_back():
 def test_a_number_of_skips_that_is_none_is_refused(value):
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.SOLVER.SKIP_NOT_FINITE = value
-    with pytest.raises(ValueError, match=re.escape(f"SOLVER.SKIP_NOT_FINITE is {value!r}")):
+    cfg.SOLVER.MAX_SKIPPED_STEPS = value
+    with pytest.raises(ValueError, match=re.escape(f"SOLVER.MAX_SKIPPED_STEPS is {value!r}")):
         check_solver(cfg)
 
 
@@ -559,7 +562,7 @@ def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_pa
     words += ["DATASETS.IMAGE_FOLDERS", f"[['mine', '{tmp_path / 'images'}']]"]
     words += ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 4]
     words += ["MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 2, "DATALOADER.NUM_WORKERS", 1]
-    words += ["SOLVER.SKIP_NOT_FINITE", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER"]
+    words += ["SOLVER.MAX_SKIPPED_STEPS", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER"]
     with start(*words, 3, cwd=tmp_path, script=script) as process:
         output, _ = process.communicate(timeout=SECONDS)
         end(process)
@@ -567,7 +570,7 @@ def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_pa
     assert (
         len(re.findall("WARNING .* Loss or gradient not finite at iteration [012],", output)) == 1
     )
-    assert "Skipped: 1 of up to 1 steps" in output
+    assert "Skipped: 1 of SOLVER.MAX_SKIPPED_STEPS 1 steps" in output
     assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", output)
     assert len(re.findall(r"  rank \d: loss_cls [\d.]+; images: ", output)) == 1
     assert [r["skipped_steps"] for r in rows(tmp_path / "out") if "skipped_steps" in r] == [1]
@@ -576,7 +579,7 @@ def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_pa
     report = report[report.rindex("FloatingPointError: ") :]
     iteration = int(re.search("not finite at iteration ([345]),", report)[1])
     assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", report)
-    assert "All 1 steps of SOLVER.SKIP_NOT_FINITE have been skipped" in report
+    assert "All 1 steps of SOLVER.MAX_SKIPPED_STEPS have been skipped" in report
     assert (tmp_path / "out" / "last_checkpoint").read_text() == f"model_{iteration - 1:07d}.pth"
     for path in (tmp_path / "out").glob("*.pth"):
         assert not not_finite(model_of(path.parent, path.name).items())
