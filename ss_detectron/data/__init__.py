@@ -11,14 +11,8 @@ from .loaders import (
     build_classification_train_loader,
     build_resumable_detection_train_loader,
 )
-from .shapes import SHAPES_CLASSES, draw_shapes, ensure_shapes, generate_shapes, register_shapes
-from .shapes_cls import (
-    SHAPES_CLS_CLASSES,
-    draw_shape,
-    ensure_shapes_cls,
-    generate_shapes_cls,
-    register_shapes_cls,
-)
+from .shapes import SHAPES_CLASSES, draw_shapes, generate_shapes, register_shapes
+from .shapes_cls import SHAPES_CLS_CLASSES, draw_shape, generate_shapes_cls, register_shapes_cls
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -36,8 +30,6 @@ __all__ = [
     "check_detection_datasets",
     "draw_shape",
     "draw_shapes",
-    "ensure_shapes",
-    "ensure_shapes_cls",
     "generate_shapes",
     "generate_shapes_cls",
     "read_image",

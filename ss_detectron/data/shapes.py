@@ -9,18 +9,17 @@ drawn first.
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import load_coco_json
+from PIL import Image
 
 from .drawing import SUB, add_grain, background, fill, paint, polygon
-from .generated import SPLITS, GeneratedDataset, save_picture
+from .generated import SPLITS, GeneratedDataset, GeneratedMetadata, random_generators
 
-__all__ = ["SHAPES_CLASSES", "draw_shapes", "ensure_shapes", "generate_shapes", "register_shapes"]
+__all__ = ["SHAPES_CLASSES", "draw_shapes", "generate_shapes", "register_shapes"]
 
 logger = logging.getLogger(__name__)
 
@@ -124,110 +123,57 @@ def _annotation(category: int, outline: np.ndarray) -> dict:
     }
 
 
-class _Shapes(GeneratedDataset):
+def _write(folder: Path, stamp: dict) -> None:
     """Pictures in ``train`` and ``val``, COCO JSON in ``annotations`` with the stamp as info."""
-
-    def write(self, folder: Path, stamp: dict) -> None:
-        (folder / "annotations").mkdir()
-        for split in SPLITS:
-            (folder / split).mkdir()
-            content = self._write_pictures(folder / split, split, stamp)
-            self._annotations(folder, split).write_text(json.dumps(content, sort_keys=True))
-
-    def read_stamps(self, folder: Path) -> list[dict]:
-        return [json.loads(self._annotations(folder, s).read_text())["info"] for s in SPLITS]
-
-    @staticmethod
-    def _annotations(folder: Path, split: str) -> Path:
-        return folder / "annotations" / f"instances_{split}.json"
-
-    def _write_pictures(self, folder: Path, split: str, stamp: dict) -> dict:
-        size, images, annotations = stamp["size"], [], []
-        for index, rng in self.pictures(split, stamp):
+    size = stamp["size"]
+    (folder / "annotations").mkdir()
+    for split in SPLITS:
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for image, rng in enumerate(random_generators(stamp, split), start=1):
             picture, shapes = draw_shapes(rng, size)
-            name = f"{index + 1:06d}.png"
-            save_picture(picture, folder / name)
-            images.append({"id": index + 1, "file_name": name, "height": size, "width": size})
+            name = f"{image:06d}.png"
+            Image.fromarray(picture).save(folder / split / name)
+            images.append({"id": image, "file_name": name, "height": size, "width": size})
             for shape in shapes:
-                ids = {"id": len(annotations) + 1, "image_id": index + 1}
+                ids = {"id": len(annotations) + 1, "image_id": image}
                 annotations.append({**ids, **_annotation(*shape)})
-        return {
+        content = {
             "info": stamp,
             "categories": [{"id": i + 1, "name": name} for i, name in enumerate(SHAPES_CLASSES)],
             "images": images,
             "annotations": annotations,
         }
+        file = folder / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(content, sort_keys=True))
 
 
-SHAPES = _Shapes("shapes", version=1, min_size=64)
-
-
-def generate_shapes(
-    root: str | os.PathLike | None = None,
-    *,
-    train: int = 400,
-    val: int = 100,
-    size: int = 96,
-    seed: int = 0,
-) -> Path:
-    """Write the shapes to ``<root>/shapes``, unless they are there already.
-
-    The folder appears whole or not at all. Of several processes one writes, the others wait.
-
-    Args:
-        root: the folder of all data sets; by default that of ``DETECTRON2_DATASETS``.
-        train, val: number of pictures.
-        size: side of a picture in pixels, at least 64.
-        seed: another seed draws other pictures.
-
-    Returns:
-        the folder ``<root>/shapes``.
-
-    Raises:
-        FileExistsError: there is a folder of that name with other contents, or with shapes
-            generated otherwise. It is never overwritten.
-        ValueError: no pictures, smaller ones, or a negative seed.
-    """
-    return SHAPES.generate(root, train=train, val=val, size=size, seed=seed)
-
-
-def ensure_shapes(root: str | os.PathLike | None = None) -> Path:
-    """Generate the shapes with the default settings if there are none.
-
-    Shapes that :func:`generate_shapes` wrote with other settings are used as they are.
-
-    Returns:
-        the folder ``<root>/shapes``.
-
-    Raises:
-        FileExistsError: that folder is not one of ours, or was written by another version of the
-            generator, whose results do not compare.
-    """
-    return SHAPES.find(root) or generate_shapes(root)
+SHAPES = GeneratedDataset(
+    "shapes",
+    version=1,
+    stamp_file="annotations/instances_val.json",
+    write=_write,
+    defaults={"train": 400, "val": 100, "size": 96, "seed": 0},
+    min_size=64,
+)
+generate_shapes = SHAPES.generate
 
 
 # Registration ------------------------------------------------------------------------------------
 
 
-class _ShapesMetadata(Metadata):
-    """Metadata whose files are generated when they are first asked for.
-
-    COCOEvaluator opens ``json_file`` by itself, and may do so before anything was loaded.
-    """
-
+class _ShapesMetadata(GeneratedMetadata):
     @property
     def json_file(self) -> str:
-        return str(ensure_shapes() / "annotations" / f"instances_{self.split}.json")
-
-    @property
-    def image_root(self) -> str:
-        return str(ensure_shapes() / self.split)
+        """COCOEvaluator opens it by itself, and may do so before anything was loaded."""
+        return str(SHAPES.ensure() / "annotations" / f"instances_{self.split}.json")
 
 
 def _load(name: str) -> list[dict]:
     metadata = MetadataCatalog.get(name)
-    logger.info("%s was generated with %s.", name, SHAPES.read_stamp(ensure_shapes()))
-    return load_coco_json(metadata.json_file, metadata.image_root, name)
+    dicts = load_coco_json(metadata.json_file, metadata.image_root, name)
+    logger.info("%s was generated with %s.", name, SHAPES.read_stamp())
+    return dicts
 
 
 def register_shapes() -> None:
@@ -236,5 +182,9 @@ def register_shapes() -> None:
         name = f"shapes_{split}"
         DatasetCatalog.register(name, lambda name=name: _load(name))
         MetadataCatalog[name] = _ShapesMetadata(
-            name=name, split=split, evaluator_type="coco", thing_classes=list(SHAPES_CLASSES)
+            name=name,
+            source=SHAPES,
+            split=split,
+            evaluator_type="coco",
+            thing_classes=list(SHAPES_CLASSES),
         )

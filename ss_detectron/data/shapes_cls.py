@@ -9,24 +9,17 @@ classes, pictures must not be flipped (``INPUT.RANDOM_FLIP: "none"``).
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.catalog import Metadata
+from PIL import Image
 
 from .drawing import SUB, add_grain, background, fill, paint, polygon
 from .folders import load_image_folder
-from .generated import SPLITS, GeneratedDataset, save_picture
+from .generated import SPLITS, GeneratedDataset, GeneratedMetadata, random_generators
 
-__all__ = [
-    "SHAPES_CLS_CLASSES",
-    "draw_shape",
-    "ensure_shapes_cls",
-    "generate_shapes_cls",
-    "register_shapes_cls",
-]
+__all__ = ["SHAPES_CLS_CLASSES", "draw_shape", "generate_shapes_cls", "register_shapes_cls"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,93 +68,34 @@ def draw_shape(rng: np.random.Generator, size: int, category: int) -> tuple[np.n
     return add_grain(rng, painted), outline / SUB
 
 
-class _ShapesCls(GeneratedDataset):
+def _write(folder: Path, stamp: dict) -> None:
     """``train/{class}/000001.png`` and so on, and the stamp beside ``train`` and ``val``."""
-
-    def write(self, folder: Path, stamp: dict) -> None:
-        for split in SPLITS:
-            for name in SHAPES_CLS_CLASSES:
-                (folder / split / name).mkdir(parents=True)
-            for index, rng in self.pictures(split, stamp):
-                number, category = divmod(index, len(SHAPES_CLS_CLASSES))
-                picture, _ = draw_shape(rng, stamp["size"], category)
-                name = SHAPES_CLS_CLASSES[category]
-                save_picture(picture, folder / split / name / f"{number + 1:06d}.png")
-        self._stamp(folder).write_text(json.dumps(stamp, sort_keys=True))
-
-    def read_stamps(self, folder: Path) -> list[dict]:
-        return [json.loads(self._stamp(folder).read_text())]
-
-    @staticmethod
-    def _stamp(folder: Path) -> Path:
-        return folder / "generated.json"
+    for split in SPLITS:
+        for name in SHAPES_CLS_CLASSES:
+            (folder / split / name).mkdir(parents=True)
+        for index, rng in enumerate(random_generators(stamp, split)):
+            number, category = divmod(index, len(SHAPES_CLS_CLASSES))
+            picture, _ = draw_shape(rng, stamp["size"], category)
+            file = folder / split / SHAPES_CLS_CLASSES[category] / f"{number + 1:06d}.png"
+            Image.fromarray(picture).save(file)
+    (folder / "generated.json").write_text(json.dumps(stamp, sort_keys=True))
 
 
-SHAPES_CLS = _ShapesCls("shapes_cls", version=1, min_size=32, multiple=len(SHAPES_CLS_CLASSES))
-
-
-def generate_shapes_cls(
-    root: str | os.PathLike | None = None,
-    *,
-    train: int = 2000,
-    val: int = 500,
-    size: int = 48,
-    seed: int = 0,
-) -> Path:
-    """Write the pictures to ``<root>/shapes_cls``, unless they are there already.
-
-    The folder appears whole or not at all. Of several processes one writes, the others wait.
-
-    Args:
-        root: the folder of all data sets; by default that of ``DETECTRON2_DATASETS``.
-        train, val: number of pictures, multiples of 10: every class has as many.
-        size: side of a picture in pixels, at least 32.
-        seed: another seed draws other pictures.
-
-    Returns:
-        the folder ``<root>/shapes_cls``.
-
-    Raises:
-        FileExistsError: there is a folder of that name with other contents, or with pictures
-            generated otherwise. It is never overwritten.
-        ValueError: other numbers of pictures, smaller ones, or a negative seed.
-    """
-    return SHAPES_CLS.generate(root, train=train, val=val, size=size, seed=seed)
-
-
-def ensure_shapes_cls(root: str | os.PathLike | None = None) -> Path:
-    """Generate the pictures with the default settings if there are none.
-
-    Those that :func:`generate_shapes_cls` wrote with other settings are used as they are.
-
-    Returns:
-        the folder ``<root>/shapes_cls``.
-
-    Raises:
-        FileExistsError: that folder is not one of ours, or was written by another version of the
-            generator, whose results do not compare.
-    """
-    return SHAPES_CLS.find(root) or generate_shapes_cls(root)
-
-
-class _ShapesClsMetadata(Metadata):
-    """Metadata of a folder that is generated when it is first asked for."""
-
-    @property
-    def image_root(self) -> str:
-        return str(ensure_shapes_cls() / self.split)
+SHAPES_CLS = GeneratedDataset(
+    "shapes_cls",
+    version=1,
+    stamp_file="generated.json",
+    write=_write,
+    defaults={"train": 2000, "val": 500, "size": 48, "seed": 0},
+    min_size=32,
+    multiple=len(SHAPES_CLS_CLASSES),
+)
+generate_shapes_cls = SHAPES_CLS.generate
 
 
 def _load(name: str) -> list[dict]:
-    folder, split = ensure_shapes_cls(), MetadataCatalog.get(name).split
-    stamp = SHAPES_CLS.read_stamp(folder)
-    logger.info("%s was generated with %s.", name, stamp)
-    records = load_image_folder(str(folder / split))
-    if len(records) != stamp[split]:  # without a whole class, say, the labels would be others
-        raise FileNotFoundError(
-            f"'{folder / split}' holds {len(records)} pictures, {stamp[split]} were generated: "
-            f"delete '{folder}' to generate them again."
-        )
+    records = load_image_folder(MetadataCatalog.get(name).image_root)
+    logger.info("%s was generated with %s.", name, SHAPES_CLS.read_stamp())
     return records
 
 
@@ -170,8 +104,9 @@ def register_shapes_cls() -> None:
     for split in SPLITS:
         name = f"shapes_cls_{split}"
         DatasetCatalog.register(name, lambda name=name: _load(name))
-        MetadataCatalog[name] = _ShapesClsMetadata(
+        MetadataCatalog[name] = GeneratedMetadata(
             name=name,
+            source=SHAPES_CLS,
             split=split,
             evaluator_type="classification",
             thing_classes=list(SHAPES_CLS_CLASSES),

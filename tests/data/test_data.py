@@ -12,10 +12,10 @@ from PIL import Image
 from ss_detectron import add_ss_config
 from ss_detectron.data import (
     check_detection_datasets,
-    generate_shapes,
     register_coco_from_config,
     register_shapes,
 )
+from ss_detectron.data.shapes import SHAPES
 
 
 @pytest.fixture(autouse=True)
@@ -301,12 +301,10 @@ def test_builtin_annotations_are_not_parsed(root):
         check(config(train=("own_known",), classes=2))
 
 
-def test_shapes_are_generated_in_passing(root):
-    generate_shapes(root / "elsewhere", train=2, val=1)
-    (root / "elsewhere" / "shapes").rename(root / "shapes")
+def test_shapes_are_generated_in_passing(root, monkeypatch):
+    monkeypatch.setitem(SHAPES.defaults, "train", 2)
+    monkeypatch.setitem(SHAPES.defaults, "val", 1)
     check(config(train=("shapes_train",), test=("shapes_val",), classes=3))
-    (root / "shapes").rename(root / "moved")
-    check(config(test=("shapes_val",), classes=3))
     assert (root / "shapes" / "annotations" / "instances_val.json").is_file()
     with pytest.raises(ValueError, match="'shapes_val' has 3 classes"):
         check(config(test=("shapes_val",), classes=80))

@@ -1,5 +1,4 @@
 import hashlib
-import shutil
 
 import numpy as np
 import pytest
@@ -32,6 +31,9 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return generate_shapes_cls(tmp_path_factory.mktemp("datasets"), train=40, val=20)
+
+
+DEFAULTS = {"train": 2000, "val": 500, "size": 48, "seed": 0}
 
 
 def config(**options):
@@ -164,18 +166,10 @@ def test_pictures_are_those_of_version_1():
     pixels = hashlib.sha256()
     for index in range(20):
         pixels.update(draw_shape(rng(index), 48, index % 10)[0].tobytes())
-    assert shapes_cls.SHAPES_CLS.version == 1
+    assert shapes_cls.SHAPES_CLS.version == 1 and shapes_cls.SHAPES_CLS.defaults == DEFAULTS
     assert pixels.hexdigest() == (
         "6021005922513a8a14d1b5816b55c7f75fdc86a0c3f49920a26e6b37fe73eb44"
     )
-
-
-def test_every_class_has_as_many_pictures(folder):
-    for split, number in (("train", 4), ("val", 2)):
-        assert sorted(f.name for f in (folder / split).iterdir()) == list(SHAPES_CLS_CLASSES)
-        for name in SHAPES_CLS_CLASSES:
-            files = sorted(file.name for file in (folder / split / name).iterdir())
-            assert files == [f"{i + 1:06d}.png" for i in range(number)]
 
 
 def test_folders_hold_their_class(folder):
@@ -206,26 +200,19 @@ def test_labels_are_those_of_image_folder(root):
     assert classes == reference.classes == MetadataCatalog.get("shapes_cls_val").thing_classes
 
 
-def test_it_is_there_from_an_empty_folder(root):
+def test_it_is_there_from_an_empty_folder(root, monkeypatch):
+    monkeypatch.setattr(shapes_cls.SHAPES_CLS, "defaults", {**DEFAULTS, "train": 20, "val": 10})
     for split in ("train", "val"):
         metadata = MetadataCatalog.get(f"shapes_cls_{split}")
         assert metadata.evaluator_type == "classification"
         assert metadata.thing_classes == list(SHAPES_CLS_CLASSES) == sorted(SHAPES_CLS_CLASSES)
     assert not list(root.iterdir())  # registered, but not generated
     check_datasets(config())
-    for split, number in (("train", 200), ("val", 50)):
+    for split, number in (("train", 2), ("val", 1)):
         records = DatasetCatalog.get(f"shapes_cls_{split}")
         assert np.bincount([r["label"] for r in records]).tolist() == [number] * 10
     with Image.open(records[0]["file_name"]) as picture:
         assert picture.size == (48, 48) and picture.mode == "RGB"
-
-
-def test_missing_pictures_are_noticed(root):
-    folder = generate_shapes_cls(train=20, val=10)
-    shutil.rmtree(folder / "train" / "diamond")
-    with pytest.raises(FileNotFoundError, match="holds 18 pictures, 20 were generated: delete"):
-        DatasetCatalog.get("shapes_cls_train")
-    assert len(DatasetCatalog.get("shapes_cls_val")) == 10
 
 
 def test_train_loader_reads_it(root):
@@ -243,8 +230,7 @@ def test_train_loader_reads_it(root):
         assert file.startswith(str(folder / "train" / SHAPES_CLS_CLASSES[label]))
 
 
-@pytest.mark.parametrize(("split", "number"), [("train", 25), ("val", 5)])
-def test_numbers_that_do_not_divide_among_the_classes_are_refused(root, split, number):
-    with pytest.raises(ValueError, match=f"{split}={number} .*multiples of 10"):
-        generate_shapes_cls(**{split: number})
+def test_numbers_that_do_not_divide_among_the_classes_are_refused(root):
+    with pytest.raises(ValueError, match="train is 25; choose at least 10 and a multiple of 10"):
+        generate_shapes_cls(train=25)
     assert not list(root.iterdir())
