@@ -19,7 +19,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from ss_detectron.engine.launch import add_launch_options, complete_launch_options, launch
-from ss_detectron.engine.preemption import PreemptionHook
+from ss_detectron.engine.preemption import PreemptionHook, stop_requested
+from ss_detectron.utils.comm import any_rank
 
 
 def kill(name, *pids):
@@ -106,6 +107,7 @@ class Trainer(TrainerBase):
             self.batch = iter(self.batches)
         for _ in range(5):  # more than a worker has prepared
             next(self.batch)
+        self.stop_agreed = any_rank(stop_requested())
 
     def save_checkpoint(self):
         comm.synchronize()

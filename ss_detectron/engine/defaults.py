@@ -224,6 +224,11 @@ class Trainer(DefaultTrainer):
         """Of all ranks, on the main one; every rank has to call it."""
         return comm.gather(rank_state(self.model, self._device))
 
+    @property
+    def stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop, the same on all ranks."""
+        return self._trainer.stop_agreed
+
     def state_dict(self) -> dict[str, Any]:
         """DefaultTrainer's, and where the loaders are."""
         state = super().state_dict()

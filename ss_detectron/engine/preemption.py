@@ -1,9 +1,9 @@
 """
 Preemption: SIGTERM, and SIGINT (Ctrl-C), ask a run to save and stop at the next step boundary.
 
-A process's handler only notes the signal. After each step the ranks ask each other whether any of
-them has one, and all save and exit together: a rank that is missing fails that question, so nothing
-is saved by what a dead rank leaves behind.
+A process's handler only notes the signal. In each step, the reduction that checks the losses also
+tells the ranks whether any of them has one, and all save and exit together after that step. A rank
+that is missing fails the reduction, so nothing is saved by what a dead rank leaves behind.
 """
 
 import logging
@@ -17,8 +17,6 @@ from types import FrameType
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ss_detectron.utils.comm import any_rank
-
 from .workers import prepare_workers
 
 __all__ = [
@@ -28,6 +26,7 @@ __all__ = [
     "StopSignals",
     "listen",
     "say",
+    "stop_requested",
     "without_interrupts",
 ]
 
@@ -167,37 +166,30 @@ def say(text: str) -> None:
         os.write(2, f"{text}\n".encode())
 
 
+def stop_requested() -> bool:
+    """Whether this process was asked to stop."""
+    return _rank is not None and _rank.stop.first is not None
+
+
 class PreemptionHook(HookBase):
     """
-    Saves a checkpoint and raises :class:`Preempted` on all ranks after the first step by whose end
-    one of them was asked to stop; not after the last step, when training is over. To be the last
-    hook, of a trainer with ``save_checkpoint()``, on every rank. It does nothing in a run whose
-    processes do not :func:`listen`.
+    Saves a checkpoint and raises :class:`Preempted` on all ranks after the first step in which they
+    agreed that one of them was asked to stop; not after the last step, when training is over. It is
+    the last hook, on every rank, of a trainer with ``save_checkpoint()`` and ``stop_agreed``, which
+    every step sets to whether :func:`stop_requested` is true on any rank.
     """
 
     def before_train(self) -> None:
-        if _rank is None:
-            return
-        _rank.begin_training()
-        try:
-            stop = any_rank(_rank.stop.first is not None)
-        except RuntimeError:
-            if _rank.stop.first is None:
-                raise
-            stop = True  # and others have stopped already
-        if stop:
-            logger.warning("Asked to stop before the first step: nothing is saved.")
-            raise Preempted
+        if _rank is not None:
+            _rank.begin_training()
 
     def after_step(self) -> None:
         trainer = self.trainer
-        if _rank is None or trainer.iter + 1 >= trainer.max_iter:
+        if not trainer.stop_agreed or trainer.iter + 1 >= trainer.max_iter:
             return
-        first = _rank.stop.first
-        if not any_rank(first is not None):
-            return
-        who = f"{first.name} arrived" if first else "Another rank was asked to stop"
-        logger.warning("%s: iteration %d is finished, saving a checkpoint.", who, trainer.iter)
+        logger.warning(
+            "Asked to stop: iteration %d is finished, saving a checkpoint.", trainer.iter
+        )
         trainer.save_checkpoint()
         # The first process that ends has its launcher end the rest: none may still be saving.
         comm.synchronize()

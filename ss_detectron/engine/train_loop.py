@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ss_detectron.utils.comm import any_rank
+from ss_detectron.utils.comm import any_rank, reduce_flags
 
 from .not_finite import (
     ForwardState,
@@ -23,6 +23,7 @@ from .not_finite import (
     image_names,
     not_finite,
 )
+from .preemption import stop_requested
 
 __all__ = ["StepTrainer"]
 
@@ -61,6 +62,10 @@ class StepTrainer(SimpleTrainer):
         device: the model's type of device.
         skips: how many steps that are not finite may be left out in one run, resumed or not,
             before the next ends it. They leave no trace in the model and the optimiser.
+
+    Attributes:
+        stop_agreed: whether any rank had been asked to stop by the last step's backward pass, the
+            same on all ranks; see :class:`~ss_detectron.engine.preemption.PreemptionHook`.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class StepTrainer(SimpleTrainer):
             optimizer._step_supports_amp_scaling = False
         self.skips = skips
         self.skipped = 0
+        self.stop_agreed = False
 
     def run_step(self) -> None:
         """
@@ -183,16 +189,18 @@ class StepTrainer(SimpleTrainer):
         return means
 
     def _is_finite(self, passes: list[Pass]) -> bool:
-        """Whether the step may be taken, on every rank; all of them have to ask."""
+        """
+        Whether the step may be taken, on every rank; all of them have to ask. Ranks agree on
+        ``stop_agreed`` as well, in the same reduction.
+        """
         losses = [item for losses, _ in passes for item in losses.items()]
         gradients = self._judged_gradients()
         finite = all_finite(loss for _, loss in losses)
         if gradients:
             finite = finite & all_finite(gradients.values())
-        doubtful = ~finite
-        if comm.get_world_size() > 1:  # gradients are the same on all ranks, losses are not
-            doubtful = doubtful.int()
-            torch.distributed.all_reduce(doubtful, torch.distributed.ReduceOp.MAX)
+        # One reduction, and one wait for the device.
+        flags = torch.stack([~finite, torch.full_like(finite, stop_requested())])
+        doubtful, self.stop_agreed = reduce_flags(flags)
         if not doubtful:
             return True
         return not any_rank(bool(not_finite(losses) or not_finite(gradients.items())))

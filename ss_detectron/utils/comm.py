@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 from ss_detectron.modeling.loss_normalizer import get_loss_normalizers, set_loss_normalizers
 
@@ -20,6 +20,7 @@ __all__ = [
     "limit_waiting",
     "load_rank_state",
     "rank_state",
+    "reduce_flags",
     "share_buffers",
 ]
 
@@ -27,6 +28,20 @@ __all__ = [
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true on any rank. Every rank has to call it, and gets the same answer."""
     return any(comm.all_gather(flag))
+
+
+def reduce_flags(flags: Tensor) -> list[bool]:
+    """
+    Returns which of several flags are set on any rank. Every rank has to call it, and gets the same
+    answer.
+
+    Args:
+        flags: of shape (N,), on the device that the ranks' backend works on (the model's).
+    """
+    if comm.get_world_size() > 1:
+        flags = flags.int()
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.bool().tolist()
 
 
 def limit_waiting(timeout: timedelta) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from run_utils import SECONDS, end, start
 
 from ss_detectron.engine import preemption
 from ss_detectron.engine.preemption import EXIT_CODE, Preempted, PreemptionHook, StopSignals
+from ss_detectron.engine.train_loop import StepTrainer
 
 RUN = Path(__file__).parents[1] / "stopped_run.py"
 
@@ -96,6 +98,7 @@ def hook() -> PreemptionHook:
     hook.trainer = SimpleNamespace(
         iter=7,
         max_iter=9,
+        stop_agreed=False,
         saved=saved,
         save_checkpoint=lambda: saved.append(hook.trainer.iter),
         checkpointer=SimpleNamespace(get_checkpoint_file=lambda: "out/model_0000007.pth"),
@@ -103,65 +106,46 @@ def hook() -> PreemptionHook:
     return hook
 
 
-def test_the_hook_saves_and_stops_once_it_was_asked_to(rank, hook, caplog):
+def test_the_hook_saves_and_stops_once_the_ranks_agree(rank, hook):
     hook.before_train()
     hook.after_step()
-    assert hook.trainer.saved == []
-    rank.stop.receive(signal.SIGTERM)
+    assert rank.training and hook.trainer.saved == []
+    hook.trainer.stop_agreed = True
     with pytest.raises(SystemExit) as exit_:
         hook.after_step()
     assert (exit_.value.code, EXIT_CODE) == (75, 75)
     assert hook.trainer.saved == [7]
-    first, second = caplog.messages
-    assert first == "SIGTERM arrived: iteration 7 is finished, saving a checkpoint."
-    assert "out/model_0000007.pth" in second
-    assert "exit code 75" in second
-    assert "--resume" in second
-
-
-def test_one_rank_that_was_asked_stops_all(rank, hook, monkeypatch):
-    asked = []
-    monkeypatch.setattr(preemption, "any_rank", lambda flag: asked.append(flag) or True)
-    with pytest.raises(Preempted):
-        hook.after_step()
-    assert asked == [False]
-    assert hook.trainer.saved == [7]
-
-
-def test_a_rank_that_is_missing_keeps_the_others_from_saving(rank, hook, monkeypatch):
-    def connection_closed(flag):
-        raise RuntimeError("Connection closed by peer")
-
-    rank.training = True
-    monkeypatch.setattr(preemption, "any_rank", connection_closed)
-    rank.stop.receive(signal.SIGTERM)  # torch's launcher sends this when a rank has died
-    with pytest.raises(RuntimeError, match="Connection closed"):
-        hook.after_step()
-    assert hook.trainer.saved == []
 
 
 def test_training_that_is_over_ends_as_ever(rank, hook):
-    rank.training = True
-    rank.stop.receive(signal.SIGTERM)
-    hook.trainer.iter = 8
+    hook.trainer.stop_agreed, hook.trainer.iter = True, 8
     hook.after_step()
     assert hook.trainer.saved == []
 
 
-def test_before_training_there_is_nothing_to_save(rank, hook):
+def test_before_training_a_request_ends_the_process(rank):
     with pytest.raises(Preempted):
         rank.stop.receive(signal.SIGTERM)
-    # Something has caught that.
-    with pytest.raises(Preempted):
-        hook.before_train()
-    assert hook.trainer.saved == []
+    assert preemption.stop_requested()
 
 
-def test_the_hook_is_idle_in_processes_that_do_not_listen(hook, monkeypatch):
-    monkeypatch.setattr(preemption, "any_rank", None)
-    hook.before_train()
-    hook.after_step()
-    assert hook.trainer.saved == []
+class Loss(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).sum()
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_step_tells_whether_a_rank_was_asked_to_stop(rank, listens, monkeypatch):
+    model = Loss(2, 1)
+    trainer = StepTrainer(model, [torch.ones(1, 2)] * 3, torch.optim.SGD(model.parameters(), 0.1))
+    monkeypatch.setattr(trainer, "_write_metrics", lambda *_: None)
+    trainer.run_step()
+    assert trainer.stop_agreed is False
+    rank.training, rank.stop.first = True, signal.SIGTERM
+    if not listens:
+        monkeypatch.setattr(preemption, "_rank", None)
+    trainer.run_step()
+    assert trainer.stop_agreed is listens
 
 
 # Whole runs --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from group_utils import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron.utils.comm import any_rank, leave_group, limit_waiting
+from ss_detectron.utils.comm import any_rank, leave_group, limit_waiting, reduce_flags
 
 TASKS = Path("/proc/self/task")
 
@@ -69,6 +69,17 @@ def _end_before_a_thread(rank: int, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_python_ends_after_the_groups_threads(tmp_path):
     run_ranks(_end_before_a_thread, tmp_path)
+
+
+def _reduce_flags(rank, folder):
+    flags = torch.tensor([[True, False, False], [False, False, True]][rank])
+    assert reduce_flags(flags) == [True, False, True]
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+def test_a_flag_of_one_rank_is_set_on_all(tmp_path):
+    run_ranks(_reduce_flags, tmp_path)
+    assert reduce_flags(torch.tensor([False, True])) == [False, True]  # alone
 
 
 def _wait_for_an_absent_rank(rank, folder):
