@@ -1,51 +1,105 @@
 """
-Sign-symmetry and feedback alignment for Detectron2.
+Sign-symmetry, feedback alignment and their relatives, for any PyTorch model and for Detectron2.
 
-Importing this package registers its data sets, backbones, heads and meta-architectures with
-Detectron2. In an existing project, one call is enough::
+One call converts a model::
 
-    from . import convert_feedback
+    from ss_detectron import convert_feedback
 
-    model = convert_feedback(build_model(cfg), "sign_symmetry")
+    model = convert_feedback(torchvision.models.resnet18(), "sign_symmetry")
+
+Importing this package needs torch alone. The names of the Detectron2 plug-in (``add_ss_config``,
+``find_config``) load it on first use, which registers its data sets, backbones, heads and
+meta-architectures with Detectron2; where Detectron2 is imported already, that happens at once.
 """
 
-__version__ = "0.1.0"
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-try:
-    import detectron2  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "ss_detectron extends Detectron2, which is not installed (and not on PyPI). "
-        "tools/install_detectron2.py of the ss_detectron source installs it; or see "
-        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
-    ) from error
-
-from . import data, modeling  # noqa: F401  (importing them registers what they hold)
-from .config import add_ss_config, find_config
+from . import alignment, layers, learners, solver
+from .alignment import backpropagation_gradients, gradient_angles, weight_alignment
 from .layers import (
     FEEDBACK_REGISTRY,
     FEEDBACK_SCALES,
     AsymmetricConv2d,
     AsymmetricConvTranspose2d,
+    AsymmetricLayer,
     AsymmetricLinear,
     FeedbackRule,
+    advance_feedback,
     backpropagation,
     convert_feedback,
     feedback_report,
+    register_layer,
     reset_feedback,
 )
+from .learners import LEARNER_REGISTRY, Learner, build_learner
+
+if TYPE_CHECKING:
+    from .config import add_ss_config as add_ss_config
+    from .config import find_config as find_config
+
+__version__ = "0.1.0"
 
 __all__ = [
     "FEEDBACK_REGISTRY",
     "FEEDBACK_SCALES",
+    "LEARNER_REGISTRY",
     "AsymmetricConv2d",
     "AsymmetricConvTranspose2d",
+    "AsymmetricLayer",
     "AsymmetricLinear",
     "FeedbackRule",
-    "add_ss_config",
+    "Learner",
+    "advance_feedback",
+    "alignment",
     "backpropagation",
+    "backpropagation_gradients",
+    "build_learner",
     "convert_feedback",
     "feedback_report",
-    "find_config",
+    "gradient_angles",
+    "layers",
+    "learners",
+    "register_layer",
     "reset_feedback",
+    "solver",
+    "weight_alignment",
 ]
+
+_PLUGIN = {"add_ss_config": "config", "find_config": "config"}
+"""Names of the Detectron2 plug-in, and their modules."""
+
+
+def _load_plugin() -> None:
+    """
+    Register what the plug-in holds with Detectron2.
+
+    Raises:
+        ImportError: there is no Detectron2; says how to get it.
+    """
+    try:
+        import detectron2  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "this part of ss_detectron extends Detectron2, which is not installed (and not on "
+            "PyPI). tools/install_detectron2.py of the ss_detectron source installs it; or see "
+            "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+        ) from error
+    for room in ("data", "modeling"):
+        importlib.import_module(f".{room}", __name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLUGIN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load_plugin()
+    return getattr(importlib.import_module(f".{_PLUGIN[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLUGIN])
+
+
+if "detectron2" in sys.modules:
+    _load_plugin()

@@ -6,14 +6,14 @@ In a training loop of one's own::
     loss = model(batch)
     reference = backpropagation_gradients(model, loss)   # a second backward pass, nothing else
     loss.backward()
-    angles = gradient_angles(model, reference)           # {"": 41.2, "layer1.conv1": 38.0, ...}
+    angles = gradient_angles(model, reference)           # .total, .per_layer["layer1.conv1"]
     weights = weight_alignment(model)                    # {"layer1.conv1": (angle, ...), ...}
 
 Detectron2's trainers get :class:`ss_detectron.engine.AlignmentHook`.
 """
 
 import math
-from collections import defaultdict
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .layers import AsymmetricLayer, backpropagation, feedback_report
 
 __all__ = [
+    "GradientAngles",
     "WeightAlignment",
     "backpropagation_gradients",
     "compiled_parts",
@@ -40,6 +41,15 @@ class WeightAlignment(NamedTuple):
     """norm(B) / norm(W)."""
     sign_agreement: float
     """The share of weights whose sign is that of their feedback weight, 0 to 1."""
+
+
+class GradientAngles(NamedTuple):
+    """Angles, in degrees, between a model's gradients and others of the same parameters."""
+
+    total: float
+    """Over all parameters; nan where one of the two is zero or not finite."""
+    per_layer: dict[str, float]
+    """Layer name -> that of the layer's own parameters (weight and bias)."""
 
 
 @torch.no_grad()
@@ -98,9 +108,9 @@ def backpropagation_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def gradient_angles(model: nn.Module, reference: dict[str, Tensor]) -> dict[str, float]:
+def gradient_angles(model: nn.Module, reference: dict[str, Tensor]) -> GradientAngles:
     """
-    The angles, in degrees, between the parameters' ``grad`` and other gradients of them, those of
+    Return the angles between the parameters' ``grad`` and other gradients of them, those of
     :func:`backpropagation_gradients`.
 
     Args:
@@ -108,19 +118,20 @@ def gradient_angles(model: nn.Module, reference: dict[str, Tensor]) -> dict[str,
         reference: parameter name -> gradient; other scalings do not matter.
 
     Returns:
-        "" -> the angle over all parameters, layer name -> that of the layer's own parameters
-        (weight and bias), for the layers of the feedback report. A layer where one of the two
-        gradients is zero or not finite has no angle, and is not there.
+        the angle over all parameters, and those of the layers of the feedback report. A layer
+        where one of the two gradients is zero or not finite has no angle, and is not there.
     """
-    total, by_module = torch.zeros(3, dtype=torch.float64), defaultdict(float)
+    total = torch.zeros(3, dtype=torch.float64)
+    by_module: dict[str, Tensor] = {}
     for name, parameter in _parameters(model):
         if name in reference and parameter.grad is not None:
             sums = _sums(parameter.grad, reference[name]).cpu()
             total += sums
-            by_module[name.rpartition(".")[0]] += sums
-    layers = {name: by_module[name] for name, _ in _layers(model) if name in by_module}
-    angles = {name: _angle(sums) for name, sums in {"": total, **layers}.items()}
-    return {name: angle for name, angle in angles.items() if math.isfinite(angle)}
+            module = name.rpartition(".")[0]
+            by_module[module] = by_module.get(module, 0) + sums
+    angles = {name: _angle(by_module[name]) for name, _ in _layers(model) if name in by_module}
+    per_layer = {name: angle for name, angle in angles.items() if math.isfinite(angle)}
+    return GradientAngles(_angle(total), per_layer)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -158,10 +169,11 @@ def _angle(sums: Tensor) -> float:
 
 
 def compiled_parts(model: nn.Module) -> list[str]:
-    """The names of the modules of ``model`` that are compiled, by whatever way."""
+    """Return the names of the modules of ``model`` that are compiled, by whatever way."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds
     return [
         name
         for name, module in model.named_modules()
         if module._compiled_call_impl is not None
-        or isinstance(module, torch._dynamo.OptimizedModule)
+        or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
     ]

@@ -18,8 +18,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
 from ss_detectron.layers import AsymmetricLayer, feedback_report
-from ss_detectron.layers.convert import as_patterns, first_match
 from ss_detectron.layers.feedback import Backpropagation
+from ss_detectron.layers.names import as_patterns, first_match
 from ss_detectron.utils.comm import any_rank
 from ss_detectron.utils.trust import (
     check_download,

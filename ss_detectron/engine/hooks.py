@@ -11,6 +11,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ss_detectron.alignment import (
+    GradientAngles,
     WeightAlignment,
     backpropagation_gradients,
     gradient_angles,
@@ -149,10 +150,12 @@ class AlignmentHook(HookBase):
             for gradient in self._reference.values():
                 torch.distributed.all_reduce(gradient)
 
-    def _log(self, angles: dict[str, float], weights: dict[str, WeightAlignment]) -> None:
+    def _log(self, angles: GradientAngles, weights: dict[str, WeightAlignment]) -> None:
         values = {}
-        for name, angle in angles.items():
-            values["/".join(filter(None, ("gradient_angle", name)))] = angle
+        if math.isfinite(angles.total):
+            values["gradient_angle"] = angles.total
+        for name, angle in angles.per_layer.items():
+            values[f"gradient_angle/{name}"] = angle
         for name, alignment in weights.items():
             values[f"weight_angle/{name}"] = alignment.angle
             values[f"norm_ratio/{name}"] = alignment.norm_ratio

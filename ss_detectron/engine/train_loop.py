@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ss_detectron.layers import advance_feedback
 from ss_detectron.utils.comm import any_rank, reduce_flags
 
 from .not_finite import (
@@ -129,6 +130,7 @@ class StepTrainer(SimpleTrainer):
         self._write_metrics(self._mean_losses(passes), data_time)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        advance_feedback(self._model)
 
     def state_dict(self) -> dict[str, Any]:
         """

@@ -1,19 +1,18 @@
-"""Asymmetric layers, the feedback rules, and the conversion of whole models."""
+"""Asymmetric layers, the feedback rules, and the conversion of whole models. Needs torch alone."""
 
 from .asymmetric import (
     AsymmetricConv2d,
     AsymmetricConvTranspose2d,
     AsymmetricLayer,
     AsymmetricLinear,
+    register_layer,
 )
 from .convert import (
-    FeedbackReport,
-    FeedbackRow,
+    advance_feedback,
     backpropagation,
     check_exclude,
     convert_feedback,
     convert_part,
-    feedback_report,
     reset_feedback,
 )
 from .feedback import (
@@ -25,6 +24,7 @@ from .feedback import (
     get_rule,
 )
 from .functional import asymmetric_conv2d, asymmetric_conv_transpose2d, asymmetric_linear
+from .report import FeedbackReport, FeedbackRow, feedback_report
 
 __all__ = [
     "FEEDBACK_REGISTRY",
@@ -38,6 +38,7 @@ __all__ = [
     "FeedbackRow",
     "FeedbackRule",
     "FeedbackScale",
+    "advance_feedback",
     "asymmetric_conv2d",
     "asymmetric_conv_transpose2d",
     "asymmetric_linear",
@@ -47,5 +48,6 @@ __all__ = [
     "convert_part",
     "feedback_report",
     "get_rule",
+    "register_layer",
     "reset_feedback",
 ]

@@ -5,14 +5,14 @@ parameter whose name begins with ``feedback``.
 """
 
 import functools
+import importlib
 import logging
+import sys
 from typing import Any
 
-import detectron2.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .feedback import Fans, FeedbackRule, get_rule
 from .functional import asymmetric_conv2d, asymmetric_conv_transpose2d, asymmetric_linear
@@ -22,14 +22,35 @@ __all__ = [
     "AsymmetricConvTranspose2d",
     "AsymmetricLayer",
     "AsymmetricLinear",
+    "asymmetric_form",
+    "is_form",
+    "obstacle",
+    "register_layer",
 ]
 
 logger = logging.getLogger(__name__)
+
+_UPDATES = "feedback_updates"
+_PATIENCE = 100  # backward passes
 
 
 class AsymmetricLayer(nn.Module):
     """
     What the asymmetric layers share: the rule, its state, and how both are kept and loaded.
+
+    An asymmetric form of a layer of one's own extends this class and the stock one, says its
+    :meth:`fans`, and passes :meth:`feedback_arguments` to an asymmetric operation::
+
+        class AsymmetricScaledLinear(AsymmetricLayer, ScaledLinear):
+            def fans(self):
+                return Fans(self.in_features, self.out_features, True)
+
+            def forward(self, input):
+                return self.scale * asymmetric_linear(
+                    input, self.weight, self.bias, **self.feedback_arguments()
+                )
+
+        register_layer(ScaledLinear, AsymmetricScaledLinear)
 
     Args:
         *args, **kwargs: those of the stock layer.
@@ -45,8 +66,8 @@ class AsymmetricLayer(nn.Module):
     weight: nn.Parameter
     rule: FeedbackRule
 
-    # True while backward passes are to run on backpropagation for a moment.
-    feedback_suspended = False
+    bypass_feedback: bool = False
+    """True while backward passes are to run on backpropagation for a moment."""
 
     def __init__(
         self,
@@ -61,17 +82,28 @@ class AsymmetricLayer(nn.Module):
         super().__init__(*args, **kwargs)
         self.set_rule(get_rule(rule)(scale, gain, seed, layer_name))
 
-    def set_rule(self, rule: FeedbackRule) -> None:
-        """Makes ``rule`` this layer's rule and its state, made from the weight, the layer's."""
+    @staticmethod
+    def obstacle(layer: nn.Module) -> str | None:
+        """Return why a stock layer of the registered type cannot be converted, or None."""
+        return None
+
+    def set_rule(self, rule: FeedbackRule, state: Tensor | None = None) -> None:
+        """
+        Make ``rule`` this layer's, and its state.
+
+        Args:
+            rule: an instance for this layer alone.
+            state: what ``rule.initial_state`` gives for the weight; it is asked if this is None.
+        """
+        if state is None:
+            state = rule.initial_state(self.weight.detach(), self.fans())
         self.drop_state()
         self.rule = rule
         if rule.counts_updates:
-            # The weight's version when it was last looked at, and how often it has changed.
             # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
-            self.feedback_updates = torch.tensor([self.weight._version, 0], device="cpu")
-            _count_fused_updates()
-        state = rule.initial_state(self.weight.detach(), self.fans())
-        if state is None:
+            self.feedback_updates = torch.zeros(1, dtype=torch.int64, device="cpu")
+            self._backward_passes = 0
+        if state is None or rule.state_name is None:
             return
         if rule.learned:
             parameter = nn.Parameter(state, requires_grad=self.weight.requires_grad)
@@ -80,10 +112,12 @@ class AsymmetricLayer(nn.Module):
             self.register_buffer(rule.state_name, state)
 
     def drop_state(self) -> None:
-        """Removes the rule's state, if there is any."""
-        if getattr(self, "rule", None) is not None and self.rule.state_name is not None:
-            delattr(self, self.rule.state_name)
-        self.__dict__.pop("feedback_updates", None)
+        """Remove the rule's state, if there is any."""
+        rule = getattr(self, "rule", None)
+        if rule is not None and rule.state_name is not None:
+            delattr(self, rule.state_name)
+        self.__dict__.pop(_UPDATES, None)
+        self.__dict__.pop("_backward_passes", None)
 
     @property
     def feedback_state(self) -> Tensor | None:
@@ -92,16 +126,21 @@ class AsymmetricLayer(nn.Module):
 
     @torch.no_grad()
     def current_feedback(self) -> Tensor:
-        """B as a backward pass would use it now, of the weight's shape."""
+        """Return B as a backward pass would use it now, of the weight's shape."""
         return self._feedback(self.weight).detach()
 
     def fans(self) -> Fans:
-        """The layer's fan-in and fan-out, for the scales that depend on the shape alone."""
+        """Return the layer's fan-in and fan-out, for the scales that depend on the shape alone."""
         raise NotImplementedError
+
+    def advance_feedback(self) -> None:
+        """Note an update of the weight, for a rule that counts them."""
+        if self.rule.counts_updates:
+            self.feedback_updates += 1
 
     @torch.no_grad()
     def reset_feedback(self) -> None:
-        """Derives the state again from the weight as it is; what is drawn stays the same draw."""
+        """Derive the state again from the weight as it is; what is drawn stays the same draw."""
         if self.feedback_state is not None:
             if self.feedback_state.device != self.weight.device:
                 # A model on the meta device was given its weights: load_state_dict(assign=True).
@@ -110,79 +149,63 @@ class AsymmetricLayer(nn.Module):
             fresh = self.rule.initial_state(self.weight.detach(), self.fans())
             self.feedback_state.copy_(fresh)
         if self.rule.counts_updates:
-            self._set_updates(0)
+            self.feedback_updates.zero_()
+
+    def feedback_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments that make an asymmetric operation use this layer's rule."""
+        state = self.feedback_updates if self.rule.counts_updates else self.feedback_state
+        return {"feedback": self._feedback, "state": state}
 
     def _feedback(self, weight: Tensor, state: Tensor | None = None) -> Tensor:
         # Called in backward: what counts is the rule in force then, with its state. A compiler has
         # to be shown the state it is to use, which is that of the forward pass.
-        if not isinstance(self, AsymmetricLayer) or self.feedback_suspended:
+        if not isinstance(self, AsymmetricLayer) or self.bypass_feedback:
             return weight
         rule, fans = self.rule, self.fans()
         if torch.compiler.is_compiling():
             if rule.counts_updates or not rule.traced:
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
                 return _feedback_operator(weight, state, [int(n) for n in fans], *options)
-        else:
-            state = (
-                self.feedback_updates.tolist()[1] if rule.counts_updates else self.feedback_state
-            )
-        return rule.feedback(weight, state, fans)
+            return rule.feedback(weight, state, fans)
+        if not rule.counts_updates:
+            return rule.feedback(weight, self.feedback_state, fans)
+        updates = int(self.feedback_updates)
+        self._backward_passes += 1
+        if self._backward_passes == _PATIENCE and not updates:
+            _warn_of_no_updates(rule.name, rule.layer_name)
+        return rule.feedback(weight, updates, fans)
 
-    def _backward_through(self) -> dict[str, Any]:
-        """The keyword arguments that make an asymmetric operation use this layer's rule."""
-        if not self.rule.counts_updates:
-            return {"feedback": self._feedback, "state": self.feedback_state}
-        if torch.is_grad_enabled():
-            self._count_update()
-        return {"feedback": self._feedback, "state": self.feedback_updates}
-
-    def _count_update(self) -> None:
-        if self.rule.counts_updates and not self.weight.is_meta:
-            if not self.weight.is_leaf:
-                _warn_of_computed_weight(self.rule.name, self.rule.layer_name)
-            count = _count_compiled if torch.compiler.is_compiling() else _count
-            count(self.weight.detach(), self.feedback_updates)
-
-    def _set_updates(self, number: int) -> None:
-        self.feedback_updates[0] = self.weight._version
-        self.feedback_updates[1] = number
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._count_update()
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "feedback_updates" in self.__dict__:
-            _count_fused_updates()
-            # A copy's weight counts its versions anew.
-            self._set_updates(int(self.feedback_updates[1]))
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.rule.counts_updates:
-            # A run that goes on from here must not miss the last update.
-            self._count_update()
-            destination[prefix + "feedback_updates"] = self.feedback_updates[1].clone()
+            destination[prefix + _UPDATES] = self.feedback_updates[0].clone()
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        brings_weight = prefix + "weight" in state_dict
         if self.rule.counts_updates:
-            updates = prefix + "feedback_updates"
+            updates = prefix + _UPDATES
             if updates in unexpected_keys:
                 unexpected_keys.remove(updates)
-            if updates in state_dict:
-                self._set_updates(int(state_dict[updates]))
-            elif prefix + "weight" in state_dict:
-                self._set_updates(0)
+            if updates in state_dict or brings_weight:
+                self.feedback_updates.fill_(int(state_dict.get(updates, 0)))
         if self.rule.state_name is None:
             return
         key = prefix + self.rule.state_name
-        if key in state_dict or prefix + "weight" not in state_dict:
+        if key in state_dict or not brings_weight:
             return
         if key in missing_keys:
             missing_keys.remove(key)
@@ -200,39 +223,15 @@ class AsymmetricLayer(nn.Module):
 
 
 @functools.cache
-def _warn_of_computed_weight(rule: str, layer_name: str) -> None:
+def _warn_of_no_updates(rule: str, layer_name: str) -> None:
     logger.warning(
-        "%s: the weight is computed anew in every forward pass (pruning, a parametrization, "
-        "DataParallel), so that its updates cannot be counted: %s draws nothing anew.",
-        layer_name or "a layer",
+        "%s draws nothing anew: no update was noted in %d backward passes (%s). Call "
+        "ss_detectron.advance_feedback(model), or a learner's step(), after every step of the "
+        "optimiser.",
         rule,
+        _PATIENCE,
+        layer_name or "a layer",
     )
-
-
-@functools.cache
-def _count_fused_updates() -> None:
-    """Makes fused optimisers count up the versions of what they update, as others do."""
-
-    def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    torch.autograd.graph.increment_version(parameter)
-
-    register_optimizer_step_post_hook(count)
-
-
-def _count(weight: Tensor, updates: Tensor) -> None:
-    """Counts an update if the weight's version has changed."""
-    version, number = updates.tolist()
-    if version != weight._version:
-        updates.copy_(torch.tensor([weight._version, number + 1], device="cpu"))
-
-
-# An operator, because a compiler would take the version for a constant.
-_count_compiled = torch.library.custom_op(
-    "ss_detectron::count_update", _count, mutates_args=("updates",)
-)
 
 
 @torch.library.custom_op("ss_detectron::feedback", mutates_args=())
@@ -246,11 +245,10 @@ def _feedback_operator(
     seed: int,
     layer_name: str,
 ) -> Tensor:
-    """B by a rule that is not traced."""
-    rule = get_rule(rule)(scale, gain, seed, layer_name)
-    if rule.counts_updates:
-        state = state.tolist()[1]
-    return rule.feedback(weight, state, Fans(*fans[:2], bool(fans[2])))
+    """Return B by a rule that is not traced."""
+    made = get_rule(rule)(scale, gain, seed, layer_name)
+    number = int(state) if made.counts_updates and state is not None else state
+    return made.feedback(weight, number, Fans(fans[0], fans[1], bool(fans[2])))
 
 
 @_feedback_operator.register_fake
@@ -263,46 +261,36 @@ def _convolution_fans(layer: nn.modules.conv._ConvNd) -> Fans:
     return Fans(layer.in_channels // layer.groups * area, layer.out_channels * area, False)
 
 
-class AsymmetricConv2d(AsymmetricLayer, detectron2.layers.Conv2d):
+class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
     """
-    :class:`torch.nn.Conv2d` and :class:`detectron2.layers.Conv2d` with asymmetric feedback.
+    :class:`torch.nn.Conv2d` with asymmetric feedback.
 
     Args:
-        *args, **kwargs: those of ``detectron2.layers.Conv2d``: ``torch.nn.Conv2d``'s, ``norm`` and
-            ``activation``. ``padding_mode`` holds, as in ``torch.nn.Conv2d``.
+        *args, **kwargs: those of ``torch.nn.Conv2d``.
         rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
     """
 
-    stock_class = detectron2.layers.Conv2d
+    stock_class = nn.Conv2d
 
     def fans(self) -> Fans:
         return _convolution_fans(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H_out, W_out), norm and activation applied."""
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
         padding = self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        x = asymmetric_conv2d(
-            x,
+        return asymmetric_conv2d(
+            input,
             self.weight,
             self.bias,
             self.stride,
             padding,
             self.dilation,
             self.groups,
-            **self._backward_through(),
+            **self.feedback_arguments(),
         )
-        # A converted torch.nn.Conv2d has neither.
-        norm, activation = getattr(self, "norm", None), getattr(self, "activation", None)
-        if x.numel() == 0 and self.training and isinstance(norm, nn.SyncBatchNorm):
-            raise AssertionError("SyncBatchNorm does not support empty inputs!")  # as stock
-        if norm is not None:
-            x = norm(x)
-        if activation is not None:
-            x = activation(x)
-        return x
 
 
 class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
@@ -339,7 +327,7 @@ class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
             output_padding,
             self.groups,
             self.dilation,
-            **self._backward_through(),
+            **self.feedback_arguments(),
         )
 
 
@@ -359,4 +347,67 @@ class AsymmetricLinear(AsymmetricLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(*, C_in) -> (*, C_out)."""
-        return asymmetric_linear(input, self.weight, self.bias, **self._backward_through())
+        return asymmetric_linear(input, self.weight, self.bias, **self.feedback_arguments())
+
+
+# By exact type: a subclass may compute something else, and only its author knows.
+_FORMS: dict[type[nn.Module], type[AsymmetricLayer]] = {
+    nn.Conv2d: AsymmetricConv2d,
+    nn.ConvTranspose2d: AsymmetricConvTranspose2d,
+    nn.Linear: AsymmetricLinear,
+}
+
+
+def register_layer(stock: type[nn.Module], asymmetric: type[AsymmetricLayer]) -> None:
+    """
+    Have conversion turn layers of type ``stock``, and no subclass of it, into ``asymmetric`` ones.
+
+    A subclass of a known layer that computes nothing else needs no class of its own::
+
+        register_layer(timm.layers.Linear, AsymmetricLinear)
+
+    Args:
+        stock: the layer's exact type.
+        asymmetric: its form with feedback; see :class:`AsymmetricLayer` for one of your own.
+
+    Raises:
+        ValueError: ``asymmetric`` is no asymmetric layer, or ``stock`` is one.
+    """
+    if not issubclass(asymmetric, AsymmetricLayer):
+        raise ValueError(f"{asymmetric.__name__} is no asymmetric layer: extend AsymmetricLayer")
+    if issubclass(stock, AsymmetricLayer):
+        raise ValueError(f"{stock.__name__} is an asymmetric layer already")
+    _FORMS[stock] = asymmetric
+
+
+def asymmetric_form(stock: type[nn.Module]) -> type[AsymmetricLayer] | None:
+    """Return the class that layers of type ``stock`` are converted to, or None."""
+    if "detectron2.layers" in sys.modules:
+        importlib.import_module(".detectron2", __package__)  # registers Detectron2's convolution
+    return _FORMS.get(stock)
+
+
+def is_form(kind: type[nn.Module]) -> bool:
+    """Return whether conversion makes layers of this type."""
+    return kind in _FORMS.values()
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Return why a layer cannot be converted, or None."""
+    if isinstance(layer, AsymmetricLayer):
+        return None
+    kind = type(layer)
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance"
+    form = asymmetric_form(kind)
+    if form is None:
+        known = next((stock for stock in _FORMS if isinstance(layer, stock)), None)
+        if known is None:
+            return f"no asymmetric form of {kind.__name__}"
+        return (
+            f"{kind.__name__}, a subclass of {known.__name__} that may compute otherwise; if it "
+            "does not: register_layer"
+        )
+    if "weight" not in layer._parameters:
+        return "its weight is computed, not a parameter (weight_norm, spectral_norm)"
+    return form.obstacle(layer)

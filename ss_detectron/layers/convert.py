@@ -1,80 +1,30 @@
-"""Conversion of a whole model, in place: the only walk over a model.
+"""Conversion of a whole model, in place: the only walk over a model that changes it.
 
 A converted module stays the same object and changes its class, so parameters, hooks, device, names
 and every other reference to it (Detectron2's FPN keeps its convolutions in plain lists as well)
 stay as they are.
 """
 
-import fnmatch
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import detectron2.layers
-import torch
-import torchvision
-from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
-from .asymmetric import (
-    AsymmetricConv2d,
-    AsymmetricConvTranspose2d,
-    AsymmetricLayer,
-    AsymmetricLinear,
-)
+from .asymmetric import AsymmetricLayer, asymmetric_form, is_form, obstacle
 from .feedback import Backpropagation, FeedbackRule, get_rule
+from .names import as_patterns, first_match
+from .report import weight_layers
 
 __all__ = [
-    "FeedbackReport",
-    "FeedbackRow",
-    "as_patterns",
+    "advance_feedback",
     "backpropagation",
     "check_exclude",
     "convert_feedback",
     "convert_part",
-    "feedback_report",
-    "first_match",
     "reset_feedback",
 ]
-
-# By exact type: a subclass may compute something else, and only its author knows.
-_ASYMMETRIC: dict[type[nn.Module], type[AsymmetricLayer]] = {
-    nn.Conv2d: AsymmetricConv2d,
-    detectron2.layers.Conv2d: AsymmetricConv2d,
-    nn.ConvTranspose2d: AsymmetricConvTranspose2d,
-    nn.Linear: AsymmetricLinear,
-}
-
-# Layers that multiply their input by a weight, so that a reader expects them in a report.
-_WEIGHTED = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    detectron2.layers.DeformConv,
-    detectron2.layers.ModulatedDeformConv,
-    torchvision.ops.DeformConv2d,
-)
-
-# Within these the layers have other names.
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
-
-
-class FeedbackRow(NamedTuple):
-    """One layer of a :class:`FeedbackReport`."""
-
-    name: str
-    rule: str
-    reason: str
-    """Why the layer stays on backpropagation; empty for a converted layer."""
-
-
-class FeedbackReport(list[FeedbackRow]):
-    """One row per layer with a weight, in the model's order; ``str()`` is a table."""
-
-    def __str__(self) -> str:
-        return tabulate(self, headers=("layer", "rule", "why on backpropagation"), tablefmt="pipe")
 
 
 def convert_feedback(
@@ -83,12 +33,18 @@ def convert_feedback(
     *,
     scale: str = "mean_abs",
     gain: float = 1.0,
-    exclude: Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    overrides: Mapping[str, str | type[FeedbackRule]] | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """
-    Makes every convolution, transposed convolution and linear layer of ``model`` send its error
+    Make every convolution, transposed convolution and linear layer of ``model`` send its error
     back by ``rule``, in place.
+
+    That includes the last layer, a classifier's or a detector's outputs. Published comparisons,
+    and the configs of this package, keep it on backpropagation::
+
+        convert_feedback(resnet18(), "sign_symmetry", overrides={"fc": "backpropagation"})
 
     A layer that has a rule already changes to this one. ``rule="backpropagation"`` restores the
     stock classes and drops all feedback state. Layers that cannot be converted stay on
@@ -103,6 +59,7 @@ def convert_feedback(
         exclude: shell-style patterns of module names (``"head.cls_score"``, ``"*.fpn_*"``). A
             pattern that matches a module excludes every layer in it. Excluded layers stay as they
             are.
+        overrides: such patterns -> another rule for the layers that they match.
         seed: with each layer's name within ``model``, determines all random feedback, the same on
             every rank whatever the ranks' own seeds. Parts that are converted one by one and have
             layers of the same names need different seeds.
@@ -111,12 +68,16 @@ def convert_feedback(
         ``model`` itself.
 
     Raises:
-        ValueError: unknown rule or scale, a gain that is not positive, a wrapped model, or a
-            pattern that matches no layer. The model is then unchanged.
+        ValueError: unknown rule or scale, a gain that is not positive, a wrapped model, a pattern
+            that matches no layer, or a layer that cannot be converted back. The model is then
+            unchanged.
     """
     exclude = as_patterns(exclude)
     check_exclude(model, exclude)
-    return convert_part(model, rule, scale=scale, gain=gain, exclude=exclude, seed=seed)
+    _check_patterns(model, overrides or (), "overrides")
+    return convert_part(
+        model, rule, scale=scale, gain=gain, exclude=exclude, overrides=overrides, seed=seed
+    )
 
 
 def convert_part(
@@ -125,66 +86,119 @@ def convert_part(
     *,
     scale: str = "mean_abs",
     gain: float = 1.0,
-    exclude: Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    overrides: Mapping[str, str | type[FeedbackRule]] | None = None,
     seed: int = 0,
     prefix: str = "",
-    overrides: Mapping[str, str | type[FeedbackRule]] | None = None,
 ) -> nn.Module:
     """
-    :func:`convert_feedback` for the builder of a part that will stand as ``prefix`` in the whole
-    model: ``exclude`` speaks of names in the whole model, and a pattern may match nothing here.
-    So does ``overrides``, which gives layers that match a pattern another rule.
+    Do what :func:`convert_feedback` does, for the builder of a part that will stand as ``prefix``
+    in the whole model. Patterns speak of names in the whole model and may match nothing here.
     """
     rule = get_rule(rule)
-    overrides = {pattern: get_rule(other) for pattern, other in (overrides or {}).items()}
-    rule(scale, gain)  # refuses a wrong scale or gain before anything has changed
-    for wrapper in _WRAPPERS:
-        if isinstance(part, wrapper):
-            raise ValueError(
-                f"the model is wrapped in {wrapper.__name__}; convert it before wrapping it"
-            )
+    others = {pattern: get_rule(other) for pattern, other in (overrides or {}).items()}
+    rule(scale, gain)  # refuses a wrong scale or gain, whether or not a layer will have one
+    _check_not_wrapped(part)
     exclude = as_patterns(exclude)
-    for name, layer in _layers(part):
+    changes = []
+    for name, layer in weight_layers(part):
         full_name = ".".join(filter(None, (prefix, name)))
-        excluded_by = first_match(full_name, exclude)
-        overridden_by = first_match(full_name, overrides)
-        layer_rule = rule if overridden_by is None else overrides[overridden_by]
-        if excluded_by is not None:
+        if (pattern := first_match(full_name, exclude)) is not None:
             if not isinstance(layer, AsymmetricLayer):
-                layer.feedback_reason = f"excluded by {excluded_by!r}"
+                changes.append(_Change(layer, reason=f"excluded by {pattern!r}"))
             continue
-        layer.__dict__.pop("feedback_reason", None)
+        overridden = first_match(full_name, others)
+        layer_rule = rule if overridden is None else others[overridden]
         if layer_rule is Backpropagation:
-            _restore(layer)
-            if overridden_by is not None:
-                layer.feedback_reason = "its own rule is backpropagation"
-        elif _obstacle(layer) is None:
+            _check_restorable(layer)
+            reason = "" if overridden is None else "its own rule is backpropagation"
+            changes.append(_Change(layer, reason=reason))
+        elif obstacle(layer) is None:
             # A part that is itself a layer has no name within itself.
-            _convert(layer, layer_rule(scale, gain, seed, name or prefix))
+            changes.append(_conversion(layer, layer_rule(scale, gain, seed, name or prefix)))
+        else:
+            changes.append(_Change(layer))
+    # Not before all of them are known to be possible.
+    for change in changes:
+        change.apply()
     return part
 
 
-def feedback_report(model: nn.Module) -> FeedbackReport:
+class _Change(NamedTuple):
+    """What becomes of a layer: the rule and its state, or the stock class and a reason."""
+
+    layer: nn.Module
+    rule: FeedbackRule | None = None
+    state: Tensor | None = None
+    reason: str = ""
+
+    def apply(self) -> None:
+        self.layer.__dict__.pop("feedback_reason", None)
+        if self.rule is None:
+            _restore(self.layer)
+            if self.reason:
+                self.layer.feedback_reason = self.reason  # type: ignore[assignment]
+            return
+        if not isinstance(self.layer, AsymmetricLayer):
+            stock_class = type(self.layer)
+            self.layer.__class__ = asymmetric_form(stock_class)  # type: ignore[assignment]
+            self.layer.stock_class = stock_class  # type: ignore[assignment]
+        self.layer.set_rule(self.rule, self.state)  # type: ignore[operator]
+
+
+def _conversion(layer: nn.Module, rule: FeedbackRule) -> _Change:
+    form = type(layer) if isinstance(layer, AsymmetricLayer) else asymmetric_form(type(layer))
+    fans = form.fans(layer)  # type: ignore[union-attr, arg-type]
+    return _Change(layer, rule, rule.initial_state(layer.weight.detach(), fans))  # type: ignore[operator, arg-type]
+
+
+def _check_restorable(layer: nn.Module) -> None:
+    if isinstance(layer, AsymmetricLayer) and not is_form(type(layer)):
+        raise ValueError(
+            f"the class of a converted layer became {type(layer).__name__}, perhaps by a "
+            "parametrization: undo that before converting back"
+        )
+
+
+def _restore(layer: nn.Module) -> None:
+    if not isinstance(layer, AsymmetricLayer):
+        return
+    layer.drop_state()
+    stock_class = layer.stock_class
+    for name in ("rule", "stock_class", "bypass_feedback"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = stock_class  # type: ignore[assignment]
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    # Within a wrapper the layers have other names. The compiler takes seconds to import.
+    dynamo = sys.modules.get("torch._dynamo")
+    wrappers = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+    wrappers += [dynamo.OptimizedModule] if dynamo else []
+    for wrapper in wrappers:
+        if isinstance(model, wrapper):
+            raise ValueError(
+                f"the model is wrapped in {wrapper.__name__}; convert it before wrapping it"
+            )
+
+
+def advance_feedback(model: nn.Module) -> None:
     """
-    Which layer of ``model`` learns by which rule, now: one row per layer with a weight, in the
-    order of ``named_modules``. The rule of a layer that stays on backpropagation comes with the
-    reason.
+    Note that the weights of ``model`` have been updated, for rules that count updates (brSF).
+
+    To be called once after every step of the optimiser, which a learner's ``step()`` and this
+    package's Trainer do. In a loop of one's own::
+
+        optimizer.register_step_post_hook(lambda *_: advance_feedback(model))
     """
-    report = FeedbackReport()
-    for name, layer in _layers(model):
-        if isinstance(layer, AsymmetricLayer):
-            rule = Backpropagation if layer.feedback_suspended else layer.rule
-            reason = "suspended for a moment" if layer.feedback_suspended else ""
-            report.append(FeedbackRow(name, rule.name, reason))
-        else:
-            reason = getattr(layer, "feedback_reason", None) or _obstacle(layer) or "not converted"
-            report.append(FeedbackRow(name, Backpropagation.name, reason))
-    return report
+    for module in model.modules():
+        if isinstance(module, AsymmetricLayer):
+            module.advance_feedback()
 
 
 def reset_feedback(model: nn.Module) -> None:
     """
-    Derives all feedback state of ``model`` again from its weights as they are now; random draws
+    Derive all feedback state of ``model`` again from its weights as they are now; random draws
     stay the same draws.
 
     For several processes that start from weights of their own: DistributedDataParallel gives them
@@ -198,107 +212,42 @@ def reset_feedback(model: nn.Module) -> None:
 @contextmanager
 def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
     """
-    Within the context, backward passes of ``model`` run on backpropagation, also those of forward
-    passes made before it; rules and state stay. Learned feedback receives no gradient meanwhile
-    (under DistributedDataParallel, one of zero). A compiled model has to run its forward pass
-    within the context as well.
+    Run the backward passes of ``model`` within the context on backpropagation, also those of
+    forward passes made before it; rules and state stay. Learned feedback receives no gradient
+    meanwhile (under DistributedDataParallel, one of zero). A compiled model has to run its forward
+    pass within the context as well.
     """
     layers = [
         layer
-        for _, layer in _layers(model)
-        if isinstance(layer, AsymmetricLayer) and not layer.feedback_suspended
+        for layer in model.modules()
+        if isinstance(layer, AsymmetricLayer) and not layer.bypass_feedback
     ]
     for layer in layers:
-        layer.feedback_suspended = True
+        layer.bypass_feedback = True  # type: ignore[misc]
     try:
         yield model
     finally:
         for layer in layers:
             # Unless the layer was converted back meanwhile.
-            layer.__dict__.pop("feedback_suspended", None)
+            layer.__dict__.pop("bypass_feedback", None)
 
 
-def check_exclude(model: nn.Module, exclude: Iterable[str]) -> None:
+def check_exclude(model: nn.Module, exclude: str | Iterable[str]) -> None:
     """
+    Refuse patterns to no effect.
+
     Raises:
         ValueError: a pattern of ``exclude`` matches no layer of ``model``.
     """
-    names = [name for name, _ in _layers(model)]
-    for pattern in as_patterns(exclude):
+    _check_patterns(model, as_patterns(exclude), "exclude (in a config, MODEL.FEEDBACK.EXCLUDE)")
+
+
+def _check_patterns(model: nn.Module, patterns: Iterable[str], where: str) -> None:
+    names = [name for name, _ in weight_layers(model)]
+    for pattern in patterns:
         if not any(first_match(name, (pattern,)) for name in names):
             raise ValueError(
-                f"the exclude pattern {pattern!r} matches no layer of {type(model).__name__}; "
+                f"the pattern {pattern!r} of {where} matches no layer of {type(model).__name__}; "
                 f"its layers are named like {', '.join(map(repr, names[:3] + names[-2:]))} "
-                "(print(feedback_report(model)) lists them). In a config, the patterns are "
-                "MODEL.FEEDBACK.EXCLUDE."
+                "(print(feedback_report(model)) lists them)"
             )
-
-
-def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """One pattern or several, as several."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def first_match(name: str, patterns: Iterable[str]) -> str | None:
-    """The first of shell-style patterns that matches the name or that of a module around it."""
-    parts = name.split(".")
-    around = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    for pattern in patterns:
-        if any(fnmatch.fnmatchcase(module, pattern) for module in around):
-            return pattern
-    return None
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that belongs in a report."""
-    for name, module in model.named_modules():
-        if isinstance(module, _WEIGHTED) or _owns_matrix(module):
-            yield name, module
-
-
-def _owns_matrix(module: nn.Module) -> bool:
-    """Whether the module itself holds a parameter of two or more dimensions: perhaps a weight."""
-    parameters = module.parameters(recurse=False)
-    return any(nn.parameter.is_lazy(p) or p.dim() >= 2 for p in parameters)
-
-
-def _obstacle(layer: nn.Module) -> str | None:
-    """Why a layer cannot be converted, or None."""
-    if isinstance(layer, AsymmetricLayer):
-        return None
-    kind = type(layer)
-    if "forward" in layer.__dict__:
-        return "its forward is replaced on the instance"
-    if kind not in _ASYMMETRIC:
-        known = next((stock for stock in _ASYMMETRIC if isinstance(layer, stock)), None)
-        if known is not None:
-            return f"{kind.__name__}, a subclass of {known.__name__} that may compute otherwise"
-        return f"no asymmetric form of {kind.__name__}"
-    if "weight" not in layer._parameters:
-        return "its weight is computed, not a parameter (weight_norm, spectral_norm)"
-    if kind is detectron2.layers.Conv2d and layer.padding_mode != "zeros":
-        return f"Detectron2's Conv2d pads with zeros in spite of {layer.padding_mode!r}"
-    return None
-
-
-def _convert(layer: nn.Module, rule: FeedbackRule) -> None:
-    if not isinstance(layer, AsymmetricLayer):
-        stock_class = type(layer)
-        layer.__class__ = _ASYMMETRIC[stock_class]
-        layer.stock_class = stock_class
-    layer.set_rule(rule)
-
-
-def _restore(layer: nn.Module) -> None:
-    if not isinstance(layer, AsymmetricLayer):
-        return
-    if type(layer) not in _ASYMMETRIC.values():
-        raise ValueError(
-            f"the class of a converted layer became {type(layer).__name__}, perhaps by a "
-            "parametrization: undo that before converting back"
-        )
-    layer.drop_state()
-    stock_class = layer.stock_class
-    for name in ("rule", "stock_class", "feedback_suspended"):
-        layer.__dict__.pop(name, None)
-    layer.__class__ = stock_class

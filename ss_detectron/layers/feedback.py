@@ -31,8 +31,9 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
-from fvcore.common.registry import Registry
 from torch import Tensor
+
+from .registry import Registry
 
 __all__ = ["FEEDBACK_REGISTRY", "FEEDBACK_SCALES", "FeedbackRule", "Fans", "get_rule"]
 
@@ -51,34 +52,33 @@ class Fans(NamedTuple):
 class FeedbackScale(NamedTuple):
     """A formula for the magnitude s, and how random feedback of that magnitude is drawn."""
 
-    magnitude: Callable[[Tensor, Fans, Tensor | None], Tensor]
-    """(weight, fans, sign(W) where it is at hand) -> s, a scalar tensor on the weight's device."""
+    magnitude: Callable[[Tensor, Fans], Tensor]
+    """(weight, fans) -> s, a scalar tensor on the weight's device."""
     uniform_bound: Callable[[Fans], float | None] = lambda fans: None
     """Random feedback is U(-bound s, bound s); N(0, s^2) where this is None."""
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that magnitudes are computed in: the weight's, but float32 at least."""
+    """Return the type that magnitudes are computed in: the weight's, but float32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _mean_abs(weight: Tensor, signs: Tensor | None) -> Tensor:
-    wide = _wide(weight.dtype)
-    if signs is None or weight.dtype != wide or signs.stride() != weight.stride():
-        # torch's own 1-norm makes no copy, but takes three times as long on a CPU.
-        return weight.abs().mean(dtype=wide)
-    # The same as abs(W) = sign(W) o W, in half the time.
-    return torch.dot(_in_memory_order(signs), _in_memory_order(weight)) / weight.numel()
+def _mean_abs(weight: Tensor, fans: Fans) -> Tensor:
+    return weight.abs().mean(dtype=_wide(weight.dtype))
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """One-dimensional; a view for memory formats contiguous and channels_last."""
-    return (tensor if tensor.is_contiguous() else tensor.movedim(1, -1)).flatten()
-
-
-def _root_mean_square(weight: Tensor) -> Tensor:
+def _root_mean_square(weight: Tensor, fans: Fans) -> Tensor:
     norm = torch.linalg.vector_norm(weight, dtype=_wide(weight.dtype))
     return norm / math.sqrt(weight.numel())
+
+
+def _kaiming(weight: Tensor, fans: Fans) -> Tensor:
+    s = 1 / math.sqrt(fans.fan_in) if fans.is_linear else math.sqrt(2 / fans.fan_out)
+    return _constant(weight, s)
+
+
+def _xavier(weight: Tensor, fans: Fans) -> Tensor:
+    return _constant(weight, math.sqrt(2 / (fans.fan_in + fans.fan_out)))
 
 
 def _constant(weight: Tensor, value: float) -> Tensor:
@@ -87,22 +87,13 @@ def _constant(weight: Tensor, value: float) -> Tensor:
 
 FEEDBACK_SCALES: dict[str, FeedbackScale] = {
     # The mean of abs(W) now: B has W's L1 norm, and less than its L2 norm.
-    "mean_abs": FeedbackScale(lambda weight, fans, signs: _mean_abs(weight, signs)),
+    "mean_abs": FeedbackScale(_mean_abs),
     # The root mean square of W now: B has W's L2 norm.
-    "rms": FeedbackScale(lambda weight, fans, signs: _root_mean_square(weight)),
+    "rms": FeedbackScale(_root_mean_square),
     # The authors' code (Xiao et al. 2019): constants of the layer's shape.
-    "kaiming": FeedbackScale(
-        lambda weight, fans, signs: _constant(
-            weight,
-            1 / math.sqrt(fans.fan_in) if fans.is_linear else math.sqrt(2 / fans.fan_out),
-        ),
-        lambda fans: 1.0 if fans.is_linear else None,
-    ),
+    "kaiming": FeedbackScale(_kaiming, lambda fans: 1.0 if fans.is_linear else None),
     # BioTorch: the standard deviation of Glorot and Bengio's (2010) uniform initialisation.
-    "xavier": FeedbackScale(
-        lambda weight, fans, signs: _constant(weight, math.sqrt(2 / (fans.fan_in + fans.fan_out))),
-        lambda fans: math.sqrt(3),
-    ),
+    "xavier": FeedbackScale(_xavier, lambda fans: math.sqrt(3)),
 }
 
 
@@ -135,7 +126,8 @@ class FeedbackRule:
     learned: ClassVar[bool] = False
     """Whether the state is a parameter that receives the weight's gradient."""
     counts_updates: ClassVar[bool] = False
-    """Whether the state is a number instead: how often W has been updated."""
+    """Whether the state is a number instead: how often W has been updated
+    (:func:`~ss_detectron.layers.advance_feedback`)."""
     traced: ClassVar[bool] = True
     """Whether a compiler (torch.compile) looks into :meth:`feedback`. Otherwise it is one operator
     to it, for which the rule must be registered: where the compiler's code is slower, and always
@@ -181,19 +173,15 @@ class FeedbackRule:
         """
         return None
 
-    def magnitude(self, weight: Tensor, fans: Fans, signs: Tensor | None = None) -> Tensor:
-        """
-        s, a scalar tensor: gain times the scale; 0 of a weight without elements. It costs less
-        where sign(W) is at hand.
-        """
+    def magnitude(self, weight: Tensor, fans: Fans) -> Tensor:
+        """Return s, a scalar tensor: gain times the scale; 0 of a weight without elements."""
         if not weight.numel():
             return _constant(weight, 0.0)
-        return FEEDBACK_SCALES[self.scale].magnitude(weight, fans, signs) * self.gain
+        return FEEDBACK_SCALES[self.scale].magnitude(weight, fans) * self.gain
 
     def sign(self, weight: Tensor, fans: Fans) -> Tensor:
-        """s sign(W). A weight that is exactly zero gets no feedback."""
-        signs = torch.sign(weight)
-        return signs.mul_(self.magnitude(weight, fans, signs))
+        """Return s sign(W). A weight that is exactly zero gets no feedback."""
+        return torch.sign(weight).mul_(self.magnitude(weight, fans))
 
     def draw(self, weight: Tensor, fans: Fans) -> Tensor:
         """
@@ -257,11 +245,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [part for half in tensor.chunk(2, dim) for part in _parts(half)]
 
 
-def _check_rule(rule: type[FeedbackRule]) -> type[FeedbackRule]:
-    if not issubclass(rule, FeedbackRule):
-        raise ValueError(f"{rule.__name__} is no feedback rule: it must extend FeedbackRule")
-    if not rule.name:
-        raise ValueError(f"{rule.__name__} needs a name, a class attribute")
+def _check_state(rule: type[FeedbackRule]) -> None:
     if rule.state_name is not None and not rule.state_name.startswith("feedback"):
         raise ValueError(
             f"{rule.__name__}.state_name is {rule.state_name!r}; it must begin with 'feedback', "
@@ -272,38 +256,22 @@ def _check_rule(rule: type[FeedbackRule]) -> type[FeedbackRule]:
             f"{rule.__name__} counts updates: its state is their number, and it can have no "
             "state_name and not be learned"
         )
-    return rule
 
 
-class _FeedbackRegistry(Registry):
-    """fvcore's registry, keyed by the rules' own names; finds a rule by its short name too."""
-
-    def register(self, obj=None):
-        if obj is None:
-            return self.register
-        self._do_register(_check_rule(obj).name, obj)
-        return obj
-
-    def get(self, name: str) -> type[FeedbackRule]:
-        for full_name, rule in self:
-            if name in (full_name, rule.short_name) and name:
-                return rule
-        known = ", ".join(f"{n} ({r.short_name})" if r.short_name else n for n, r in self)
-        raise ValueError(f"unknown feedback rule {name!r}; choose one of {known}")
-
-
-FEEDBACK_REGISTRY = _FeedbackRegistry("FEEDBACK")
-FEEDBACK_REGISTRY.__doc__ = "The rules by name: subclasses of :class:`FeedbackRule`."
+FEEDBACK_REGISTRY = Registry("feedback rule", FeedbackRule, _check_state)
+"""The rules by name: subclasses of :class:`FeedbackRule`."""
 
 
 def get_rule(rule: str | type[FeedbackRule]) -> type[FeedbackRule]:
     """
-    The rule's class, from its name, its short name, or itself.
+    Return the rule's class, from its name, its short name, or itself.
 
     Raises:
         ValueError: no such rule; names those there are.
     """
-    return _check_rule(rule) if isinstance(rule, type) else FEEDBACK_REGISTRY.get(rule)
+    if isinstance(rule, type):
+        return FEEDBACK_REGISTRY.check(rule)
+    return FEEDBACK_REGISTRY.get(rule)
 
 
 @FEEDBACK_REGISTRY.register()
@@ -349,10 +317,8 @@ class SignSymmetryBatchwiseMagnitude(FeedbackRule):
     """
     B = abs(M) o sign(W) with M drawn anew after each update of W: batchwise random magnitude
     (brSF). M itself is not kept, it follows from how often W has been updated: a layer called
-    several times between two updates meets the same. An update is known, at the next forward pass,
-    by the weight's version, which an assignment to ``weight.data`` leaves as it is: M then stays
-    (frSF). A weight that is computed anew in every forward pass (pruning, parametrizations) has
-    no versions: a warning says so.
+    several times between two updates meets the same. Updates are counted by
+    :func:`~ss_detectron.layers.advance_feedback`, which a learner's ``step()`` calls.
     """
 
     name = "sign_symmetry_batchwise_magnitude"

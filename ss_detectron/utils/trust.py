@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePath
 from urllib.parse import urlparse
 
-from ss_detectron.layers.convert import as_patterns
+from ss_detectron.layers.names import as_patterns
 
 __all__ = [
     "check_download",

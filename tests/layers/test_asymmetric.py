@@ -5,10 +5,8 @@ import io
 import logging
 import pickle
 
-import detectron2.layers
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -110,32 +108,6 @@ def test_convolution_in_every_padding_mode(options, kernel):
     torch.testing.assert_close(actual[0], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["fused", "norm", "activation", "neither"])
-@each_rule
-def test_detectron2_convolution_keeps_norm_and_activation(kind, rule):
-    torch.manual_seed(0)
-    layer = detectron2.layers.Conv2d(
-        4,
-        8,
-        3,
-        bias=False,
-        norm=nn.BatchNorm2d(8) if kind in ("fused", "norm") else None,
-        activation=F.relu if kind in ("fused", "activation") else None,
-    )
-    stock = copy.deepcopy(layer)
-    convert_feedback(layer, rule)
-    x = torch.randn(2, 4, 5, 5)
-    assert torch.equal(layer(x), stock(x))
-    assert torch.equal(layer(x), stock(x))
-    for name, buffer in stock.named_buffers():
-        assert torch.equal(layer.get_buffer(name), buffer)
-    # What is above the convolution learns as in stock, and so does its weight.
-    _gradients(layer, x)
-    _gradients(stock, x)
-    for name, parameter in stock.named_parameters():
-        assert torch.equal(layer.get_parameter(name).grad, parameter.grad)
-
-
 @pytest.mark.parametrize("output_size", [None, [9, 10]])
 def test_transposed_convolution_takes_an_output_size(output_size):
     torch.manual_seed(0)
@@ -147,7 +119,7 @@ def test_transposed_convolution_takes_an_output_size(output_size):
 
 def test_layers_built_directly_are_the_converted_ones():
     for build, stock in [
-        (lambda **o: AsymmetricConv2d(3, 4, 3, **o), detectron2.layers.Conv2d(3, 4, 3)),
+        (lambda **o: AsymmetricConv2d(3, 4, 3, **o), nn.Conv2d(3, 4, 3)),
         (lambda **o: AsymmetricConvTranspose2d(3, 4, 3, **o), nn.ConvTranspose2d(3, 4, 3)),
         (lambda **o: AsymmetricLinear(3, 4, **o), nn.Linear(3, 4)),
     ]:

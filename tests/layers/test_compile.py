@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 from ss_detectron import FEEDBACK_REGISTRY
-from ss_detectron.layers import FeedbackRule, backpropagation, convert_feedback
+from ss_detectron.layers import (
+    FeedbackRule,
+    advance_feedback,
+    backpropagation,
+    convert_feedback,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
@@ -40,6 +45,7 @@ def _train(model, step, steps=3):
         seen += [x.grad, *(p.grad.clone() for p in model.parameters())]
         seen += [b.clone() for b in model.buffers()]
         optimizer.step()
+        advance_feedback(model)
     return seen
 
 
@@ -80,7 +86,7 @@ def test_a_rule_of_ones_own_that_counts_updates_is_compiled_once_registered(monk
     compiled = copy.deepcopy(eager)
     with pytest.raises(Exception, match="unknown feedback rule 'flipping'"):
         _train(compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))
-    monkeypatch.setitem(FEEDBACK_REGISTRY._obj_map, "flipping", Flipping)
+    monkeypatch.setitem(FEEDBACK_REGISTRY._classes, "flipping", Flipping)
     torch._dynamo.reset()
     compiled = copy.deepcopy(eager)
     expected = _train(eager, eager)

@@ -3,14 +3,8 @@
 import copy
 import pickle
 
-import detectron2.layers
 import pytest
 import torch
-import torchvision
-from detectron2.config import LazyCall as L
-from detectron2.config import instantiate
-from detectron2.modeling.backbone import FPN
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
 from ss_detectron.layers import (
@@ -19,12 +13,17 @@ from ss_detectron.layers import (
     AsymmetricConvTranspose2d,
     AsymmetricLayer,
     AsymmetricLinear,
+    Fans,
     FeedbackRule,
+    asymmetric,
+    asymmetric_linear,
     backpropagation,
+    check_exclude,
     convert_feedback,
+    convert_part,
     feedback_report,
+    register_layer,
 )
-from ss_detectron.layers.convert import check_exclude, convert_part
 
 RULES = [rule.short_name for name, rule in FEEDBACK_REGISTRY if name != "backpropagation"]
 each_rule = pytest.mark.parametrize("rule", RULES)
@@ -46,7 +45,7 @@ class Head(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(2, 4, 1)
-        self.inner = nn.Sequential(detectron2.layers.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
         self.up = nn.ConvTranspose2d(4, 2, 1)
         self.listed = [self.conv1, self.inner[0], self.up]
 
@@ -119,25 +118,6 @@ def test_types_change_and_objects_do_not():
     assert model.head.listed == [model.head.conv1, model.head.inner[0], model.head.up]
     assert all(isinstance(layer, AsymmetricLayer) for layer in model.head.listed)
     assert all(model.get_submodule(n).rule.layer_name == n for n in LAYERS)
-
-
-def test_detectron2_fpn_is_converted_where_it_looks_for_its_layers():
-    torch.manual_seed(0)
-    bottom_up = ResNet(
-        BasicStem(3, 4, norm="BN"),
-        [ResNet.make_stage(BasicBlock, 1, in_channels=4, out_channels=8)],
-        out_features=["res2"],
-    )
-    fpn = FPN(bottom_up, ["res2"], 8, norm="BN")
-    x = torch.randn(1, 3, 16, 16)
-    expected = fpn.eval()(x)
-    convert_feedback(fpn)
-    assert {row.rule for row in feedback_report(fpn)} == {"sign_symmetry"}
-    for listed in (fpn.lateral_convs, fpn.output_convs):
-        assert all(type(layer) is AsymmetricConv2d for layer in listed)
-    actual = fpn(x)
-    assert actual.keys() == expected.keys()
-    assert all(torch.equal(actual[k], expected[k]) for k in actual)
 
 
 def test_the_root_may_be_a_layer():
@@ -237,17 +217,6 @@ def _weight_norm():
         return nn.utils.weight_norm(nn.Conv2d(2, 2, 1))
 
 
-def _deformable(name):
-    try:
-        return getattr(detectron2.layers, name)(2, 2, 1)
-    except ImportError:
-        pytest.skip("needs Detectron2's compiled operations")
-
-
-def _d2_reflect():
-    return detectron2.layers.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")
-
-
 @pytest.mark.parametrize(
     ("build", "reasons"),
     [
@@ -266,15 +235,6 @@ def _d2_reflect():
                 "out_proj": "NonDynamicallyQuantizableLinear, a subclass of Linear",
             },
         ),
-        (lambda: _deformable("DeformConv"), {"": "no asymmetric form of DeformConv"}),
-        (
-            lambda: _deformable("ModulatedDeformConv"),
-            {"": "no asymmetric form of ModulatedDeformConv"},
-        ),
-        (
-            lambda: torchvision.ops.DeformConv2d(2, 2, 1),
-            {"": "no asymmetric form of DeformConv2d"},
-        ),
         (_weight_norm, {"": "its weight is computed, not a parameter"}),
         (
             lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
@@ -289,7 +249,6 @@ def _d2_reflect():
         ),
         (lambda: nn.LazyConv2d(2, 1), {"": "LazyConv2d, a subclass of Conv2d"}),
         (lambda: nn.LazyLinear(2), {"": "LazyLinear, a subclass of Linear"}),
-        (_d2_reflect, {"": "Detectron2's Conv2d pads with zeros in spite of 'reflect'"}),
     ],
 )
 def test_what_cannot_be_converted_stays_and_is_reported(build, reasons):
@@ -397,7 +356,7 @@ def test_converting_back_restores_everything(rule):
 
 @each_rule
 def test_a_restored_model_pickles_without_this_package(rule):
-    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Linear(2, 2), detectron2.layers.Conv2d(2, 2, 1))
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Linear(2, 2))
     untouched = pickle.dumps(model)
     convert_feedback(model, rule)
     assert b"ss_detectron" in pickle.dumps(model)
@@ -447,20 +406,6 @@ def test_conversion_within_the_context():
     assert {row.rule for row in feedback_report(model)} == {"feedback_alignment"}
 
 
-# Configuration.
-
-
-def test_lazy_configuration():
-    model = instantiate(
-        L(convert_feedback)(
-            model=L(Model)(),
-            rule="fa",
-            exclude=["score"],
-        )
-    )
-    assert _converted(model) == LAYERS[:-1]
-
-
 def test_settings_are_checked_whatever_the_rule():
     model = nn.Conv2d(2, 3, 1)
     with pytest.raises(ValueError, match="unknown feedback scale 'zzz'"):
@@ -487,3 +432,86 @@ def test_a_layer_parametrized_after_conversion_is_not_broken_by_converting_back(
     with pytest.raises(ValueError, match="undo that before converting back"):
         convert_feedback(layer, "bp")
     assert layer(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_nothing_changes_where_a_later_layer_is_refused():
+    model = convert_feedback(_model(), "fa")
+    nn.utils.parametrizations.weight_norm(model.score)
+    before = _snapshot(model)
+    for rule in ("bp", _Fussy):
+        with pytest.raises(ValueError):
+            convert_feedback(model, rule)
+        assert _snapshot(model) == before
+
+
+class _Fussy(FeedbackRule):
+    name = "fussy"
+    state_name = "feedback_noise"
+
+    def initial_state(self, weight, fans):
+        if fans.is_linear:
+            raise ValueError("no linear layers")
+        return torch.zeros_like(weight)
+
+
+# Rules by pattern, and layers of one's own.
+
+
+def test_overrides_give_layers_another_rule():
+    model = convert_feedback(
+        _model(), "ss", overrides={"score": "backpropagation", "head.*": "fa"}, exclude="head.up"
+    )
+    assert [(row.rule, row.reason) for row in feedback_report(model)] == [
+        ("sign_symmetry", ""),
+        ("feedback_alignment", ""),
+        ("feedback_alignment", ""),
+        ("backpropagation", "excluded by 'head.up'"),
+        ("backpropagation", "its own rule is backpropagation"),
+    ]
+    before = _snapshot(model)
+    for wrong in ({"scores": "fa"}, {"score": "hebb"}):
+        with pytest.raises(ValueError):
+            convert_feedback(model, "kp", overrides=wrong)
+        assert _snapshot(model) == before
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class AsymmetricScaled(AsymmetricLayer, Scaled):
+    def fans(self):
+        return Fans(self.in_features, self.out_features, True)
+
+    def forward(self, input):
+        arguments = self.feedback_arguments()
+        return 2 * asymmetric_linear(input, self.weight, self.bias, **arguments)
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    monkeypatch.setattr(asymmetric, "_FORMS", dict(asymmetric._FORMS))
+
+
+@pytest.mark.parametrize("rule", ["ss", "fa", "kp", "brsf"])
+def test_a_registered_layer_is_converted_and_back(forms, rule):
+    with pytest.raises(ValueError, match="extend AsymmetricLayer"):
+        register_layer(Scaled, Scaled)
+    with pytest.raises(ValueError, match="already"):
+        register_layer(AsymmetricLinear, AsymmetricLinear)
+    assert "register_layer" in _reasons(convert_feedback(Scaled(3, 2)))[""]
+    register_layer(Scaled, AsymmetricScaled)
+    layer, x = Scaled(3, 2), torch.randn(4, 3, requires_grad=True)
+    expected = layer(x)
+    convert_feedback(layer, rule)
+    y = layer(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((4, 2), 2.0) @ layer.current_feedback())
+    assert type(convert_feedback(layer, "bp")) is Scaled
+    # A subclass that computes what its parent does needs no class of its own.
+    register_layer(Subclass, AsymmetricConv2d)
+    convolution = convert_feedback(Subclass(2, 2, 1), rule)
+    assert _converted(convolution) == [""]
+    assert type(convert_feedback(convolution, "bp")) is Subclass

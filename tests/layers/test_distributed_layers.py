@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ss_detectron import FEEDBACK_REGISTRY
-from ss_detectron.layers import AsymmetricLayer, convert_feedback
+from ss_detectron.layers import AsymmetricLayer, advance_feedback, convert_feedback
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -43,6 +43,7 @@ def _train(model, images):
         feedback = {n: t.clone() for n, t in inner.state_dict().items() if "feedback" in n}
         record.append((gradients, feedback))
         optimizer.step()
+        advance_feedback(model)
     record.append(({n: p.detach().clone() for n, p in inner.named_parameters()}, {}))
     return record
 

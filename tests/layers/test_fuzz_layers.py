@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import detectron2.layers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,15 +34,20 @@ pytestmark = [
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 ASYMMETRIC = {
     nn.Conv2d: AsymmetricConv2d,
-    detectron2.layers.Conv2d: AsymmetricConv2d,
     nn.ConvTranspose2d: AsymmetricConvTranspose2d,
     nn.Linear: AsymmetricLinear,
 }
-NORMS = {
-    "BN": nn.BatchNorm2d,
-    "FrozenBN": detectron2.layers.FrozenBatchNorm2d,
-    "GN": lambda channels: nn.GroupNorm(1, channels),
-}
+NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(1, channels)}
+try:
+    from detectron2.layers import Conv2d as Detectron2Conv2d
+    from detectron2.layers import FrozenBatchNorm2d
+
+    from ss_detectron.layers.detectron2 import AsymmetricDetectron2Conv2d
+except ImportError:
+    Detectron2Conv2d = None
+else:
+    ASYMMETRIC[Detectron2Conv2d] = AsymmetricDetectron2Conv2d
+    NORMS["FrozenBN"] = FrozenBatchNorm2d
 
 
 def _reversed(tensor: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ class Case(NamedTuple):
         if rule is not None:
             kind = ASYMMETRIC[kind]
             options.update(rule=rule, scale=scale)
-        if self.kind is detectron2.layers.Conv2d:
+        if self.kind is Detectron2Conv2d:
             norm = None if self.norm is None else NORMS[self.norm](self.sizes[1])
             options.update(norm=norm, activation=self.activation)
         layer = kind(*self.sizes, **options).to(self.dtype).train(self.training)
@@ -108,7 +112,7 @@ class Case(NamedTuple):
 
     def call(self, layer: nn.Module, x: Tensor) -> Tensor:
         y = self.apart(layer, x)
-        follows = self.kind is not detectron2.layers.Conv2d and self.activation is not None
+        follows = self.kind is not Detectron2Conv2d and self.activation is not None
         return self.activation(y) if follows else y
 
     def apart(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ class Case(NamedTuple):
         """What the stock layer sends back with ``feedback`` for its weight."""
         x, after = self.input(), [self.activation]
         bare = copy.deepcopy(stock)
-        if self.kind is detectron2.layers.Conv2d:
+        if self.kind is Detectron2Conv2d:
             after.insert(0, bare.norm)
             bare.norm = bare.activation = None
         y = self.apart(bare, x)
@@ -191,7 +195,7 @@ def cases(draw: Callable, strange: bool) -> Case:
         if kind is nn.Conv2d:
             modes = ["zeros", "zeros", "reflect", "replicate", "circular"]
             options["padding_mode"] = draw(st.sampled_from(modes))
-        if kind is detectron2.layers.Conv2d:
+        if kind is Detectron2Conv2d:
             norm = draw(st.sampled_from([None, *NORMS]))
     if strange:
         what = draw(st.sampled_from(list(STRANGE)))
@@ -216,7 +220,7 @@ def cases(draw: Callable, strange: bool) -> Case:
                 "no dims": (),
                 "tiny": (*shape[:-2], 1, 1),
             }[value]
-        elif what != "padding_mode" or kind is not detectron2.layers.Conv2d:  # it pads with zeros
+        elif what != "padding_mode" or kind is not Detectron2Conv2d:  # it pads with zeros
             options[what] = value
     return Case(
         kind,

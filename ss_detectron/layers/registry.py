@@ -1,0 +1,98 @@
+"""A registry of classes by name and short name."""
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """
+    Classes by their class attributes ``name`` and ``short_name``.
+
+    Iteration gives pairs of a name and its class, as fvcore's registry does, which would bring
+    more than torch with it.
+
+    Args:
+        kind: what is registered, for messages ("feedback rule").
+        base: what every registered class extends.
+        check: raises ValueError where a class cannot be registered.
+    """
+
+    def __init__(
+        self, kind: str, base: type[T], check: Callable[[type[T]], object] | None = None
+    ) -> None:
+        self._kind = kind
+        self._base = base
+        self._check = check
+        self._classes: dict[str, type[T]] = {}
+
+    def check(self, cls: type[T]) -> type[T]:
+        """
+        Return ``cls``, if it is fit to be registered.
+
+        Raises:
+            ValueError: it does not extend the base class or has no name.
+        """
+        if not issubclass(cls, self._base):
+            raise ValueError(
+                f"{cls.__name__} is no {self._kind}: it must extend {self._base.__name__}"
+            )
+        if not getattr(cls, "name", ""):
+            raise ValueError(f"{cls.__name__} needs a name, a class attribute")
+        if self._check is not None:
+            self._check(cls)
+        return cls
+
+    def register(self, cls: type[T] | None = None) -> Callable[[type[T]], type[T]]:
+        """
+        Add a class; a decorator, with or without parentheses.
+
+        Raises:
+            ValueError: the class is not fit, or its name or short name is taken.
+        """
+        if cls is None:
+            return self.register
+        names = {self.check(cls).name, cls.short_name} - {""}  # type: ignore[attr-defined]
+        for name in sorted(names):
+            taken = self._find(name)
+            if taken is not None:
+                raise ValueError(
+                    f"{cls.__name__} cannot be registered: the {self._kind} name {name!r} is "
+                    f"{taken.__name__}'s"
+                )
+        self._classes[cls.name] = cls  # type: ignore[attr-defined]
+        return cls
+
+    def get(self, name: str) -> type[T]:
+        """
+        Return the class of that name or short name.
+
+        Raises:
+            ValueError: there is none; the message lists those there are.
+        """
+        found = self._find(name)
+        if found is None:
+            known = ", ".join(
+                f"{known} ({cls.short_name})" if cls.short_name else known  # type: ignore[attr-defined]
+                for known, cls in self
+            )
+            raise ValueError(f"unknown {self._kind} {name!r}; choose one of {known}")
+        return found
+
+    def _find(self, name: object) -> type[T] | None:
+        for full_name, cls in self:
+            if name and name in (full_name, cls.short_name):  # type: ignore[attr-defined]
+                return cls
+        return None
+
+    def __contains__(self, name: object) -> bool:
+        return self._find(name) is not None
+
+    def __iter__(self) -> Iterator[tuple[str, type[T]]]:
+        return iter(self._classes.items())
+
+    def __len__(self) -> int:
+        return len(self._classes)
