@@ -16,28 +16,20 @@ from detectron2.config import CfgNode
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from PIL import Image
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
-from .images import UnreadableImageError, build_image_transform, decode, read_image
+from .images import FLIPS, RandomResizedCrop, UnreadableImageError, decode, open_image
 from .stream import TrainingLoader
 
-__all__ = ["DaliLoader", "EncodedImageMapper", "collate_encoded"]
-
-
-# Two by two pixels that show whether they were flipped, and in any direction.
-MARKS = Image.fromarray(np.array([[0, 1], [1, 1]], dtype=np.uint8))
+__all__ = ["DaliLoader", "EncodedImageMapper"]
 
 
 class EncodedImageMapper:
-    """A dataset dict for classification -> its image, not decoded, and what to make of it."""
+    """Make of a dataset dict for classification its image, not decoded, and a crop and flip."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        """
-        Args:
-            cfg: see :func:`~.images.build_image_transform`; the crop is resized_crop.
-        """
-        first, self.flip = build_image_transform(cfg, training=True)
-        self.crop = first.crop
+        self.crop = RandomResizedCrop(cfg.INPUT.CLASSIFICATION.SIZE, reduced_decoding=False)
+        self.flips = cfg.INPUT.RANDOM_FLIP in FLIPS
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
@@ -50,32 +42,30 @@ class EncodedImageMapper:
             "file_name": str.
 
         Raises:
-            UnreadableImageError: see :func:`~.images.read_image`; of a JPEG, only where it has no
+            UnreadableImageError: see :func:`~.images.open_image`; of a JPEG, only where it has no
                 header or no end. What else is wrong with one, DALI finds.
         """
-        encoded, (top, left, height, width) = read_image(record, self._encode)
+        image = open_image(record)
+        top, left, height, width = self.crop.draw(image)
         return {
-            "encoded": np.frombuffer(encoded, np.uint8),
+            "encoded": np.frombuffer(_encode(image), np.uint8),
             "start": np.array([top, left], np.int32),
             "shape": np.array([height, width], np.int32),
-            "flip": self.flip(MARKS)[0, 0, 0].int(),
+            # As torchvision's random flips draw it.
+            "flip": np.int32(self.flips and torch.rand(1).item() < 0.5),
             "label": int(record["label"]),
             "file_name": record["file_name"],
         }
 
-    def _encode(self, image: Image.Image) -> tuple[bytes, list[int]]:
-        return _encode(image), self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-
 
 def _encode(image: Image.Image) -> bytes:
-    """An opened image as a file that DALI decodes to the colours of :func:`~.images.decode`.
+    """Encode an opened image so that DALI decodes it to the colours of :func:`~.images.decode`.
 
     JPEGs remain as they are, except those of four colours and those without an end, which a
     decoder on a GPU might fill up. All else is decoded, and passed on without loss.
     """
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        image.fp.seek(0)
-        encoded = image.fp.read()
+        encoded = image.fp.getvalue()
         if encoded.rfind(b"\xff\xd9") > encoded.rfind(b"\xff\xda"):  # its end; its last pixels
             return encoded
     file = BytesIO()
@@ -83,16 +73,8 @@ def _encode(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def collate_encoded(images: list[dict[str, Any]]) -> dict[str, Any]:
-    """
-    Args:
-        images: N of what :class:`EncodedImageMapper` gives.
-
-    Returns:
-        "encoded": uint8 tensor, all images behind each other, which passes from one process to
-        another as one; "lengths": list[int], their bytes; "start" and "shape": int32 (N, 2);
-        "flip": int32 (N,); "label": int64 (N,) and "file_name": list[str].
-    """
+def _collate(images: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put all files behind each other, to pass from one process to another as one tensor."""
     encoded = [image.pop("encoded") for image in images]
     return {
         "encoded": torch.from_numpy(np.concatenate(encoded)),
@@ -101,52 +83,35 @@ def collate_encoded(images: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class DaliLoader:
-    """Batches of decoded images, on the model's device."""
+class DaliLoader(TrainingLoader):
+    """A :class:`~.stream.TrainingLoader` whose batches DALI decodes, ahead of those given out.
 
-    def __init__(self, cfg: CfgNode, encoded: TrainingLoader) -> None:
+    Batches have "image": uint8 (N, 3, SIZE, SIZE) in the order of INPUT.FORMAT, on this process's
+    GPU or, with MODEL.DEVICE cpu, there; "label": int64 (N,) and "file_name": list[str].
+    """
+
+    def __init__(self, cfg: CfgNode, *args: Any, **options: Any) -> None:
         """
         Args:
             cfg: the config.
-            encoded: endless batches of :func:`collate_encoded`.
+            *args, **options: of TrainingLoader; the mapper is :class:`EncodedImageMapper`.
         """
+        super().__init__(*args, **options, collate_fn=_collate)
         self.cfg = cfg
-        self.encoded = encoded
-        self.batches = 0
-        """How many were given out; DALI works ahead of them."""
 
-    @property
-    def dataset(self) -> Dataset:
-        """The images of one epoch."""
-        return self.encoded.dataset
-
-    def state_dict(self) -> dict[str, int]:
-        """See :meth:`.TrainingLoader.state_dict`."""
-        return {**self.encoded.state_dict(), "batches": self.batches}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """See :meth:`.TrainingLoader.load_state_dict`."""
-        self.encoded.load_state_dict(state)
-        self.batches = self.encoded.batches
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """
-        Yields:
-            "image": uint8 (N, 3, SIZE, SIZE) in the order of INPUT.FORMAT, on this process's GPU
-            or, with MODEL.DEVICE cpu, there; "label": int64 (N,) and "file_name": list[str].
-
-        Raises:
-            UnreadableImageError: an image, by its name.
-        """
-        self.encoded.batches = self.batches
+    def _load(self) -> Iterator[dict[str, Any]]:
         waiting = deque()
-        encoded = _feed(iter(self.encoded), waiting)  # worker processes start before DALI's threads
-        gpu = _gpu(self.cfg)
+        # Worker processes start before DALI's threads.
+        encoded = _feed(super()._load(), waiting)
+        device = torch.device(self.cfg.MODEL.DEVICE)
+        gpu = None
+        if device.type == "cuda":
+            gpu = torch.cuda.current_device() if device.index is None else device.index
         pipeline = _decode(
             encoded,
             self.cfg,
             "cpu" if gpu is None else "mixed",
-            batch_size=self.encoded.batch_size,
+            batch_size=self.batch_size,
             num_threads=max(1, self.cfg.DATALOADER.NUM_WORKERS),
             device_id=gpu,
         )
@@ -154,7 +119,6 @@ class DaliLoader:
         try:
             while True:
                 (batch,) = next(images)
-                self.batches += 1
                 yield {**batch, **waiting.popleft()}
         except RuntimeError as error:
             sample = re.search(r"Failed to decode sample #(\d+)", str(error))
@@ -167,19 +131,11 @@ class DaliLoader:
 
 
 def _feed(batches: Iterator[dict[str, Any]], waiting: deque) -> Iterator[tuple[Any, ...]]:
-    """What :func:`_decode` takes; labels and names wait for the images that it makes ahead."""
+    """Yield what :func:`_decode` takes; labels and names wait for the images that it makes."""
     for batch in batches:
         waiting.append({key: batch[key] for key in ("label", "file_name")})
         images = np.split(batch["encoded"].numpy(), np.cumsum(batch["lengths"])[:-1])
         yield images, *(batch[key].numpy() for key in ("start", "shape", "flip"))
-
-
-def _gpu(cfg: CfgNode) -> int | None:
-    """The index of the GPU of this process's model, if it is on one."""
-    device = torch.device(cfg.MODEL.DEVICE)
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @pipeline_def

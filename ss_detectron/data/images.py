@@ -1,15 +1,19 @@
 """From an image file to the tensor that a classifier takes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from io import BytesIO
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from .catalog import printable
 
@@ -18,12 +22,13 @@ __all__ = [
     "RandomResizedCrop",
     "UnreadableImageError",
     "build_image_transform",
+    "choose",
     "decode",
+    "open_image",
     "read_image",
+    "reading",
     "skips_unreadable_images",
 ]
-
-Step = Callable[[Image.Image], Image.Image]
 
 
 class UnreadableImageError(OSError):
@@ -33,58 +38,92 @@ class UnreadableImageError(OSError):
         super().__init__(printable(message))
 
 
+def choose(cfg: CfgNode, key: str, *choices: Any) -> Any:
+    """Return the value of a key.
+
+    Raises:
+        ValueError: it is none of ``choices``.
+    """
+    value = reduce(getattr, key.split("."), cfg)
+    if value not in choices:
+        raise ValueError(f"{key} is {value!r}; choose {' or '.join(map(repr, choices))}")
+    return value
+
+
 def skips_unreadable_images(cfg: CfgNode) -> bool:
-    """Whether DATALOADER.UNREADABLE_IMAGES is skip, and not error.
+    """Say whether DATALOADER.UNREADABLE_IMAGES is "skip", and not "error".
 
     Raises:
         ValueError: it is neither.
     """
-    value = cfg.DATALOADER.UNREADABLE_IMAGES
-    return _choose("DATALOADER.UNREADABLE_IMAGES", value, {"error": False, "skip": True})
+    return choose(cfg, "DATALOADER.UNREADABLE_IMAGES", "error", "skip") == "skip"
 
 
 # Reading -----------------------------------------------------------------------------------------
 
 
-def decode(image: Image.Image) -> Image.Image:
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Raise whatever goes wrong within as an :class:`UnreadableImageError` that names the file.
+
+    It belongs around nothing but opening and decoding that file: an image that cannot be read may
+    be skipped, an error in a mapper or a lack of memory may not.
     """
-    An opened image as 8-bit RGB, itself where it is that already.
-
-    Grey becomes three equal channels; of transparency the colour below is kept; CMYK and palettes
-    become the colours they stand for; of 16-bit values the upper 8 bits are kept. As in
-    torchvision, the orientation in a photograph's EXIF is not followed.
-    """
-    image.load()
-    image.info.pop("transparency", None)  # Pillow warns of it where it is lost
-    if image.mode.startswith("I"):
-        image = _upper_bits(image)
-    elif image.mode == "F":
-        raise ValueError("floats, which do not say what is white")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of all kinds
+        raise UnreadableImageError(f"'{name}' cannot be read as an image: {error}") from error
 
 
-def read_image(record: dict[str, Any], decode: Step = decode) -> Image.Image:
-    """The image of a dataset dict as 8-bit RGB.
+def open_image(record: dict[str, Any]) -> Image.Image:
+    """Open the image of a dataset dict, for :func:`decode`. Its file is closed already.
 
     Args:
         record: with "image", a uint8 array (H, W, 3) or (H, W), or else with "file_name".
-        decode: :func:`decode`, or what decodes a part only, such as :class:`RandomResizedCrop`.
 
     Raises:
         UnreadableImageError: naming the image and what is wrong with it.
     """
     name = record["file_name"]
-    try:
+    with reading(name):
         if "image" in record:
-            return decode(Image.fromarray(record["image"]))
-        with PathManager.open(name, "rb") as file, Image.open(file) as image:
-            return decode(image)
-    except Exception as error:  # Pillow's decoders raise errors of all kinds
-        raise UnreadableImageError(f"'{name}' cannot be read as an image: {error}") from error
+            image = Image.fromarray(record["image"])
+        else:
+            with PathManager.open(name, "rb") as file:
+                image = Image.open(BytesIO(file.read()))
+    image.filename = name
+    return image
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Decode an image of :func:`open_image` as 8-bit RGB; return itself where it is that already.
+
+    Grey becomes three equal channels; of transparency the colour below is kept; CMYK and palettes
+    become the colours they stand for; of 16-bit values the upper 8 bits are kept. As in
+    torchvision, the orientation in a photograph's EXIF is not followed.
+
+    Raises:
+        UnreadableImageError: naming the image and what is wrong with it.
+    """
+    with reading(image.filename):
+        image.load()
+        image.info.pop("transparency", None)  # Pillow warns of it where it is lost
+        if image.mode.startswith("I"):
+            image = _upper_bits(image)
+        elif image.mode == "F":
+            raise ValueError("floats, which do not say what is white")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_image(record: dict[str, Any]) -> Image.Image:
+    """Read the image of a dataset dict: :func:`open_image` and :func:`decode`."""
+    return decode(open_image(record))
 
 
 def _upper_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey, as Pillow reads 16-bit colours; it would clip them."""
+    """Convert 16-bit grey to 8-bit grey, as Pillow reads 16-bit colours; it would clip them."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError(f"values {values.min()} to {values.max()}, 16 bits are taken")
@@ -95,8 +134,7 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 
 
 class RandomResizedCrop:
-    """
-    torchvision's RandomResizedCrop of an image that is not decoded yet.
+    """torchvision's RandomResizedCrop of an image that is not decoded yet.
 
     A JPEG can be decoded at a half, a quarter or an eighth of its size for a fraction of the time.
     The crop is drawn first, so that the smallest of these is taken that leaves the crop at least
@@ -113,9 +151,13 @@ class RandomResizedCrop:
         self.size = size
         self.reduced_decoding = reduced_decoding
 
+    def draw(self, image: Image.Image) -> list[int]:
+        """Draw top, left, height and width of a crop."""
+        return self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+
     def __call__(self, image: Image.Image) -> Image.Image:
-        """An opened image -> one of 8-bit RGB, ``size`` x ``size``."""
-        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        """Crop an image of :func:`open_image`; return 8-bit RGB, ``size`` x ``size``."""
+        top, left, height, width = self.draw(image)
         scale = self._reduce(image, width, height) if self.reduced_decoding else 1
         box = [scale * edge for edge in (left, top, left + width, top + height)]
         # Of a reduced image, the crop may begin and end within a pixel. Pixels beyond it do not
@@ -126,107 +168,91 @@ class RandomResizedCrop:
         return part.resize((self.size, self.size), Image.Resampling.BILINEAR, box)
 
     def _reduce(self, image: Image.Image, width: int, height: int) -> float:
-        """Has a JPEG decoded at this scale, so that such a crop keeps ``size`` pixels each way."""
+        """Have a JPEG decoded at the scale returned: such a crop keeps ``size`` pixels each way."""
         full = image.size
         least = math.ceil(full[0] * self.size / width), math.ceil(full[1] * self.size / height)
         draft = image.draft(None, least)
         return draft[1][2] / full[0] if draft else 1  # None: only JPEG's decoder can do this
 
 
-def _resized_crop(options: CfgNode, training: bool) -> list[Step]:
-    if training:
-        return [RandomResizedCrop(options.SIZE, options.REDUCED_DECODING)]
-    if options.RESIZE < options.SIZE:
-        raise ValueError(
-            f"INPUT.CLASSIFICATION.RESIZE is {options.RESIZE}; choose at least SIZE, "
-            f"{options.SIZE}, which is cut out of it"
-        )
-    return [decode, v2.Resize(options.RESIZE), v2.CenterCrop(options.SIZE)]
+FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip}
 
 
-def _pad_crop(options: CfgNode, training: bool) -> list[Step]:
-    if options.PAD < 0:
-        raise ValueError(f"INPUT.CLASSIFICATION.PAD is {options.PAD}; choose at least 0")
-    if training:
-        # Smaller images are padded as far as needed, as CenterCrop does.
-        return [decode, v2.RandomCrop(options.SIZE, padding=options.PAD, pad_if_needed=True)]
-    return [decode, v2.CenterCrop(options.SIZE)]
+def build_image_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image], Image.Image]:
+    """Build torchvision's transforms for what INPUT.CLASSIFICATION and INPUT.RANDOM_FLIP say.
 
-
-def _resize(options: CfgNode, training: bool) -> list[Step]:
-    return [decode, v2.Resize((options.SIZE, options.SIZE))]
-
-
-TRANSFORMS = {"resized_crop": _resized_crop, "pad_crop": _pad_crop, "resize": _resize}
-FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip, "none": None}
-
-
-def build_image_transform(cfg: CfgNode, training: bool) -> tuple[Step, v2.Compose]:
-    """
-    torchvision's transforms for what INPUT.CLASSIFICATION and INPUT.RANDOM_FLIP say.
-
-    They work on PIL images, with Pillow's antialiased bilinear filter, as in torchvision's
-    reference training and in the transforms of its weights.
+    They use Pillow's antialiased bilinear filter, as torchvision's reference training and the
+    transforms of its weights do.
 
     Args:
         cfg: the config.
-        training: random crops and flips, or those of evaluation.
+        training: random crops and flips, or what evaluation does.
 
     Returns:
-        how :func:`read_image` is to decode, and what then makes a uint8 tensor (3, SIZE, SIZE) of
-        the PIL image.
+        of an image of :func:`open_image`, the image that is SIZE x SIZE, 8-bit RGB.
 
     Raises:
         ValueError: a value that is unknown or out of range.
     """
     options = cfg.INPUT.CLASSIFICATION
-    kind = _choose("INPUT.CLASSIFICATION.TRANSFORM", options.TRANSFORM, TRANSFORMS)
-    flip = _choose("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, FLIPS)
-    if options.SIZE < 1:
-        raise ValueError(f"INPUT.CLASSIFICATION.SIZE is {options.SIZE}; choose at least 1")
-    first, *steps = kind(options, training)
-    if training and flip is not None:
-        steps.append(flip())
-    # PILToTensor's dispatch takes longer than what it does.
-    return first, v2.Compose([*steps, functional.pil_to_tensor])
-
-
-def _choose(key: str, value: str, choices: dict[str, Any]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{key} is {value!r}; choose {' or '.join(map(repr, choices))}")
-    return choices[value]
+    size = options.SIZE
+    kind = choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop", "pad_crop", "resize")
+    flip = choose(cfg, "INPUT.RANDOM_FLIP", *FLIPS, "none")
+    if size < 1:
+        raise ValueError(f"INPUT.CLASSIFICATION.SIZE is {size}; choose at least 1")
+    if kind == "resize":
+        steps = [decode, v2.Resize((size, size))]
+    elif kind == "pad_crop":
+        if options.PAD < 0:
+            raise ValueError(f"INPUT.CLASSIFICATION.PAD is {options.PAD}; choose at least 0")
+        # Smaller images are padded as far as needed, as CenterCrop does.
+        crop = v2.RandomCrop(size, padding=options.PAD, pad_if_needed=True)
+        steps = [decode, crop if training else v2.CenterCrop(size)]
+    elif training:
+        steps = [RandomResizedCrop(size, options.REDUCED_DECODING)]
+    else:
+        if size > options.RESIZE:
+            raise ValueError(
+                f"INPUT.CLASSIFICATION.RESIZE is {options.RESIZE}; choose at least SIZE, {size}, "
+                "which is cut out of it"
+            )
+        steps = [decode, v2.Resize(options.RESIZE), v2.CenterCrop(size)]
+    if training and flip != "none":
+        steps.append(FLIPS[flip]())
+    return v2.Compose(steps)
 
 
 class ClassificationMapper:
-    """A dataset dict for classification -> what a batch is made of."""
+    """Make of a dataset dict for classification what a batch is made of."""
 
     def __init__(self, cfg: CfgNode, training: bool) -> None:
         """
         Args:
-            cfg: see :func:`build_image_transform`; INPUT.FORMAT is RGB or BGR.
+            cfg: see :func:`build_image_transform`; INPUT.FORMAT is one of Detectron2's.
             training: whether to augment.
 
         Raises:
             ValueError: a value that is unknown or out of range.
         """
-        self.decode, self.transform = build_image_transform(cfg, training)
-        self.reverse = _choose("INPUT.FORMAT", cfg.INPUT.FORMAT, {"RGB": False, "BGR": True})
+        self.transform = build_image_transform(cfg, training)
+        self.format = choose(cfg, "INPUT.FORMAT", "RGB", "BGR", "L", "YUV-BT.601")
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
         Args:
-            record: with "label", and "image" or "file_name" as :func:`read_image` takes them.
+            record: with "label", and "image" or "file_name" as :func:`open_image` takes them.
 
         Returns:
-            "image": uint8 tensor (3, SIZE, SIZE) in the order of INPUT.FORMAT, "label": int and
-            "file_name": str.
+            "image": tensor (C, SIZE, SIZE) in INPUT.FORMAT, uint8, or float32 for YUV-BT.601;
+            "label": int and "file_name": str.
 
         Raises:
-            UnreadableImageError: see :func:`read_image`.
+            UnreadableImageError: see :func:`open_image` and :func:`decode`.
         """
-        image = self.transform(read_image(record, self.decode))
+        image = convert_PIL_to_numpy(self.transform(open_image(record)), self.format)
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {
-            "image": image.flip(0) if self.reverse else image,
+            "image": pixels.float() if pixels.is_floating_point() else pixels,
             "label": int(record["label"]),
             "file_name": record["file_name"],
         }

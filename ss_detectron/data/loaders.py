@@ -5,27 +5,20 @@ from collections.abc import Iterable
 from functools import partial
 from numbers import Integral
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    DatasetFromList,
-    build_detection_train_loader,
-)
-from detectron2.data.samplers import InferenceSampler, TrainingSampler
+from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import Sampler, default_collate
 
 from ss_detectron.utils.random_state import seeded
 
 from .detection import DetectionMapper, load_detection_dicts
-from .images import ClassificationMapper, skips_unreadable_images
-from .stream import ImageDataset, TrainingLoader
-
-if TYPE_CHECKING:
-    from .dali import DaliLoader
+from .images import ClassificationMapper, choose, skips_unreadable_images
+from .stream import EvaluationLoader, ImageDataset, TrainingLoader
 
 __all__ = [
     "build_classification_test_loader",
@@ -37,8 +30,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def build_classification_train_loader(cfg: CfgNode) -> "TrainingLoader | DaliLoader":
-    """An endless loader of the images in DATASETS.TRAIN, in a new order every epoch.
+def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
+    """Build an endless loader of the images in DATASETS.TRAIN, in a new order every epoch.
 
     Together, the processes see every image once per epoch; ``len(loader.dataset)`` is the number
     of images in one. SEED determines all batches; the order, crops and flips of DATALOADER.DECODER
@@ -46,27 +39,57 @@ def build_classification_train_loader(cfg: CfgNode) -> "TrainingLoader | DaliLoa
 
     Returns:
         a loader of the batches of one pass, of which ACCUMULATION_STEPS make a step: "image" uint8
-        (N, 3, SIZE, SIZE), with dali on the model's device; "label" int64 (N,) and "file_name"
+        (N, C, SIZE, SIZE), with dali on the model's device; "label" int64 (N,) and "file_name"
         list[str].
 
     Raises:
         ImportError, ValueError: see :func:`check_loader_options`; a label that does not fit.
     """
     size = _images_per_pass(cfg)
-    dataset = _build_dataset(cfg, cfg.DATASETS.TRAIN, training=True)
-    logger.info("%d images for training in %s.", len(dataset), ", ".join(cfg.DATASETS.TRAIN))
-    sampler = partial(_sampler, len(dataset))
-    seed = training_seed(cfg)
-    if cfg.DATALOADER.DECODER == "pillow":
-        return TrainingLoader(dataset, sampler, size, seed=seed, **_loader_options(cfg))
-    dali = _import_dali()
-    dataset.mapper = dali.EncodedImageMapper(cfg)
-    options = {**_loader_options(cfg), "collate_fn": dali.collate_encoded, "pin_memory": False}
-    return dali.DaliLoader(cfg, TrainingLoader(dataset, sampler, size, seed=seed, **options))
+    check_loader_options(cfg)
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("there are no images: DATASETS.TRAIN names no data set")
+    if cfg.DATALOADER.DECODER == "dali":
+        dali = _import_dali()
+        mapper, loader = dali.EncodedImageMapper(cfg), partial(dali.DaliLoader, cfg)
+    else:
+        mapper = ClassificationMapper(cfg, training=True)
+        loader = partial(TrainingLoader, pin_memory=_pins_memory(cfg))
+    records = [record for name in cfg.DATASETS.TRAIN for record in _load(cfg, name)]
+    logger.info("%d images for training in %s.", len(records), ", ".join(cfg.DATASETS.TRAIN))
+    return loader(
+        ImageDataset(records, mapper, skip=skips_unreadable_images(cfg), replace=True),
+        lambda seed: TrainingSampler(len(records), seed=seed),
+        size,
+        seed=training_seed(cfg),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+    """Build a loader of every image of a data set once, in order, shared out over the processes.
+
+    Returns:
+        a loader of batches as in training, of up to TEST.CLASSIFICATION.IMS_PER_BATCH images.
+        Images that cannot be read are left out, or an error, as DATALOADER.UNREADABLE_IMAGES says.
+
+    Raises:
+        ValueError: see :func:`check_loader_options`; a label that does not fit.
+    """
+    check_loader_options(cfg, training=False)
+    mapper = ClassificationMapper(cfg, training=False)
+    skip = skips_unreadable_images(cfg)
+    return EvaluationLoader(
+        ImageDataset(_load(cfg, dataset_name), mapper, skip=skip, replace=False),
+        cfg.TEST.CLASSIFICATION.IMS_PER_BATCH,
+        default_collate,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        pin_memory=_pins_memory(cfg),
+    )
 
 
 def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
-    """Detectron2's training loader, by the same keys, as a :class:`TrainingLoader`.
+    """Build Detectron2's training loader, by the same keys, as a :class:`TrainingLoader`.
 
     Returns:
         a loader of the batches of one pass, of which ACCUMULATION_STEPS make a step; Detectron2's
@@ -85,15 +108,12 @@ def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[s
             cfg, dataset=dicts, mapper=mapper, total_batch_size=total
         )
     dataset = ImageDataset(dicts, mapper, skip=skips_unreadable_images(cfg), replace=True)
-    wide = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        wide = _which_are_wide(dicts)
     return TrainingLoader(
         dataset,
         partial(_detection_sampler, cfg, dataset.records),
         size,
         seed=training_seed(cfg),
-        wide=wide,
+        wide=_which_are_wide(dicts) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
     )
@@ -112,8 +132,7 @@ def _which_are_wide(dicts: list[dict]) -> list[bool] | None:
 
 
 def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sampler[int]:
-    """
-    Detectron2's sampler of DATALOADER.SAMPLER_TRAIN.
+    """Build Detectron2's sampler of DATALOADER.SAMPLER_TRAIN.
 
     Raises:
         ValueError: it has none of that name, or not by these keys.
@@ -137,31 +156,8 @@ def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sam
 
 
 def training_seed(cfg: CfgNode) -> int:
-    """SEED, or a random one where that is negative; the same on all ranks."""
+    """Return SEED, or a random one where that is negative; the same on all ranks."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-
-
-def _sampler(images: int, seed: int) -> TrainingSampler:
-    return TrainingSampler(images, seed=seed)
-
-
-def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """A loader of every image of a data set once, in order, shared out over the processes.
-
-    Returns:
-        a loader of batches as in training, of up to TEST.CLASSIFICATION.IMS_PER_BATCH images:
-        those that cannot be read are left out.
-
-    Raises:
-        ValueError: see :func:`check_loader_options`; a label that does not fit.
-    """
-    dataset = _build_dataset(cfg, [dataset_name], training=False)
-    size = cfg.TEST.CLASSIFICATION.IMS_PER_BATCH
-    # A generator of its own, so that evaluation leaves training's random numbers as they are.
-    generator = torch.Generator()
-    sampler = InferenceSampler(len(dataset))
-    options = _loader_options(cfg)
-    return DataLoader(dataset, size, sampler=sampler, generator=generator, **options)
 
 
 def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
@@ -178,37 +174,23 @@ def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
     for augment in (True, False):
         ClassificationMapper(cfg, augment)
     skips_unreadable_images(cfg)
-    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}; for classification, "
-            "choose 'TrainingSampler'"
-        )
+    choose(cfg, "DATALOADER.SAMPLER_TRAIN", "TrainingSampler")
     if cfg.TEST.CLASSIFICATION.IMS_PER_BATCH < 1:
         raise ValueError(
             f"TEST.CLASSIFICATION.IMS_PER_BATCH is {cfg.TEST.CLASSIFICATION.IMS_PER_BATCH}; choose "
             "at least 1"
         )
-    if cfg.DATALOADER.DECODER not in ("pillow", "dali"):
-        raise ValueError(
-            f"DATALOADER.DECODER is {cfg.DATALOADER.DECODER!r}; choose 'pillow' or 'dali'"
-        )
-    if training and cfg.DATALOADER.DECODER == "dali":
-        _check_dali(cfg)
-
-
-def _check_dali(cfg: CfgNode) -> None:
-    wanted = {
-        "INPUT.CLASSIFICATION.TRANSFORM": (cfg.INPUT.CLASSIFICATION.TRANSFORM, "resized_crop"),
-        # It decodes a batch as a whole, and cannot go on after an error.
-        "DATALOADER.UNREADABLE_IMAGES": (cfg.DATALOADER.UNREADABLE_IMAGES, "error"),
-    }
-    for key, (value, only) in wanted.items():
-        if value != only:
+    if choose(cfg, "DATALOADER.DECODER", "pillow", "dali") == "dali" and training:
+        try:
+            choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop")
+            choose(cfg, "INPUT.FORMAT", "RGB", "BGR")
+            # It decodes a batch as a whole, and cannot go on after an error.
+            choose(cfg, "DATALOADER.UNREADABLE_IMAGES", "error")
+        except ValueError as error:
             raise ValueError(
-                f"DATALOADER.DECODER is 'dali', which goes with {key} {only!r} only, not "
-                f"{value!r}; change that, or set DATALOADER.DECODER to 'pillow'"
-            )
-    _import_dali()
+                f"with DATALOADER.DECODER 'dali', {error}, or the decoder 'pillow'"
+            ) from None
+        _import_dali()
 
 
 def _import_dali() -> ModuleType:
@@ -234,16 +216,6 @@ def _images_per_pass(cfg: CfgNode) -> int:
     return images // parts
 
 
-def _build_dataset(cfg: CfgNode, names: Iterable[str], training: bool) -> ImageDataset:
-    check_loader_options(cfg, training)
-    records = [record for name in names for record in _load(cfg, name)]
-    if not records:
-        raise ValueError("there are no images: DATASETS.TRAIN names no data set")
-    mapper = ClassificationMapper(cfg, training)
-    skip = skips_unreadable_images(cfg)
-    return ImageDataset(records, mapper, skip=skip, replace=training)
-
-
 def _load(cfg: CfgNode, name: str) -> list[dict]:
     classes = cfg.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES
     records = DatasetCatalog.get(name)
@@ -265,20 +237,5 @@ def _load(cfg: CfgNode, name: str) -> list[dict]:
     return records
 
 
-def _loader_options(cfg: CfgNode) -> dict[str, Any]:
-    return {
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "collate_fn": partial(_collate, size=cfg.INPUT.CLASSIFICATION.SIZE),
-        "pin_memory": torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available(),
-    }
-
-
-def _collate(images: list[dict[str, Any] | None], size: int) -> dict[str, Any]:
-    read = [image for image in images if image is not None]
-    if read:
-        return default_collate(read)
-    return {
-        "image": torch.empty((0, 3, size, size), dtype=torch.uint8),
-        "label": torch.empty(0, dtype=torch.int64),
-        "file_name": [],
-    }
+def _pins_memory(cfg: CfgNode) -> bool:
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()

@@ -1,14 +1,15 @@
-"""Training batches that follow from the seed and their number, so that a run can be resumed."""
+"""Loaders of a data set's images: endless batches that a run can resume, and each image once."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from detectron2.data import DatasetFromList
 from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
@@ -16,7 +17,7 @@ from ss_detectron.utils.random_state import kept_random_state, seed_all
 
 from .images import UnreadableImageError
 
-__all__ = ["ImageDataset", "TrainingLoader"]
+__all__ = ["EvaluationLoader", "ImageDataset", "TrainingLoader"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,25 +54,23 @@ class ImageDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        """
-        Returns:
-            what the mapper gives; None for an unreadable image that is not replaced.
+        """Return what the mapper gives; None for an unreadable image that is not replaced.
 
         Raises:
             UnreadableImageError: an image, or with ``skip`` and ``replace`` as many of them in a
-                row as there are, up to 100.
+                row as there are, up to 100. Other errors of the mapper are raised as they are.
         """
-        for offset in range(min(len(self), MAX_UNREADABLE) if self.replace else 1):
-            place = (index + offset) % len(self)
+        tries = min(len(self), MAX_UNREADABLE) if self.replace else 1
+        for place in range(index, index + tries):
             try:
-                return self.mapper(self.records[place])
+                return self.mapper(self.records[place % len(self)])
             except UnreadableImageError as error:
-                self._pass_over(place, error)
+                self._pass_over(place % len(self), error)
         if not self.replace:
             return None
         raise UnreadableImageError(
-            f"{offset + 1} images in a row cannot be read, from "
-            f"'{self.records[index]['file_name']}' on: see the warnings for what is wrong with them"
+            f"{tries} images in a row cannot be read, from '{self.records[index]['file_name']}' "
+            "on: see the warnings for what is wrong with them"
         )
 
     def _pass_over(self, index: int, error: UnreadableImageError) -> None:
@@ -89,12 +88,52 @@ class ImageDataset(Dataset):
             )
 
 
-class TrainingLoader:
+class EvaluationLoader(DataLoader):
+    """Every image of a data set once, in order, shared out over the processes.
+
+    Images that were passed over are missing from their batch, and batches of such images alone
+    are left out; ``len`` counts them nevertheless.
     """
-    Endless batches of a data set, shared out over the ranks. The seed and a batch's number
-    determine it, augmentation included, whatever the number of worker processes and whatever else
-    draws random numbers: a loader whose state was restored goes on where the other one was, and
-    reads nothing of what lies before.
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        collate: Callable[[list], Any] = list,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            dataset: the images, not replaced.
+            batch_size: of this process's batches.
+            collate: what makes a batch of a list.
+            **options: of torch's DataLoader: num_workers, pin_memory ...
+        """
+        super().__init__(
+            dataset,
+            batch_size,
+            sampler=InferenceSampler(len(dataset)),
+            collate_fn=partial(_collate_readable, collate),
+            # Of its own, so that evaluation leaves training's random numbers as they are.
+            generator=torch.Generator(),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in super().__iter__() if batch is not None)
+
+
+def _collate_readable(collate: Callable[[list], Any], images: list) -> Any:
+    read = [image for image in images if image is not None]
+    return collate(read) if read else None
+
+
+class TrainingLoader:
+    """Endless batches of a data set, shared out over the ranks.
+
+    The seed and a batch's number determine it, augmentation included, whatever the number of
+    worker processes and whatever else draws random numbers. So a loader whose state was restored
+    goes on where the other one was, and reads nothing of what lies before.
     """
 
     def __init__(
@@ -126,42 +165,43 @@ class TrainingLoader:
         self.wide = wide
         self.options = options
         self.batches = 0
-        """How many were given out."""
+        """How many were given out; worker processes are ahead of them."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Goes on after the batches given out so far."""
-        loader = DataLoader(
-            _SeededDataset(self.dataset, self.seed),
-            batch_sampler=self._samples_of_batches(),
-            # Of its own, as a loader takes its worker processes' seeds from it, which nothing uses.
-            generator=torch.Generator(),
-            **self.options,
-        )
-        batches = iter(loader)
-        # Without worker processes, images are augmented in this one.
-        kept = nullcontext if loader.num_workers else kept_random_state
-        while True:
-            with kept():
-                batch = next(batches)
+        """Go on after the batches given out so far."""
+        for batch in self._load():
             self.batches += 1
             yield batch
 
+    def _load(self) -> Iterator[Any]:
+        """Load the batches after those given out so far."""
+        return iter(
+            DataLoader(
+                _SeededDataset(self.dataset, self.seed),
+                batch_sampler=self._samples_of_batches(),
+                # Of its own: a loader draws its worker processes' seeds, which nothing uses here.
+                generator=torch.Generator(),
+                **self.options,
+            )
+        )
+
     def _samples_of_batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Position in the stream and index of each image, per batch, after those given out."""
-        sampler = self.sampler(self.seed)
+        """Position in the stream of all ranks and index of each image, per batch."""
+        rank, ranks = comm.get_rank(), comm.get_world_size()
+        skipped = self.batches * self.batch_size if self.wide is None else 0
+        numbered = islice(enumerate(self.sampler(self.seed)), skipped, None)
+        samples = ((rank + number * ranks, index) for number, index in numbered)
         if self.wide is None:
-            skipped = self.batches * self.batch_size
-            samples = _numbered(islice(sampler, skipped, None), skipped)
             return iter(BatchSampler(samples, self.batch_size, drop_last=True))
         shapes = (
             {"width": 1 + self.wide[index], "height": 1, "sample": (position, index)}
-            for position, index in _numbered(sampler)
+            for position, index in samples
         )
         groups = islice(AspectRatioGroupedDataset(shapes, self.batch_size), self.batches, None)
         return ([image["sample"] for image in group] for group in groups)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where it is, the same on all ranks."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it is, the same on all ranks."""
         return {
             "batches": self.batches,
             "seed": self.seed,
@@ -170,10 +210,11 @@ class TrainingLoader:
             "grouped": self.wide is not None,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """
-        Goes on where another loader was. With another number of images per batch, over all ranks,
-        or in the data set, batches differ from those it would have given, which is logged.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was.
+
+        With another number of images per batch, over all ranks, or in the data set, batches differ
+        from those it would have given, which is logged.
         """
         if self.seed != state["seed"]:
             logger.info("The images' order and augmentation stay those of SEED %d.", state["seed"])
@@ -189,23 +230,18 @@ class TrainingLoader:
             )
 
 
-def _numbered(indices: Iterator[int], start: int = 0) -> Iterator[tuple[int, int]]:
-    """Each of this rank's indices with its position in the stream of all ranks."""
-    rank, ranks = comm.get_rank(), comm.get_world_size()
-    return ((rank + number * ranks, index) for number, index in enumerate(indices, start))
-
-
 class _SeededDataset(Dataset):
-    """(position, index) -> the image, whose random numbers follow from the position.
-
-    The process goes on with those that come after them.
-    """
+    """The images of (position, index), whose random numbers follow from the position."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, sample: tuple[int, int]) -> Any:
-        position, index = sample
+    def __getitems__(self, samples: list[tuple[int, int]]) -> list[Any]:
+        """Load a batch for torch's DataLoader, and leave the process's random numbers alone."""
+        with kept_random_state():
+            return [self._get(*sample) for sample in samples]
+
+    def _get(self, position: int, index: int) -> Any:
         seed_all(self.seed, position)
         return self.dataset[index]

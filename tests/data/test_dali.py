@@ -234,10 +234,13 @@ def test_what_dali_cannot_do_is_refused():
     records = [{"file_name": "a.jpg", "label": 0}]
     for transform in ("pad_crop", "resize"):
         cfg = config(records, TRANSFORM=transform)
-        assert_refused(cfg, f"TRANSFORM 'resized_crop' only, not '{transform}'")
+        assert_refused(cfg, f"'{transform}'; choose 'resized_crop', or the decoder")
     cfg = config(records)
     cfg.DATALOADER.UNREADABLE_IMAGES = "skip"
-    assert_refused(cfg, "UNREADABLE_IMAGES 'error' only, not 'skip'")
+    assert_refused(cfg, "UNREADABLE_IMAGES is 'skip'; choose 'error', or the decoder")
+    cfg = config(records)
+    cfg.INPUT.FORMAT = "L"
+    assert_refused(cfg, "FORMAT is 'L'; choose 'RGB' or 'BGR', or the decoder")
 
 
 def test_missing_package_is_named(monkeypatch):

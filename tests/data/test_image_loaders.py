@@ -266,12 +266,8 @@ def test_evaluation_leaves_unreadable_images_out(workers, caplog):
     cfg = pets(images=(4, 3), batch=2, unreadable="skip", workers=workers)
     spoil("cat/0001.png", "dog/0000.png", "dog/0001.png")
     batches = test_batches(cfg)
-    assert [len(b["image"]) for b in batches] == [1, 2, 0, 1]
+    assert [len(b["image"]) for b in batches] == [1, 2, 1]  # one batch has nothing left
     assert greys(batches) == [0, 2, 3, 6]
-    empty = batches[2]
-    assert empty["image"].shape == (0, 3, 4, 4) and empty["image"].dtype == torch.uint8
-    assert empty["label"].shape == (0,) and empty["label"].dtype == torch.int64
-    assert empty["file_name"] == []
     if not workers:  # theirs are logged by themselves
         assert caplog.text.count("cannot be read as an image") == 3
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import detection_utils
 from image_utils import image_config
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -161,6 +162,24 @@ def test_missing_files_and_folders_are_named(tmp_path):
             read(file)
 
 
+@pytest.mark.parametrize("error", [TypeError, MemoryError])
+def test_only_errors_of_the_file_make_it_unreadable(tmp_path, monkeypatch, error):
+    """A mapper's mistake and a lack of memory do not."""
+
+    def fail(*args):
+        raise error
+
+    file = tmp_path / "a.png"
+    Image.fromarray(noise(9, 9)).save(file)
+    mapper = ClassificationMapper(image_config(), training=True)
+    owner, name = {TypeError: (v2.RandomResizedCrop, "get_params"), MemoryError: (Image, "open")}[
+        error
+    ]
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(error):
+        mapper({"file_name": str(file), "label": 0})
+
+
 def test_values_without_a_white_are_refused(tmp_path):
     for values, kind in ((RAMP, "f4"), (RAMP - 1, "i4"), (RAMP + 65300, "i4")):
         with pytest.raises(UnreadableImageError, match="floats|16 bits"):
@@ -258,11 +277,16 @@ def test_flips(kind, flip, axis):
     assert all((f == plain).all() for f in transforms(image, 10, training=False, **options))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_bgr_is_rgb_reversed(training):
-    image = noise(40, 60)
-    rgb, bgr = (transform(image, training=training, format=form) for form in ("RGB", "BGR"))
-    assert (rgb == bgr.flip(0)).all() and (rgb != bgr).any()
+@pytest.mark.parametrize("form", ["RGB", "BGR", "L", "YUV-BT.601"])
+def test_formats_are_those_of_detectron2(tmp_path, form):
+    file = tmp_path / "a.png"
+    Image.fromarray(noise(20, 20)).save(file)
+    expected = torch.from_numpy(detection_utils.read_image(file, form).copy()).permute(2, 0, 1)
+    options = {"format": form, "flip": "none", "TRANSFORM": "resize", "SIZE": 20}
+    for training in (True, False):
+        found = transform(noise(20, 20), training=training, **options)
+        assert found.dtype == (torch.float32 if form == "YUV-BT.601" else torch.uint8)
+        torch.testing.assert_close(found, expected.to(found.dtype))
 
 
 def test_what_a_batch_is_made_of(tmp_path):
@@ -414,7 +438,7 @@ def test_evaluation_decodes_every_pixel(tmp_path):
         ("INPUT.CLASSIFICATION.SIZE", 300, "RESIZE is 256; choose at least SIZE, 300"),
         ("INPUT.CLASSIFICATION.RESIZE", 200, "RESIZE is 200; choose at least SIZE, 224"),
         ("INPUT.RANDOM_FLIP", "diagonal", "INPUT.RANDOM_FLIP is 'diagonal'; choose 'horizontal'"),
-        ("INPUT.FORMAT", "L", "INPUT.FORMAT is 'L'; choose 'RGB' or 'BGR'"),
+        ("INPUT.FORMAT", "HSV", "INPUT.FORMAT is 'HSV'; choose 'RGB' or 'BGR' or"),
     ],
 )
 def test_options_out_of_range_are_refused(key, value, message):

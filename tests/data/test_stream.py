@@ -174,6 +174,16 @@ def test_images_that_take_the_place_of_others_are_the_same_after_a_restart():
     assert not {"b", "d"} & {image["name"] for batch in expected for image in batch}
 
 
+@pytest.mark.parametrize("error", [TypeError, MemoryError, OSError])
+def test_errors_of_a_mapper_are_not_skipped(error):
+    def mapper(record):
+        raise error
+
+    with pytest.raises(error) as raised:
+        ImageDataset([{"file_name": "a"}], mapper, skip=True, replace=True)[0]
+    assert raised.type is error
+
+
 # Random numbers ----------------------------------------------------------------------------------
 
 
