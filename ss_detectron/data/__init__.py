@@ -1,8 +1,8 @@
 """Data sets: importing this package registers them with Detectron2 and creates no file."""
 
-from .check import check_classification_datasets, check_datasets
+from .check import check_datasets
 from .cifar import CIFAR10_CLASSES, register_cifar10
-from .coco import check_detection_datasets, register_coco_from_config
+from .coco import register_coco_from_config
 from .detection import DetectionMapper, build_detection_test_loader
 from .folders import register_image_folders_from_config, register_imagenet
 from .images import ClassificationMapper, UnreadableImageError, read_image
@@ -25,9 +25,7 @@ __all__ = [
     "build_classification_train_loader",
     "build_detection_test_loader",
     "build_resumable_detection_train_loader",
-    "check_classification_datasets",
     "check_datasets",
-    "check_detection_datasets",
     "draw_shape",
     "draw_shapes",
     "generate_shapes",

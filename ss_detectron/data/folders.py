@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, is_image_file, make_dataset
 
-from .catalog import datasets_root, own_entries, refuse_taken, shorten
+from .catalog import datasets_root, new_entries, shorten
 
 __all__ = [
     "FolderMetadata",
@@ -90,12 +90,8 @@ def register_image_folders_from_config(cfg: CfgNode) -> None:
     Raises:
         ValueError: an entry has another form, or its name belongs to another data set already.
     """
-    for name, path in own_entries(cfg, "IMAGE_FOLDERS"):
-        if name in DatasetCatalog:
-            known = MetadataCatalog.get(name).as_dict()
-            refuse_taken("IMAGE_FOLDERS", name, [known.get("path")], [path])
-        else:
-            _register(name, path)
+    for name, path in new_entries(cfg, "IMAGE_FOLDERS", "path"):
+        _register(name, path)
 
 
 def check_image_folder(metadata: FolderMetadata, remedy: str) -> None:

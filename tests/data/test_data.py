@@ -1,17 +1,15 @@
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
-from detectron2.data.catalog import Metadata
 from PIL import Image
 
 from ss_detectron import add_ss_config
 from ss_detectron.data import (
-    check_detection_datasets,
+    check_datasets,
     register_coco_from_config,
     register_shapes,
 )
@@ -75,7 +73,7 @@ def own(folder="sky", name="own_sky"):
 
 def check(cfg, **kwargs):
     register_coco_from_config(cfg)
-    check_detection_datasets(cfg, **kwargs)
+    check_datasets(cfg, **kwargs)
 
 
 # One's own data by config -------------------------------------------------------------------------
@@ -161,23 +159,9 @@ def test_malformed_entry_is_refused(entry):
 
 def test_unregistered_name_comes_with_close_ones_and_the_remedy():
     with pytest.raises(ValueError, match="'coco_2017_vall' is.*'coco_2017_val'.*COCO_INSTANCES"):
-        check(config(test=("coco_2017_vall",), classes=80))
-    with pytest.raises(ValueError, match="'zzz' is registered. A COCO data set"):
+        check(config(train=("coco_2017_vall",), classes=80))
+    with pytest.raises(ValueError, match="'zzz' is registered. Lists of your"):
         check(config(train=("zzz",)))
-
-
-def test_missing_builtin_data_set_names_file_and_folder(root, monkeypatch):
-    metadata = Metadata(  # as Detectron2 registers it, but where this machine has no COCO
-        name="coco_2017_train",
-        json_file=str(root / "coco/annotations/instances_train2017.json"),
-        image_root=str(root / "coco/train2017"),
-    )
-    monkeypatch.setitem(MetadataCatalog.data, "coco_2017_train", metadata)
-    with pytest.raises(
-        FileNotFoundError,
-        match=rf"'coco_2017_train': .*instances_train2017.json.*DETECTRON2_DATASETS.*'{root}'",
-    ):
-        check(config(train=("coco_2017_train",), classes=80))
 
 
 def test_missing_own_file_names_both_places_looked_at(root):
@@ -196,7 +180,7 @@ def test_image_folder_has_to_be_there_with_every_image():
         check(cfg)
     for i in (0, 5):
         Path(f"sky/images/{i}.png").unlink()
-    with pytest.raises(FileNotFoundError, match="'own_sky': the image folder '.*images' is empty"):
+    with pytest.raises(FileNotFoundError, match="'own_sky': there is no image folder .*nothing in"):
         check(cfg)
     Path("sky/images").rmdir()
     with pytest.raises(FileNotFoundError, match="'own_sky': there is no image folder '.*images'"):
@@ -210,32 +194,9 @@ def test_images_in_subfolders_are_found():
     check(config(own(), train=("own_sky",)))
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"images": [', "\x00"])
-def test_broken_json_is_named(text):
-    write_coco(Path("sky"))
-    Path("sky/labels.json").write_text(text)
-    with pytest.raises(ValueError, match="'own_sky': '.*sky/labels.json' is not valid JSON"):
-        check(config(own(), train=("own_sky",)))
-
-
-@pytest.mark.parametrize("text", ["[]", "3", '{"images": []}', '{"categories": [{"id": 1}]}'])
-def test_json_of_another_form_is_named(text):
-    write_coco(Path("sky"))
-    Path("sky/labels.json").write_text(text)
-    with pytest.raises(ValueError, match="'own_sky': '.*sky/labels.json' is not in COCO's form"):
-        check(config(own(), train=("own_sky",)))
-
-
-@pytest.mark.parametrize("part", ["images", "annotations", "categories"])
-def test_empty_part_is_named(part):
-    write_coco(Path("sky"), **{part: []})
-    with pytest.raises(ValueError, match=f"labels.json' has no {part}"):
-        check(config(own(), train=("own_sky",)))
-
-
 def test_only_training_needs_annotations():
     write_coco(Path("sky"), annotations=[])
-    check(config(own(), test=("own_sky",)))
+    check(config(own(), test=("own_sky",)), training=False)
 
 
 @pytest.mark.parametrize(
@@ -253,30 +214,27 @@ def test_number_of_classes_has_to_fit_the_model(architecture, key):
         check(config(own(), train=("own_sky",), classes=80, architecture=architecture))
 
 
-def test_number_of_classes_of_other_models_is_not_checked(caplog):
-    caplog.set_level(logging.INFO)
+def test_number_of_classes_of_other_models_is_not_checked():
     write_coco(Path("sky"))
     check(config(own(), train=("own_sky",), classes=80, architecture="SemanticSegmentor"))
-    assert "SemanticSegmentor: its number of classes is not checked" in caplog.text
 
 
-@pytest.mark.parametrize("classes", [("kite", "balloon"), ("balloon", "kites")])
-def test_train_and_test_need_the_same_classes(classes):
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (("kite", "balloon"), "they are in another order"),
+        (("balloon", "kites"), "only 'own_sky' has kite; only 'own_sea' has kites"),
+        (("balloon",), "only 'own_sky' has kite"),
+    ],
+)
+def test_train_and_test_need_the_same_classes(classes, message):
     write_coco(Path("sky"))
     write_coco(Path("sea"), classes=classes)
-    entries = own(), own("sea", "own_sea")
-    with pytest.raises(ValueError, match="'own_sky' and 'own_sea' differ in their classes: class"):
-        check(config(*entries, train=("own_sky",), test=("own_sea",)))
-    check(config(*entries, train=("own_sky",), test=("own_sea",)), training=False)
-
-
-def test_missing_class_is_named():
-    write_coco(Path("sky"))
-    write_coco(Path("sea"), classes=("balloon",))
     cfg = config(own(), own("sea", "own_sea"), train=("own_sky",), test=("own_sea",))
-    cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"  # whose number of classes is not checked
-    with pytest.raises(ValueError, match="class 1 is 'kite' in the one and None in the other"):
+    with pytest.raises(ValueError, match=rf"'own_sky' and 'own_sea' differ.*\({message}\)"):
         check(cfg)
+    cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+    check(cfg, training=False)
 
 
 def test_evaluation_does_not_need_the_train_set():
@@ -307,11 +265,9 @@ def test_shapes_are_generated_in_passing(root, monkeypatch):
     check(config(train=("shapes_train",), test=("shapes_val",), classes=3))
     assert (root / "shapes" / "annotations" / "instances_val.json").is_file()
     with pytest.raises(ValueError, match="'shapes_val' has 3 classes"):
-        check(config(test=("shapes_val",), classes=80))
+        check(config(test=("shapes_val",), classes=80), training=False)
 
 
-def test_other_kinds_of_data_sets_are_logged(caplog):
-    caplog.set_level(logging.INFO)
+def test_other_kinds_of_data_sets_are_taken():
     DatasetCatalog.register("own_pictures", lambda: [])
     check(config(train=("own_pictures",)))
-    assert "'own_pictures' has no COCO annotation file: not checked" in caplog.text
