@@ -101,5 +101,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PLUGIN])
 
 
-if "detectron2" in sys.modules:
+if sys.modules.get("detectron2"):
     _load_plugin()

@@ -8,7 +8,7 @@ import functools
 import importlib
 import logging
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,9 @@ class AsymmetricLayer(nn.Module):
     stock_class: type[nn.Module]
     """The class to go back to; conversion sets it to the module's own."""
 
-    weight: nn.Parameter
+    weight: Tensor
     rule: FeedbackRule
+    feedback_updates: Tensor
 
     bypass_feedback: bool = False
     """True while backward passes are to run on backpropagation for a moment."""
@@ -122,7 +123,8 @@ class AsymmetricLayer(nn.Module):
     @property
     def feedback_state(self) -> Tensor | None:
         """The rule's state, of the weight's shape, or None."""
-        return None if self.rule.state_name is None else getattr(self, self.rule.state_name)
+        name = self.rule.state_name
+        return None if name is None else cast(Tensor, getattr(self, name))
 
     @torch.no_grad()
     def current_feedback(self) -> Tensor:
@@ -141,13 +143,13 @@ class AsymmetricLayer(nn.Module):
     @torch.no_grad()
     def reset_feedback(self) -> None:
         """Derive the state again from the weight as it is; what is drawn stays the same draw."""
-        if self.feedback_state is not None:
-            if self.feedback_state.device != self.weight.device:
+        state = self.feedback_state
+        if state is not None:
+            if state.device != self.weight.device:
                 # A model on the meta device was given its weights: load_state_dict(assign=True).
                 self.set_rule(self.rule)
                 return
-            fresh = self.rule.initial_state(self.weight.detach(), self.fans())
-            self.feedback_state.copy_(fresh)
+            state.copy_(cast(Tensor, self.rule.initial_state(self.weight.detach(), self.fans())))
         if self.rule.counts_updates:
             self.feedback_updates.zero_()
 
@@ -165,7 +167,8 @@ class AsymmetricLayer(nn.Module):
         if torch.compiler.is_compiling():
             if rule.counts_updates or not rule.traced:
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
-                return _feedback_operator(weight, state, [int(n) for n in fans], *options)
+                made = _feedback_operator(weight, state, [int(n) for n in fans], *options)
+                return cast(Tensor, made)
             return rule.feedback(weight, state, fans)
         if not rule.counts_updates:
             return rule.feedback(weight, self.feedback_state, fans)
@@ -277,7 +280,7 @@ class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
@@ -309,14 +312,15 @@ class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
+        options: Any = self  # torch annotates lists here, and keeps tuples
         output_padding = self._output_padding(
             input,
             output_size,
-            self.stride,
-            self.padding,
-            self.kernel_size,
+            options.stride,
+            options.padding,
+            options.kernel_size,
             2,
-            self.dilation,
+            options.dilation,
         )
         return asymmetric_conv_transpose2d(
             input,
@@ -382,7 +386,7 @@ def register_layer(stock: type[nn.Module], asymmetric: type[AsymmetricLayer]) ->
 
 def asymmetric_form(stock: type[nn.Module]) -> type[AsymmetricLayer] | None:
     """Return the class that layers of type ``stock`` are converted to, or None."""
-    if "detectron2.layers" in sys.modules:
+    if sys.modules.get("detectron2.layers"):
         importlib.import_module(".detectron2", __package__)  # registers Detectron2's convolution
     return _FORMS.get(stock)
 

@@ -149,7 +149,7 @@ class _Change(NamedTuple):
 def _conversion(layer: nn.Module, rule: FeedbackRule) -> _Change:
     form = type(layer) if isinstance(layer, AsymmetricLayer) else asymmetric_form(type(layer))
     fans = form.fans(layer)  # type: ignore[union-attr, arg-type]
-    return _Change(layer, rule, rule.initial_state(layer.weight.detach(), fans))  # type: ignore[operator, arg-type]
+    return _Change(layer, rule, rule.initial_state(layer.weight.detach(), fans))  # type: ignore[operator]
 
 
 def _check_restorable(layer: nn.Module) -> None:
@@ -223,7 +223,7 @@ def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(layer, AsymmetricLayer) and not layer.bypass_feedback
     ]
     for layer in layers:
-        layer.bypass_feedback = True  # type: ignore[misc]
+        layer.bypass_feedback = True
     try:
         yield model
     finally:

@@ -1,5 +1,7 @@
 """Detectron2's convolution, which has a norm and an activation; loaded where Detectron2 is."""
 
+from collections.abc import Callable
+
 import detectron2.layers
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from .asymmetric import AsymmetricConv2d, register_layer
 __all__ = ["AsymmetricDetectron2Conv2d"]
 
 
-class AsymmetricDetectron2Conv2d(AsymmetricConv2d, detectron2.layers.Conv2d):
+class AsymmetricDetectron2Conv2d(AsymmetricConv2d, detectron2.layers.Conv2d):  # type: ignore[misc]
     """
     :class:`detectron2.layers.Conv2d` with asymmetric feedback.
 
@@ -18,6 +20,9 @@ class AsymmetricDetectron2Conv2d(AsymmetricConv2d, detectron2.layers.Conv2d):
     """
 
     stock_class = detectron2.layers.Conv2d
+
+    norm: nn.Module | None
+    activation: Callable[[Tensor], Tensor] | None
 
     @staticmethod
     def obstacle(layer: nn.Module) -> str | None:

@@ -28,7 +28,7 @@ import hashlib
 import math
 import numbers
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def _mean_abs(weight: Tensor, fans: Fans) -> Tensor:
 
 def _root_mean_square(weight: Tensor, fans: Fans) -> Tensor:
     norm = torch.linalg.vector_norm(weight, dtype=_wide(weight.dtype))
-    return norm / math.sqrt(weight.numel())
+    return cast(Tensor, norm / math.sqrt(weight.numel()))
 
 
 def _kaiming(weight: Tensor, fans: Fans) -> Tensor:
@@ -154,7 +154,7 @@ class FeedbackRule:
             options += f", seed={self.seed}"
         return f"{self.name}({options})"
 
-    def feedback(self, weight: Tensor, state: Tensor | int | None, fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
         """
         B for this moment's W, of W's shape; called in the backward pass.
 
@@ -281,7 +281,7 @@ class Backpropagation(FeedbackRule):
     name = "backpropagation"
     short_name = "bp"
 
-    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
         return weight
 
 
@@ -293,7 +293,7 @@ class SignSymmetry(FeedbackRule):
     short_name = "ss"
     traced = False
 
-    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
         return self.sign(weight, fans)
 
 
@@ -305,7 +305,7 @@ class SignSymmetryFixedMagnitude(FeedbackRule):
     short_name = "frsf"
     state_name = "feedback_magnitude"
 
-    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
         return torch.sign(weight).mul_(state)
 
     def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
@@ -325,7 +325,7 @@ class SignSymmetryBatchwiseMagnitude(FeedbackRule):
     short_name = "brsf"
     counts_updates = True
 
-    def feedback(self, weight: Tensor, state: int, fans: Fans) -> Tensor:
+    def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
         return self.multiply_at_random(self.sign(weight, fans), fans, state)
 
 
@@ -337,8 +337,8 @@ class FeedbackAlignment(FeedbackRule):
     short_name = "fa"
     state_name = "feedback_weight"
 
-    def feedback(self, weight: Tensor, state: Tensor | None, fans: Fans) -> Tensor:
-        return state
+    def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
+        return cast(Tensor, state)
 
     def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
         return self.draw(weight, fans)

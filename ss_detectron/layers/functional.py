@@ -24,6 +24,7 @@ gradient: it receives the weight's own.
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ __all__ = ["asymmetric_conv2d", "asymmetric_conv_transpose2d", "asymmetric_linea
 
 FeedbackFn = Callable[[Tensor, Tensor | None], Tensor]
 Feedback = Tensor | FeedbackFn
-IntOrPair = int | Sequence[int]
+IntOrPair = Any  # int | Sequence[int]; torch's own annotations do not agree on it
+Options = tuple[Any, ...]
 
 
 def asymmetric_conv2d(
@@ -68,12 +70,12 @@ def asymmetric_conv2d(
         ValueError: B or ``padding`` does not fit.
         RuntimeError: a second derivative is asked for.
     """
-    feedback, state = _feedback_source(feedback, state, weight)
+    function, state = _feedback_source(feedback, state, weight)
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, weight, padding, stride, dilation)
     options = stride, _pair(padding), dilation, False, (0, 0), groups
-    return _convolve(input, weight, bias, feedback, state, options)
+    return _convolve(input, weight, bias, function, state, options)
 
 
 def asymmetric_conv_transpose2d(
@@ -105,10 +107,10 @@ def asymmetric_conv_transpose2d(
         ValueError: B does not fit.
         RuntimeError: a second derivative is asked for.
     """
-    feedback, state = _feedback_source(feedback, state, weight)
+    function, state = _feedback_source(feedback, state, weight)
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     options = stride, padding, dilation, True, _pair(output_padding), groups
-    return _convolve(input, weight, bias, feedback, state, options)
+    return _convolve(input, weight, bias, function, state, options)
 
 
 def asymmetric_linear(
@@ -135,13 +137,14 @@ def asymmetric_linear(
         ValueError: B does not fit.
         RuntimeError: a second derivative is asked for.
     """
-    feedback, state = _feedback_source(feedback, state, weight)
-    return _AsymmetricLinear.apply(input, weight, bias, state, feedback, _autocast_dtype(input))
+    function, state = _feedback_source(feedback, state, weight)
+    dtype = _autocast_dtype(input)
+    return cast(Tensor, _AsymmetricLinear.apply(input, weight, bias, state, function, dtype))
 
 
 def _given(weight: Tensor, state: Tensor | None) -> Tensor:
     """The feedback function of a B that was passed as a tensor."""
-    return state
+    return cast(Tensor, state)
 
 
 def _feedback_source(
@@ -149,6 +152,7 @@ def _feedback_source(
 ) -> tuple[FeedbackFn, Tensor | None]:
     if weight.is_complex():
         raise ValueError("asymmetric feedback is defined for real weights; this one is complex")
+    function: FeedbackFn
     if isinstance(feedback, Tensor):
         if state is not None:
             raise ValueError("state goes with a callable feedback; a tensor is its own state")
@@ -157,20 +161,22 @@ def _feedback_source(
                 f"the feedback weight has shape {tuple(feedback.shape)}; "
                 f"it must have the weight's, {tuple(weight.shape)}"
             )
-        feedback, state = _given, feedback
-    elif not callable(feedback):
+        function, state = _given, feedback
+    elif callable(feedback):
+        function = feedback
+    else:
         raise ValueError(f"feedback is {feedback!r}; it must be a tensor or a function")
     if state is not None and state.requires_grad and not weight.requires_grad:
         state = state.detach()  # it learns what the weight learns
-    return feedback, state
+    return function, state
 
 
 def _pad_by_name(
     input: Tensor,
     weight: Tensor,
     padding: str,
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[Tensor, tuple[int, int]]:
     """Numbers for padding 'valid' and 'same'; pads the input where the two sides differ by one."""
     if padding == "valid":
@@ -193,7 +199,7 @@ def _convolve(
     bias: Tensor | None,
     feedback: FeedbackFn,
     state: Tensor | None,
-    options: tuple,
+    options: Options,
 ) -> Tensor:
     """Either way; ``options`` as ``aten.convolution_backward`` takes them."""
     if input.dim() == 3:  # unbatched, as torch itself does it
@@ -203,11 +209,12 @@ def _convolve(
         output = _stock_convolution(input, _tie(weight, state, feedback), bias, options)
         return _exchange_weight(output, input, weight, state, feedback)
     dtype = _autocast_dtype(input)
-    return _AsymmetricConvolution.apply(input, weight, bias, state, feedback, dtype, options)
+    function = _AsymmetricConvolution.apply
+    return cast(Tensor, function(input, weight, bias, state, feedback, dtype, options))
 
 
 def _stock_convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, options: tuple
+    input: Tensor, weight: Tensor, bias: Tensor | None, options: Options
 ) -> Tensor:
     stride, padding, dilation, transposed, output_padding, groups = options
     if transposed:
@@ -289,7 +296,8 @@ def _exchange_weight(
             return _feedback_weight(weight, state, feedback).to(dtype)
 
         # Of the weight, or its cast copy under autocast, the type alone is kept.
-        output.grad_fn._raw_saved_weight.register_hooks(attrgetter("dtype"), unpack)
+        node: Any = output.grad_fn
+        node._raw_saved_weight.register_hooks(attrgetter("dtype"), unpack)
     return output
 
 
@@ -297,20 +305,20 @@ def _tie(weight: Tensor, state: Tensor | None, feedback: FeedbackFn) -> Tensor:
     """The weight, whose gradient a learned feedback weight receives as well."""
     if state is None or not (state.requires_grad and weight.requires_grad):
         return weight
-    return _Tie.apply(weight, state, feedback)
+    return cast(Tensor, _Tie.apply(weight, state, feedback))
 
 
 class _Tie(torch.autograd.Function):
     """(W, B) -> W; its gradient -> both."""
 
     @staticmethod
-    def forward(ctx, weight, state, feedback):
+    def forward(ctx: Any, weight: Tensor, state: Tensor, feedback: FeedbackFn) -> Tensor:
         ctx.feedback = feedback
         ctx.save_for_backward(weight, state)
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad_weight):
+    def backward(ctx: Any, grad_weight: Tensor) -> tuple[Tensor | None, ...]:
         weight, state = ctx.saved_tensors
         given = _feedback_weight(weight, state, ctx.feedback)
         return grad_weight, _state_gradient(weight, given, state, grad_weight), None
@@ -331,11 +339,11 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     return None
 
 
-def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
+def _cast(dtype: torch.dtype | None, *tensors: Any) -> Any:
     return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
 
 
-def _feedback_in_backward(ctx, weight: Tensor, state: Tensor | None) -> Tensor:
+def _feedback_in_backward(ctx: Any, weight: Tensor, state: Tensor | None) -> Tensor:
     """B; W itself where nobody asks for B."""
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[3]):
         return weight
@@ -346,7 +354,16 @@ class _AsymmetricConvolution(torch.autograd.Function):
     """Convolution, transposed or not: one ``aten.convolution_backward`` with B in W's place."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, state, feedback, dtype, options):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        feedback: FeedbackFn,
+        dtype: torch.dtype | None,
+        options: Options,
+    ) -> Tensor:
         ctx.feedback, ctx.options = feedback, options
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         # The weight itself is saved, not its cast copy: B is built from it, and it costs nothing.
@@ -354,7 +371,7 @@ class _AsymmetricConvolution(torch.autograd.Function):
         return _stock_convolution(input, cast_weight, bias, options)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         input, weight, state = ctx.saved_tensors
         need_input, need_weight, need_bias, need_state = ctx.needs_input_grad[:4]
@@ -383,7 +400,15 @@ class _AsymmetricLinear(torch.autograd.Function):
     """Linear map: two matrix products, the first with B in W's place."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, state, feedback, dtype):
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        feedback: FeedbackFn,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
         ctx.feedback = feedback
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         ctx.save_for_backward(input, weight, state)
@@ -393,7 +418,7 @@ class _AsymmetricLinear(torch.autograd.Function):
         return output if output.dim() == 2 else torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         input, weight, state = ctx.saved_tensors
         need_input, need_weight, need_bias, need_state = ctx.needs_input_grad[:4]
@@ -404,7 +429,7 @@ class _AsymmetricLinear(torch.autograd.Function):
         rows = _rows(grad_output)
         if need_weight:
             grad_weight = rows.t() @ _rows(input)
-        if need_weight and need_state:
+        if grad_weight is not None and need_state:
             grad_state = _state_gradient(weight, feedback, state, grad_weight)
         if need_bias:
             grad_bias = rows.sum(0)

@@ -1,7 +1,7 @@
 """A registry of classes by name and short name."""
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 __all__ = ["Registry"]
 
@@ -46,7 +46,7 @@ class Registry(Generic[T]):
             self._check(cls)
         return cls
 
-    def register(self, cls: type[T] | None = None) -> Callable[[type[T]], type[T]]:
+    def register(self, cls: type[T] | None = None) -> Any:
         """
         Add a class; a decorator, with or without parentheses.
 
