@@ -31,6 +31,7 @@ from ss_detectron.utils.trust import (
 )
 
 from .files import (
+    BEST,
     NeedsPickleError,
     atomic_write,
     find_checkpoints,
@@ -108,11 +109,10 @@ class FeedbackCheckpointer(DetectionCheckpointer):
                     f"{type(self.model).__name__}; it holds {summarise(names)}"
                 )
 
-    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
+    def save(self, name: str, **kwargs: Any) -> None:
         """
         Args:
             name: of the file, without ".pth".
-            tag: whether a resumed run is to go on from this checkpoint.
             **kwargs: what else to save.
 
         Raises:
@@ -130,8 +130,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         try:
             with atomic_write(target) as file:
                 torch.save({**data, **kwargs}, file)
-            if tag:
-                self.tag_last_checkpoint(name + ".pth")
+            self.tag_last_checkpoint(name + ".pth")
             remove_partial_files(self.save_dir)
         except (OSError, RuntimeError) as error:
             cause = _os_error(error)
@@ -140,6 +139,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             raise NotWrittenError(cause.errno, self._not_written(target, cause)) from error
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Notes the file that a resumed run is to go on from, which the best need not be."""
+        if last_filename_basename == BEST:
+            return
         if is_url(self.save_dir):
             return super().tag_last_checkpoint(last_filename_basename)
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 __all__ = [
+    "BEST",
     "NeedsPickleError",
     "find_checkpoints",
     "has_checkpoint",
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 _FINAL = "model_final.pth"
-_BEST = "model_best.pth"
+BEST = "model_best.pth"
 
 
 class NeedsPickleError(ValueError):
@@ -202,7 +203,7 @@ def archive_previous_run(folder: str) -> str | None:
 
 def is_checkpoint_name(name: str) -> bool:
     """Whether a run may write a file of this name in its OUTPUT_DIR, and read it when resumed."""
-    return name in (_FINAL, _BEST, "last_checkpoint") or bool(_NUMBERED.fullmatch(name))
+    return name in (_FINAL, BEST, "last_checkpoint") or bool(_NUMBERED.fullmatch(name))
 
 
 def has_checkpoint(folder: str) -> bool:

@@ -68,7 +68,7 @@ def train_a_step(model, batch=None):
 
 
 def save(model, folder, name="saved"):
-    FeedbackCheckpointer(model, str(folder)).save(name, tag=False)
+    FeedbackCheckpointer(model, str(folder)).save(name)
     return str(folder / f"{name}.pth")
 
 

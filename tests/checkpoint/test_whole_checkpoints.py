@@ -27,7 +27,6 @@ from ss_detectron.checkpoint.files import (
     has_checkpoint,
     read_checkpoint,
 )
-from ss_detectron.engine import BestCheckpointer
 from ss_detectron.utils.comm import leave_group
 
 # A process that imports the package once, and of which the others are copies.
@@ -379,23 +378,6 @@ def test_iterations_beyond_seven_digits(tmp_path):
     (tmp_path / "model_best.pth").write_bytes(b"")
     found = find_checkpoints(str(tmp_path))
     assert [Path(p).name for p in found] == ["model_10000009.pth", "model_9999999.pth"]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_best_checkpoint_is_named_and_written_anew(damage, tmp_path, caplog):
-    saver = checkpointer(tmp_path, 9)
-    saver.save("model_best", tag=False, iteration=9, metric={"bbox/AP": 3.0})
-    DAMAGES[damage](tmp_path / "model_best.pth")
-
-    class Trainer:
-        start_iter = 10
-
-    hook = BestCheckpointer(10, saver, "bbox/AP")
-    hook.trainer = Trainer()
-    hook.before_train()
-    assert hook.best_metric is None or damage == "is damaged: the checksum"
-    if damage not in ("is not there", "Is a directory"):
-        assert "model_best.pth" in caplog.text and "The best metric is found anew." in caplog.text
 
 
 # Several processes -------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,13 @@ from torch import nn
 from ss_detectron import add_ss_config, convert_feedback, find_config
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.data import generate_shapes
-from ss_detectron.engine import BestCheckpointer, Trainer, argument_parser, setup
+from ss_detectron.engine import (
+    BestCheckpointer,
+    PeriodicCheckpointer,
+    Trainer,
+    argument_parser,
+    setup,
+)
 
 LOGGERS = ("detectron2", "fvcore", "ss_detectron")
 
@@ -487,13 +495,16 @@ def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
 # Checkpoints -------------------------------------------------------------------------------------
 
 
-class FakeTrainer:
-    """As much of a trainer as the hook looks at."""
+def checkpointer(folder: Path, weight: float = 0.0) -> FeedbackCheckpointer:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, weight)
+    return FeedbackCheckpointer(model, str(folder))
 
-    max_iter = 40
 
-    def __init__(self, start_iter: int) -> None:
-        self.start_iter = start_iter
+def best_hook(folder: Path, weight: float) -> BestCheckpointer:
+    hook = BestCheckpointer(10, checkpointer(folder, weight), "bbox/AP")
+    hook.trainer = SimpleNamespace(max_iter=40)
+    return hook
 
 
 def evaluate(hook: BestCheckpointer, iteration: int, value: float | None) -> None:
@@ -505,50 +516,26 @@ def evaluate(hook: BestCheckpointer, iteration: int, value: float | None) -> Non
         hook.after_step()
 
 
-def best_hook(folder: Path, weight: float, start_iter: int = 0) -> BestCheckpointer:
-    model = nn.Linear(1, 1)
-    nn.init.constant_(model.weight, weight)
-    hook = BestCheckpointer(10, FeedbackCheckpointer(model, str(folder)), "bbox/AP")
-    hook.trainer = FakeTrainer(start_iter)
-    hook.before_train()
-    return hook
-
-
 def best_weight(folder: Path) -> float:
     return torch.load(folder / "model_best.pth")["model"]["weight"].item()
 
 
-def test_only_a_better_model_replaces_the_best_one(tmp_path, caplog):
+def test_only_a_better_model_replaces_the_best_one_before_and_after_a_resumption(tmp_path):
     hook = best_hook(tmp_path, weight=1.0)
     evaluate(hook, 9, None)
-    evaluate(hook, 9, float("nan"))
+    evaluate(hook, 9, math.nan)
     assert not (tmp_path / "model_best.pth").exists()
-    assert caplog.text.count("The evaluation gave no bbox/AP") == 2
     evaluate(hook, 9, 3.0)
-    nn.init.constant_(hook._checkpointer.model.weight, 2.0)
-    evaluate(hook, 19, 2.0)
-    evaluate(hook, 19, float("nan"))
+    resumed = best_hook(tmp_path, weight=2.0)
+    resumed.load_state_dict(hook.state_dict())
+    evaluate(resumed, 19, 2.0)
+    evaluate(resumed, 19, math.nan)
     assert best_weight(tmp_path) == 1.0
-    evaluate(hook, 29, 4.0)
+    evaluate(resumed, 29, 4.0)
     assert best_weight(tmp_path) == 2.0
-
-
-def test_a_resumed_run_keeps_the_best_model_from_before(tmp_path):
-    evaluate(best_hook(tmp_path, weight=1.0), 9, 3.0)
-    # The log of the run before has another value, and ends where that run was killed.
-    row = json.dumps({"iteration": 9, "bbox/AP": 1.0})
-    (tmp_path / "metrics.json").write_text(f'{row}\n{{"iteration": 19, "bbox/')
-    resumed = best_hook(tmp_path, weight=2.0, start_iter=10)
-    evaluate(resumed, 19, 2.5)
-    assert best_weight(tmp_path) == 1.0
-    evaluate(resumed, 29, 3.5)
-    assert best_weight(tmp_path) == 2.0
-
-
-def test_a_run_from_the_start_does_not_ask_an_older_best_model(tmp_path):
-    evaluate(best_hook(tmp_path, weight=1.0), 9, 3.0)
-    evaluate(best_hook(tmp_path, weight=2.0), 9, 2.5)
-    assert best_weight(tmp_path) == 2.0
+    other = BestCheckpointer(10, resumed._checkpointer, "classification/top1_error", "min")
+    other.load_state_dict(resumed.state_dict())  # of a run that was evaluated otherwise
+    assert other.best_metric is None
 
 
 def test_runs_resume_from_the_latest_checkpoint_not_from_the_best(tmp_path):
@@ -558,11 +545,32 @@ def test_runs_resume_from_the_latest_checkpoint_not_from_the_best(tmp_path):
     hook._checkpointer.save("model_0000009", iteration=9)
     evaluate(hook, 19, 4.0)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "last_checkpoint",
-        "model_0000009.pth",
-        "model_best.pth",
-    ]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(2, [59, "final"]), (3, [49, 59, "final"]), (0, None)])
+def test_the_latest_checkpoints_are_kept_those_before_a_resumption_included(keep, left, tmp_path):
+    def run(start: int, end: int) -> None:
+        hook = PeriodicCheckpointer(checkpointer(tmp_path), 10, keep=keep)
+        hook.trainer = SimpleNamespace(max_iter=60, gather_rank_states=list)
+        hook.before_train()
+        for hook.trainer.iter in range(start, end):
+            hook.after_step()
+
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("model_*.pth"))
+
+    checkpointer(tmp_path).save("model_best")
+    run(0, 40)
+    assert keep != 2 or names() == ["model_0000029.pth", "model_0000039.pth", "model_best.pth"]
+    (tmp_path / "model_0000039.pth").write_bytes(b"")  # the run goes on from the one before
+    assert checkpointer(tmp_path).resume_or_load("")["iteration"] == 29
+    run(30, 50)
+    assert checkpointer(tmp_path).resume_or_load("")["iteration"] == 49
+    run(50, 60)
+    left = left or [*range(9, 60, 10), "final"]
+    assert names() == sorted(
+        ["model_best.pth", *(f"model_{f'{i:07d}' if i != 'final' else i}.pth" for i in left)]
+    )
 
 
 def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
