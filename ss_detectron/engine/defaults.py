@@ -204,9 +204,8 @@ class Trainer(DefaultTrainer):
             return super().train()
 
     def _archive_previous_run(self) -> None:
-        aside = archive_previous_run(self.cfg.OUTPUT_DIR) if comm.is_main_process() else None
-        if aside:
-            logger.warning("The checkpoints of an earlier run are now in %s.", aside)
+        if comm.is_main_process() and (archive := archive_previous_run(self.cfg.OUTPUT_DIR)):
+            logger.warning("The files of an earlier run are now in %s.", archive)
         comm.synchronize()
 
     def before_train(self) -> None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
@@ -24,6 +23,7 @@ from ss_detectron.engine import (
     argument_parser,
     setup,
 )
+from ss_detectron.experiments import read_metrics
 
 LOGGERS = ("detectron2", "fvcore", "ss_detectron")
 
@@ -469,9 +469,12 @@ def test_a_run_is_not_resumed_from_weights_alone(prepare):
 
 def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
     prepare = partial(prepare, "OUTPUT_DIR", "out")
-    train(prepare("SOLVER.CHECKPOINT_PERIOD", 2))
-    left = {path.name for path in Path("out").glob("*.pth")} | {"last_checkpoint"}
-    assert left == {"last_checkpoint", "model_0000001.pth", "model_final.pth"}
+    evaluated = "DATASETS.TEST", ("tiny_val",), "TEST.EVAL_PERIOD", 2
+    train(prepare("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, *evaluated))
+    metrics = Path("out/metrics.json").read_text()
+    assert "bbox/AP" in metrics
+    left = {"last_checkpoint", "inference", "metrics.json"}
+    left |= {f"model_{name}.pth" for name in ("0000003", "final")}
 
     weights = ["MODEL.WEIGHTS", "out/model_final.pth"]
     with pytest.raises(ValueError, match="give this run another OUTPUT_DIR, or go on .* --resume"):
@@ -480,16 +483,23 @@ def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
     prepare(*weights, "DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])
     prepare(*weights, "OUTPUT_DIR", "other")
 
-    trainer = Trainer(prepare())
+    trainer = Trainer(prepare("SOLVER.MAX_ITER", 2))
     trainer.resume_or_load(resume=False)
     assert left <= {path.name for path in Path("out").iterdir()}  # to look at weights moves none
     trainer.before_train = lambda: 1 / 0  # as if the run were killed there
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert {path.name for path in Path("out/earlier_run_1").iterdir()} == left
-    again = Trainer(prepare(flags=["--resume"]))
+    archive = Path("out/earlier_run_1")
+    assert {path.name for path in archive.iterdir()} == left
+    assert (archive / "metrics.json").read_text() == metrics
+    again = Trainer(prepare("SOLVER.MAX_ITER", 2, flags=["--resume"]))
     again.resume_or_load(resume=True)
     assert again.start_iter == 0
+    # What is reported of a shorter run without an evaluation has nothing of the longer one's.
+    again.train()
+    (row,) = read_metrics(Path("out/metrics.json"))
+    assert row["iteration"] < 2 and "bbox/AP" not in row
+    assert not Path("out/inference").exists()
 
 
 # Checkpoints -------------------------------------------------------------------------------------
@@ -573,55 +583,6 @@ def test_the_latest_checkpoints_are_kept_those_before_a_resumption_included(keep
     )
 
 
-def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
-    checkpointer = FeedbackCheckpointer(nn.Linear(1, 1), str(tmp_path))
-    checkpointer.save("model_best", iteration=9)
-
-    def cut_off(content, path):
-        path.write(b"PK")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", cut_off)
-    with pytest.raises(OSError, match="no space"):
-        checkpointer.save("model_best", iteration=19)
-    assert torch.load(tmp_path / "model_best.pth")["iteration"] == 9
-
-
-def test_a_checkpoint_loads_in_stock_detectron2(tmp_path):
-    model = small_model("feedback_alignment")
-    FeedbackCheckpointer(model, str(tmp_path)).save("model_final")
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
-    DetectionCheckpointer(plain).load(str(tmp_path / "model_final.pth"))
-    image = torch.randn(1, 3, 5, 5)
-    assert torch.equal(plain(image), model(image))
-
-
-def test_loading_a_checkpoint_of_another_rule_warns_and_of_the_same_does_not(tmp_path, caplog):
-    FeedbackCheckpointer(small_model("feedback_alignment"), str(tmp_path)).save("fa")
-    path = str(tmp_path / "fa.pth")
-    caplog.set_level(logging.WARNING, "ss_detectron")
-    FeedbackCheckpointer(small_model("feedback_alignment")).load(path)
-    assert "trained with" not in caplog.text
-    FeedbackCheckpointer(small_model("sign_symmetry")).load(path)
-    [warning] = [record.getMessage() for record in caplog.records if "ss_det" in record.name]
-    assert "trained with feedback_alignment" in warning
-    assert "learns by sign_symmetry" in warning
-    assert "2 layers differ, such as 0" in warning
-
-
-def test_loading_feedback_made_with_other_settings_warns(tmp_path, caplog):
-    def model(gain):
-        return convert_feedback(nn.Sequential(nn.Linear(2, 2)), "fa", gain=gain)
-
-    FeedbackCheckpointer(model(0.5), str(tmp_path)).save("half")
-    with caplog.at_level(logging.WARNING, "ss_detectron"):
-        FeedbackCheckpointer(model(0.5)).load(str(tmp_path / "half.pth"))
-        assert not caplog.records
-        FeedbackCheckpointer(model(1.0)).load(str(tmp_path / "half.pth"))
-    assert "gain=0.5" in caplog.text and "gain=1" in caplog.text
-    assert "used as it is" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("opts", "warning"),
     [
@@ -644,12 +605,3 @@ def test_a_model_of_which_a_part_ignores_the_rule_is_warned_of(prepare, opts, wa
     cfg = prepare(*opts)
     Trainer.build_model(cfg)
     assert warning in Path(cfg.OUTPUT_DIR, "log.txt").read_text()
-
-
-def test_loading_stock_weights_says_what_trains_them_now(tmp_path, caplog):
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
-    DetectionCheckpointer(plain, str(tmp_path)).save("stock")
-    caplog.set_level(logging.INFO, "ss_detectron")
-    FeedbackCheckpointer(small_model("sign_symmetry")).load(str(tmp_path / "stock.pth"))
-    assert "does not say which rule trained it" in caplog.text
-    assert "sign_symmetry(scale=mean_abs, gain=1) (2 layers)" in caplog.text
