@@ -54,7 +54,7 @@ setup(
     ],
     extras_require={
         "opencv": ["opencv-python"],
-        # What tools/benchmark.py compares with.
+        # What benchmarks/rules.py compares with.
         "bench": ["biotorch==0.0.16"],
         # DATALOADER.DECODER dali. For a torch with CUDA 12, install nvidia-dali-cuda120 instead.
         "dali": ["nvidia-dali-cuda130"],

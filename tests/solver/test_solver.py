@@ -1,9 +1,7 @@
 import copy
 import itertools
 import pickle
-import runpy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -384,13 +382,6 @@ def test_narrow_types_are_left_to_uncompiled_steps():
     run(SGD(actual, compiled=True, **options))
     assert_equal(actual, expected)
     assert counters["stats"]["unique_graphs"] == 0
-
-
-def test_the_benchmark_measures():
-    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "benchmark_solver.py"))
-    row = tool["measure"]({"no_sign_change": True}, False, torch.device("cpu"), repeats=2)
-    assert float(row["ours, ms"]) > 0
-    assert float(row["ours / stock"]) > 0
 
 
 # From the config -------------------------------------------------------------------------------
