@@ -9,10 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ss_detectron.utils.trust import is_url
 
-from .catalog import check_registered, shorten, where_to_put
-from .cifar import CIFAR10Metadata, read_cifar10
+from .catalog import check_registered, shorten
 from .coco import check_coco
-from .folders import FolderMetadata, check_image_folder
 from .images import skips_unreadable_images
 from .loaders import check_loader_options
 
@@ -28,10 +26,11 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     """Check the data sets of a config before a model is built.
 
     Those in ``DATASETS.TRAIN`` and ``DATASETS.TEST`` are registered, fit the meta-architecture,
-    agree on the classes, and have as many as the model. Their files are there, see
-    :func:`.check_coco` and :func:`.check_image_folder`. Sets that are generated when first needed,
-    or that ``DATASETS.DOWNLOAD`` lets be downloaded, are so in passing. The keys that say how
-    images are loaded have values that can be followed. No image is opened.
+    agree on the classes, and have as many as the model. Their files are there: see
+    :func:`.check_coco`, and the method ``prepare`` of the metadata of others. Sets that are
+    generated when first needed, or that ``DATASETS.DOWNLOAD`` lets be downloaded, are so in
+    passing. The keys that say how images are loaded have values that can be followed. No image is
+    opened.
 
     Args:
         cfg: a config whose own data sets are registered already.
@@ -108,10 +107,8 @@ def _check_kind(cfg: CfgNode, name: str, classifier: bool) -> None:
 
 
 def _check_classification(cfg: CfgNode, metadata: Metadata) -> list[str]:
-    if isinstance(metadata, FolderMetadata):
-        check_image_folder(metadata, where_to_put())
-    if isinstance(metadata, CIFAR10Metadata):
-        read_cifar10(train=False, download=cfg.DATASETS.DOWNLOAD)
+    if hasattr(metadata, "prepare"):
+        metadata.prepare(cfg)
     metadata.get("image_root")  # where a set is generated on access
     if classes := metadata.get("thing_classes"):
         return list(classes)

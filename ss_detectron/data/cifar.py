@@ -1,10 +1,11 @@
 """CIFAR-10 from its original archive."""
 
-import logging
 from contextlib import suppress
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from iopath.common.file_io import file_lock
@@ -14,8 +15,6 @@ from torchvision.datasets.utils import check_integrity
 from .catalog import datasets_root
 
 __all__ = ["CIFAR10_CLASSES", "CIFAR10Metadata", "read_cifar10", "register_cifar10"]
-
-logger = logging.getLogger(__name__)
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -48,40 +47,32 @@ def read_cifar10(train: bool, *, download: bool = False) -> CIFAR10:
     folder = Path(datasets_root()) / "cifar10"
     with suppress(RuntimeError):  # torchvision's, where files are missing or damaged
         return CIFAR10(folder, train)
-    archive = folder / CIFAR10.filename
     by_hand = (
-        f"put the archive '{CIFAR10.filename}' of {CIFAR10.url} (md5 {CIFAR10.tgz_md5}), or the "
-        f"folder '{CIFAR10.base_folder}' it holds, into '{folder}'"
+        f"put the archive '{CIFAR10.filename}' (md5 {CIFAR10.tgz_md5}) of {CIFAR10.url}, or the "
+        f"folder '{CIFAR10.base_folder}' it holds, into '{folder}', or set DETECTRON2_DATASETS to "
+        "the folder that holds 'cifar10'"
     )
-    if not download and not check_integrity(archive, CIFAR10.tgz_md5):
+    packed = check_integrity(folder / CIFAR10.filename, CIFAR10.tgz_md5)
+    if not packed and not download:
         raise FileNotFoundError(
-            f"CIFAR-10 is not in '{folder}': set DATASETS.DOWNLOAD True to have {CIFAR10.url} "
-            f"downloaded there before training (170 MB), or {by_hand}, or set DETECTRON2_DATASETS "
-            "to the folder that holds 'cifar10'."
+            f"CIFAR-10 is not in '{folder}': set DATASETS.DOWNLOAD True to have 170 MB downloaded "
+            f"there before training, or {by_hand}."
         )
     try:
         with file_lock(str(folder)):
-            if not check_integrity(archive, CIFAR10.tgz_md5):
-                logger.info(
-                    "CIFAR-10 is not in '%s': downloading %s (170 MB). Without a network, %s.",
-                    folder,
-                    CIFAR10.url,
-                    by_hand,
-                )
             return CIFAR10(folder, train, download=True)
     except (OSError, RuntimeError, HTTPException) as error:
         raise FileNotFoundError(
-            f"CIFAR-10 is not in '{folder}', and fetching it from {CIFAR10.url} failed ({error}): "
-            f"{by_hand}, or set DETECTRON2_DATASETS to the folder that holds 'cifar10'."
+            f"CIFAR-10 is not in '{folder}', and fetching it failed ({error}): {by_hand}."
         ) from error
 
 
 class CIFAR10Metadata(Metadata):
-    """Metadata whose files are unpacked when they are first asked for."""
+    """Metadata of a data set whose files have to be fetched or unpacked before its first use."""
 
-    @property
-    def image_root(self) -> str:
-        return str(read_cifar10(train=False).root)
+    def prepare(self, cfg: CfgNode) -> None:
+        """Have the files there; download them only if DATASETS.DOWNLOAD says so."""
+        read_cifar10(train=False, download=cfg.DATASETS.DOWNLOAD)
 
 
 def _load(split: str) -> list[dict]:
@@ -99,7 +90,7 @@ def register_cifar10() -> None:
     """
     for split in ("train", "test"):
         name = f"cifar10_{split}"
-        DatasetCatalog.register(name, lambda split=split: _load(split))
+        DatasetCatalog.register(name, partial(_load, split))
         MetadataCatalog[name] = CIFAR10Metadata(
             name=name, evaluator_type="classification", thing_classes=list(CIFAR10_CLASSES)
         )

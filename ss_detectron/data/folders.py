@@ -10,17 +10,14 @@ from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, is_image_file, make_dataset
 
-from .catalog import datasets_root, new_entries, shorten
+from .catalog import datasets_root, new_entries, shorten, where_to_put
 
 __all__ = [
     "FolderMetadata",
-    "check_image_folder",
     "load_image_folder",
     "register_image_folders_from_config",
     "register_imagenet",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 class FolderMetadata(Metadata):
@@ -39,34 +36,64 @@ class FolderMetadata(Metadata):
         """The names of the class folders, sorted: a class's index is its label."""
         return find_classes(self.image_root)[0]
 
+    def prepare(self, cfg: CfgNode) -> None:
+        """Check that there is a folder of images for every class.
 
-def _register(name: str, path: str) -> None:
-    DatasetCatalog.register(name, lambda: load_image_folder(MetadataCatalog.get(name).image_root))
-    MetadataCatalog[name] = FolderMetadata(name=name, path=path, evaluator_type="classification")
+        Raises:
+            OSError: there is no such folder, it has no class folders, or class folders without an
+                image, which are named.
+        """
+        where = f"Data set '{self.name}': "
+        try:
+            classes = self.thing_classes
+        except OSError as error:
+            raise type(error)(
+                f"{where}'{self.image_root}' has to hold one folder of images per class, whose "
+                f"name is that of the class: {error}. {where_to_put()}"
+            ) from error
+        empty = [name for name in classes if not _holds_image(os.path.join(self.image_root, name))]
+        if empty:
+            raise FileNotFoundError(
+                f"{where}in '{self.image_root}', {len(empty)} of {len(classes)} class folders hold "
+                f"no image ({shorten(empty)}). Put images there ({', '.join(IMG_EXTENSIONS)}) or "
+                "remove them."
+            )
+
+
+def _holds_image(folder: str) -> bool:
+    """Look for an image in a folder or below it, no further than the first."""
+    walk = os.walk(folder, followlinks=True)
+    return any(is_image_file(file) for _, _, files in walk for file in files)
 
 
 def load_image_folder(folder: str) -> list[dict]:
-    """Dataset dicts of a folder of class folders, read as torchvision's ImageFolder reads it.
+    """List the dataset dicts of a folder of class folders, as torchvision's ImageFolder does.
 
-    Files that are no images by their names are counted in the log.
+    Files in class folders that are no images by their names, and images in none, are counted in
+    the log.
     """
-    others = []
+    with os.scandir(folder) as entries:
+        unused = [entry.name for entry in entries if is_image_file(entry.name) and entry.is_file()]
 
     def is_image(file: str) -> bool:
         found = is_image_file(file)
         if not found:
-            others.append(os.path.relpath(file, folder))
+            unused.append(os.path.relpath(file, folder))
         return found
 
-    _, labels = find_classes(folder)
-    files = make_dataset(folder, labels, is_valid_file=is_image)
-    if others and comm.is_main_process():
+    files = make_dataset(folder, find_classes(folder)[1], is_valid_file=is_image)
+    if unused and comm.is_main_process():
         message = (
-            f"'{folder}': {len(others)} files are no images by their names ({shorten(others, 3)}): "
-            "they are not used."
+            f"'{folder}': {len(unused)} files are not used, as they are no images by their names "
+            f"or in no class folder: {shorten(unused, 3)}."
         )
         log_first_n(logging.WARNING, message, key="message", name=__name__)
     return [{"file_name": f, "image_id": i, "label": label} for i, (f, label) in enumerate(files)]
+
+
+def _register(name: str, path: str) -> None:
+    DatasetCatalog.register(name, lambda: load_image_folder(MetadataCatalog.get(name).image_root))
+    MetadataCatalog[name] = FolderMetadata(name=name, path=path, evaluator_type="classification")
 
 
 def register_imagenet() -> None:
@@ -92,53 +119,3 @@ def register_image_folders_from_config(cfg: CfgNode) -> None:
     """
     for name, path in new_entries(cfg, "IMAGE_FOLDERS", "path"):
         _register(name, path)
-
-
-def check_image_folder(metadata: FolderMetadata, remedy: str) -> None:
-    """Check that there is a folder of images for every class, without listing them all.
-
-    Args:
-        metadata: of the data set.
-        remedy: what to do where there is no such folder, a sentence.
-
-    Raises:
-        FileNotFoundError: the folder is not there, has no class folders, or class folders without
-            an image, which are named.
-    """
-    folder = metadata.image_root
-    where = f"Data set '{metadata.name}':"
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{where} there is no folder '{folder}'. {remedy}")
-    with os.scandir(folder) as entries:
-        loose = sum(is_image_file(entry.name) and not entry.is_dir() for entry in entries)
-    try:
-        classes, _ = find_classes(folder)
-    except FileNotFoundError as error:
-        found = f"{loose} images, but no folders" if loose else "no folders"
-        raise FileNotFoundError(
-            f"{where} '{folder}' holds {found}: it has to hold one folder of images per class, "
-            "whose name is that of the class. (torchvision.datasets.ImageNet unpacks ImageNet's "
-            "archives so.)"
-        ) from error
-    empty = [name for name in classes if not _holds_image(os.path.join(folder, name))]
-    if empty:
-        raise FileNotFoundError(
-            f"{where} in '{folder}', {len(empty)} of {len(classes)} class folders hold no image "
-            f"({shorten(empty)}). Put images there ({', '.join(IMG_EXTENSIONS)}) or remove them."
-        )
-    if loose:
-        logger.warning(
-            "%s %d images in '%s' are in no class folder: they are not used.", where, loose, folder
-        )
-
-
-def _holds_image(folder: str) -> bool:
-    """Whether there is an image in a folder or below it; looks no further than the first."""
-    below = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                below.append(entry.path)
-            elif is_image_file(entry.name):
-                return True
-    return any(map(_holds_image, below))

@@ -1,7 +1,6 @@
 """Training and evaluation: Detectron2's engine with what asymmetric feedback adds."""
 
-from .command_line import argument_parser, main, setup
-from .defaults import Trainer
+from .defaults import Trainer, argument_parser, setup
 from .hooks import AlignmentHook, BestCheckpointer, PeriodicCheckpointer
 
 __all__ = [
@@ -10,6 +9,5 @@ __all__ = [
     "PeriodicCheckpointer",
     "Trainer",
     "argument_parser",
-    "main",
     "setup",
 ]

@@ -42,7 +42,6 @@ CLASSIFICATION = (
     *("INPUT.CLASSIFICATION.TRANSFORM", "resized_crop", "INPUT.CLASSIFICATION.SIZE", 32),
     *("INPUT.CLASSIFICATION.RESIZE", 36, "INPUT.RANDOM_FLIP", "horizontal"),
 )
-IN_TRAINING = {"KILL_AFTER": "4"}
 TASKS = {"detection": DETECTION, "classification": CLASSIFICATION}
 
 
@@ -93,14 +92,13 @@ def evaluations_of(folder):
     }
 
 
-def assert_resumes_exactly(tmp_path, task, kill, options=(), processes=1):
+def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
     words = ["--num-gpus", processes, *TASKS[task], *options]
 
-    def run(folder, *more, **environment):
-        words_ = [*more, *words, "OUTPUT_DIR", tmp_path / folder]
-        return start(*words_, cwd=tmp_path, script=RECORDED, **environment)
+    def run(folder, *more):
+        return start(*more, *words, "OUTPUT_DIR", tmp_path / folder, cwd=tmp_path, script=RECORDED)
 
-    killed = run("killed", **kill)
+    killed = run("killed", *kill)
     try:
         output, _ = killed.communicate(timeout=SECONDS)
     finally:
@@ -109,7 +107,7 @@ def assert_resumes_exactly(tmp_path, task, kill, options=(), processes=1):
     assert (tmp_path / "killed" / "last_checkpoint").read_text() == "model_0000002.pth"
     whole, resumed = run("whole"), run("killed", "--resume")
     finish(whole)
-    assert "Resumed after" in finish(resumed) or kill == IN_TRAINING
+    assert "Resumed after" in finish(resumed) or "--kill-after" in kill
 
     checkpoints = [
         torch.load(tmp_path / folder / "model_final.pth", weights_only=True)
@@ -120,7 +118,7 @@ def assert_resumes_exactly(tmp_path, task, kill, options=(), processes=1):
     whole, resumed = (losses_of(tmp_path / folder) for folder in ("whole", "killed"))
     assert len(whole) == 8 * processes
     lives = [life for step in resumed.values() for life in step]
-    repeated = 2 if kill == IN_TRAINING else 0  # after the checkpoint
+    repeated = 2 if "--kill-after" in kill else 0  # after the checkpoint
     assert len(lives) == len(whole) + repeated * processes
     for step, (expected,) in whole.items():
         assert all(life == expected for life in resumed[step]), step
@@ -141,7 +139,7 @@ def assert_resumes_exactly(tmp_path, task, kill, options=(), processes=1):
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     options = ("MODEL.FEEDBACK.RULE", "brsf", "DATALOADER.NUM_WORKERS", 2)
-    assert_resumes_exactly(tmp_path, "detection", IN_TRAINING, options)
+    assert_resumes_exactly(tmp_path, "detection", "--kill-after", 4, options=options)
 
 
 @pytest.mark.slow
@@ -149,7 +147,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule(task, rule, tmp_path):
     options = ("MODEL.FEEDBACK.RULE", rule)
-    assert_resumes_exactly(tmp_path, task, {"KILL_IN_EVALUATION": "1"}, options)
+    assert_resumes_exactly(tmp_path, task, "--kill-in-evaluation", 1, options=options)
 
 
 @pytest.mark.slow
@@ -158,7 +156,8 @@ def test_every_rule(task, rule, tmp_path):
 @pytest.mark.parametrize("task", ["detection", "classification"])
 def test_processes_and_workers(task, workers, processes, tmp_path):
     options = ("DATALOADER.NUM_WORKERS", workers)
-    assert_resumes_exactly(tmp_path, task, IN_TRAINING, options, processes)
+    kill = ("--kill-after", 4)
+    assert_resumes_exactly(tmp_path, task, *kill, options=options, processes=processes)
 
 
 OTHERS = {
@@ -176,4 +175,4 @@ OTHERS = {
 @pytest.mark.parametrize("way", OTHERS)
 def test_other_ways_to_train(way, tmp_path):
     task, *options = OTHERS[way]
-    assert_resumes_exactly(tmp_path, task, IN_TRAINING, options)
+    assert_resumes_exactly(tmp_path, task, "--kill-after", 4, options=options)

@@ -1,4 +1,4 @@
-"""A run finds a whole checkpoint after kill -9, on a full disk, and where files are damaged."""
+"""A run finds a whole checkpoint: after kill -9, on a full disk, and where files are damaged."""
 
 import errno
 import logging
@@ -10,14 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from fvcore.common.checkpoint import PeriodicCheckpointer
-from group_utils import run_ranks
 from run_utils import TOOL, end, finish, model_of, start
 from torch import nn
 
@@ -28,6 +27,12 @@ from ss_detectron.checkpoint.files import (
     has_checkpoint,
     read_checkpoint,
 )
+from ss_detectron.engine import BestCheckpointer
+from ss_detectron.utils.comm import leave_group
+
+# A process that imports the package once, and of which the others are copies.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["ss_detectron.engine"])
 
 
 class State:
@@ -87,9 +92,9 @@ def said(caplog):
 # kill -9 -----------------------------------------------------------------------------------------
 
 
-def save_for_ever(folder, ready):
+def save_for_ever(folder, first, ready):
     saver = checkpointer(folder, size=1000)
-    for iteration in range(1, 100_000):
+    for iteration in range(first, first + 10000):
         with torch.no_grad():
             saver.model.weight.fill_(iteration % 1000)
             saver.model.bias.fill_(iteration % 1000)
@@ -98,36 +103,28 @@ def save_for_ever(folder, ready):
         ready.set()
 
 
-def stop(process):
-    """Stops a process where it is, which leaves on the disk what kill -9 would."""
-    os.kill(process.pid, signal.SIGSTOP)
-    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] != "T":
-        time.sleep(0.001)
-
-
 def test_a_run_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    chance, interrupted, last = random.Random(0), 0, 0
-    processes = multiprocessing.get_context("fork")
-    ready = processes.Event()
-    run = processes.Process(target=save_for_ever, args=(tmp_path, ready))
-    run.start()
-    try:
-        assert ready.wait(timeout=120)
-        for _ in range(20):
-            time.sleep(chance.uniform(0.01, 0.05))
-            stop(run)
-            interrupted += bool(list(tmp_path.glob("*.pth.new")))
-            saved = read_checkpoint(tmp_path / (tmp_path / "last_checkpoint").read_text())
-            assert saved["iteration"] == saved["state"]["number"] >= last
-            last = saved["iteration"]
-            assert all((tensor == last % 1000).all() for tensor in saved["model"].values())
-            for other in tmp_path.glob("*.pth"):
-                read_checkpoint(other)
-            os.kill(run.pid, signal.SIGCONT)
-    finally:
+    chance = random.Random(0)
+    interrupted = last = 0
+    for _ in range(10):
+        ready = processes.Event()
+        run = processes.Process(target=save_for_ever, args=(tmp_path, last + 1, ready))
+        run.start()
+        assert ready.wait(timeout=60)
+        run.join(timeout=chance.uniform(0, 0.05))
         run.kill()
         run.join()
-    assert interrupted and last > 3
+        assert run.exitcode == -signal.SIGKILL
+        interrupted += bool(list(tmp_path.glob("*.pth.new")))
+        path = tmp_path / (tmp_path / "last_checkpoint").read_text()
+        saved = read_checkpoint(str(path))
+        assert saved["iteration"] == saved["state"]["number"] > last
+        last = saved["iteration"]
+        for tensor in saved["model"].values():
+            assert (tensor == last % 1000).all()
+        for other in tmp_path.glob("*.pth"):
+            read_checkpoint(str(other))
+    assert interrupted
     (tmp_path / "model_0009999.pth.new").touch()
     save(tmp_path, last + 1)
     assert not list(tmp_path.glob("*.new"))
@@ -139,7 +136,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     def record_fsync(descriptor):
         place = Path(f"/proc/self/fd/{descriptor}").resolve()
-        done.append(("fsync", place.name, place.stat().st_size > 0))
+        done.append(("fsync", place.name, place.is_dir() or place.stat().st_size > 0))
         fsync(descriptor)
 
     def record_replace(source, target):
@@ -152,6 +149,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     expected = []
     for name in ("model_0000009.pth", "last_checkpoint"):
         expected += [("fsync", f"{name}.new", True), ("replace", f"{name}.new", name)]
+        expected += [("fsync", tmp_path.name, True)]
     assert done == expected
 
 
@@ -180,12 +178,15 @@ def test_a_full_disk_is_an_error_that_names_what_is_left(full, tmp_path):
     with pytest.raises(OSError) as error:
         save(tmp_path, 19)
     assert error.value.errno == errno.ENOSPC
-    assert f"{tmp_path}/model_0000019.pth could not be written: No space left on device" in str(
-        error.value
-    )
-    assert f"bytes are free in {tmp_path}; --resume goes on from {tmp_path}/model_0000009" in str(
-        error.value
-    )
+    free = shutil.disk_usage(tmp_path).free
+    message = str(error.value)
+    for part in (
+        f"{tmp_path}/model_0000019.pth could not be written: No space left on device, ",
+        f"The checkpoint before it, {tmp_path}/model_0000009.pth, is intact, and --resume goes on",
+    ):
+        assert part in message
+    said = message.partition("device, ")[2].partition(f" bytes are free in {tmp_path}. ")[0]
+    assert abs(int(said.replace(",", "")) - free) < 2**30
     kept = ["model_0000019.pth"] * (full == "last_checkpoint")
     assert_only(tmp_path, "last_checkpoint", "model_0000009.pth", *kept)
     assert resume(tmp_path) == 9
@@ -193,15 +194,18 @@ def test_a_full_disk_is_an_error_that_names_what_is_left(full, tmp_path):
     assert resume(tmp_path) == 19
 
 
-@pytest.mark.parametrize("size", [300, 4_000_000])
+@pytest.mark.parametrize("size", [300, 100_000, 4_000_000])
 def test_a_file_cut_off_anywhere_is_not_left(size, tmp_path):
     big = checkpointer(tmp_path, size=1000)
-    with files_of_at_most(size), pytest.raises(OSError, match="too large.*no checkpoint") as error:
+    with (
+        files_of_at_most(size),
+        pytest.raises(OSError, match="File too large.*There is no checkpoint before it") as error,
+    ):
         big.save("model_0000009")
     assert error.value.errno == errno.EFBIG
     assert_only(tmp_path)
     save(tmp_path, 9)
-    with files_of_at_most(size), pytest.raises(OSError, match="goes on from .*model_0000009.pth"):
+    with files_of_at_most(size), pytest.raises(OSError, match="model_0000009.pth, is intact"):
         big.save("model_0000009")
     assert resume(tmp_path) == 9
 
@@ -213,20 +217,19 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
     assert_only(tmp_path, "last_checkpoint", "model_0000009.pth")
 
 
-def test_a_checkpoint_is_kept_until_the_next_is_complete(tmp_path):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_is_kept_until_the_next_is_complete(keep, tmp_path):
     saver = checkpointer(tmp_path, size=1000)
-    periodic = PeriodicCheckpointer(saver, 10, max_to_keep=1)
+    periodic = PeriodicCheckpointer(saver, 10, max_to_keep=keep)
     for iteration in (9, 19):
         periodic.step(iteration)
-    assert_only(tmp_path, "last_checkpoint", "model_0000019.pth")
-    with (
-        files_of_at_most(100_000),
-        pytest.raises(OSError, match="goes on from .*model_0000019.pth"),
-    ):
+    kept = ["model_0000009.pth", "model_0000019.pth"][-keep:]
+    assert_only(tmp_path, "last_checkpoint", *kept)
+    with files_of_at_most(100_000), pytest.raises(OSError, match="model_0000019.pth, is intact"):
         periodic.step(29)
-    assert_only(tmp_path, "last_checkpoint", "model_0000019.pth")
+    assert_only(tmp_path, "last_checkpoint", *kept)
     periodic.step(29)
-    assert_only(tmp_path, "last_checkpoint", "model_0000029.pth")
+    assert_only(tmp_path, "last_checkpoint", *kept[1:], *kept[2 - keep : 0], "model_0000029.pth")
 
 
 # Damaged files -----------------------------------------------------------------------------------
@@ -245,11 +248,11 @@ def change_a_weight(path):
 
 
 DAMAGES = {
-    "No such file": Path.unlink,
-    "(0 bytes) is truncated": lambda path: path.write_bytes(b""),
-    "bytes) is truncated": truncate,
-    "the checksum of its part": change_a_weight,
-    "or no checkpoint": lambda path: path.write_bytes(b"hello"),
+    "is not there": Path.unlink,
+    "is empty": lambda path: path.write_bytes(b""),
+    "is truncated": truncate,
+    "is damaged: the checksum": change_a_weight,
+    "cannot be read as a checkpoint": lambda path: path.write_bytes(b"hello"),
     "has to be unpickled": lambda path: path.write_bytes(bytes(range(256))),
     "holds a Tensor": lambda path: torch.save(torch.ones(1), path),
     "Is a directory": lambda path: (path.unlink(), path.mkdir()),
@@ -260,23 +263,28 @@ def test_torch_alone_does_not_see_a_changed_weight(tmp_path):
     save(tmp_path, 9)
     change_a_weight(tmp_path / "model_0000009.pth")
     assert torch.load(tmp_path / "model_0000009.pth")["model"]["weight"].item() != 9
-    with pytest.raises(ValueError, match="model_0000009.pth .*: the checksum of .*data/0"):
+    with pytest.raises(ValueError, match="model_0000009.pth is damaged: the checksum of .*data/0"):
         checkpointer(tmp_path).load(str(tmp_path / "model_0000009.pth"))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, tmp_path, said):
-    save(tmp_path, 9, 19, 29, final=True)
-    for number, (last, before) in enumerate((("final", 29), ("0000029", 19)), start=1):
-        DAMAGES[damage](tmp_path / f"model_{last}.pth")
-        assert resume(tmp_path) == before
-        assert len(said()) == number
-        assert damage in said()[-1]
-        assert said()[-1].endswith(f"Going on from {tmp_path}/model_{before:07d}.pth.")
+@pytest.mark.parametrize("last", ["model_0000029.pth", "model_final.pth"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(last, damage, tmp_path, said):
+    save(tmp_path, 9, 19, 29, final=last == "model_final.pth")
+    DAMAGES[damage](tmp_path / last)
+    before = 29 if last == "model_final.pth" else 19
+    assert resume(tmp_path) == before
+    (message,) = said()
+    assert message.count(str(tmp_path / last)) >= 1 and damage in message
+    assert message.endswith(f"Going on from {tmp_path}/model_{before:07d}.pth.")
+    # And the next one.
+    DAMAGES[damage](tmp_path / f"model_{before:07d}.pth")
+    assert resume(tmp_path) == before - 10
+    assert said()[1].count(damage) == (1 if damage == "is not there" else 2)
     # Going on, it is written over.
     if damage != "Is a directory":
-        save(tmp_path, 29)
-        assert resume(tmp_path) == 29
+        save(tmp_path, before)
+        assert resume(tmp_path) == before
         assert len(said()) == 2
 
 
@@ -286,8 +294,8 @@ def test_without_any_that_can_be_read_nothing_starts_from_scratch(tmp_path):
     (tmp_path / "model_0000019.pth").write_bytes(b"")
     with pytest.raises(OSError, match="nothing to resume from.*start without --resume") as error:
         resume(tmp_path)
-    assert "model_0000019.pth (0 bytes) is truncated" in str(error.value)
-    assert "; " in str(error.value) and "model_0000009.pth (" in str(error.value)
+    assert "model_0000019.pth is empty (0 bytes); " in str(error.value)
+    assert "model_0000009.pth is truncated, at " in str(error.value)
     assert checkpointer(tmp_path).has_checkpoint()
 
 
@@ -295,12 +303,18 @@ def test_without_any_checkpoint_a_run_begins(tmp_path):
     assert resume(tmp_path) is None
     assert resume(tmp_path / "not there") is None
     assert not checkpointer(tmp_path).has_checkpoint()
+    assert checkpointer(tmp_path).get_checkpoint_file() == ""
 
 
 TAGS = {
     "empty": b"",
     "zeros": bytes(20),
+    "noise": bytes(range(128, 256)),
+    "two lines": b"model_0000009.pth\nmodel_0000019.pth",
     "elsewhere": b"../other/model_0000039.pth",
+    "absolute": b"/model_0000039.pth",
+    "folder": b".",
+    "long": b"x" * 1000 + b".pth",
     "missing": None,
 }
 
@@ -315,6 +329,7 @@ def test_a_last_checkpoint_file_that_names_none_gives_way_to_the_latest(tag, tmp
     else:
         (folder / "last_checkpoint").write_bytes(TAGS[tag])
     assert checkpointer(folder).has_checkpoint()
+    assert checkpointer(folder).get_checkpoint_file() == ""
     assert resume(folder) == 19
     expected = f"{folder}/last_checkpoint names no checkpoint. Going on from {folder}/model_0000019"
     assert said() == [f"{expected}.pth."]
@@ -327,37 +342,35 @@ def test_a_last_checkpoint_file_that_names_none_gives_way_to_the_latest(tag, tmp
             resume(folder)
 
 
-def test_without_a_tag_a_final_checkpoint_is_found(tmp_path):
-    save(tmp_path, 9, final=True)
+def test_the_latest_is_the_final_one_unless_the_run_was_made_longer(tmp_path):
+    save(tmp_path, 9, 19, final=True)
     (tmp_path / "last_checkpoint").unlink()
-    (tmp_path / "model_0000009.pth").unlink()
-    assert resume(tmp_path) == 9
+    assert Path(find_checkpoints(str(tmp_path))[0]).name == "model_final.pth"
+    save(tmp_path, 29)
+    (tmp_path / "last_checkpoint").unlink()
+    assert resume(tmp_path) == 29
 
 
 def test_the_files_of_an_earlier_run_are_archived(tmp_path):
-    metrics = tmp_path / "metrics.json"
     for number in (1, 2):
         save(tmp_path, 14, final=True)
-        for name in ("model_best.pth", "pretrained.pth", "config.yaml"):
-            (tmp_path / name).write_bytes(b"")
-        (tmp_path / "inference").mkdir()
-        (tmp_path / "inference" / "results.json").write_text(f"[{number}]")
-        metrics.write_text(f"{number}\n")
-        with metrics.open("a") as writer:  # the new run's
-            archive = tmp_path / f"earlier_run_{number}"
-            assert archive_previous_run(str(tmp_path)) == str(archive)
-            writer.write("new\n")
-        assert metrics.read_text() == "new\n"
-        assert (archive / "metrics.json").read_text() == f"{number}\n"
-        assert (archive / "inference" / "results.json").read_text() == f"[{number}]"
+        (tmp_path / "model_best.pth").write_bytes(b"")
+        (tmp_path / "pretrained.pth").write_bytes(b"")
+        aside = tmp_path / f"earlier_run_{number}"
+        assert archive_previous_run(str(tmp_path)) == str(aside)
         names = ["last_checkpoint", "model_0000014.pth", "model_best.pth", "model_final.pth"]
-        assert_only(archive, *names, "inference", "metrics.json")
-    assert_only(
-        tmp_path, "earlier_run_1", "earlier_run_2", "config.yaml", "metrics.json", "pretrained.pth"
-    )
-    metrics.write_text("")  # as the new run's writer makes it
+        assert sorted(path.name for path in aside.iterdir()) == names
     assert archive_previous_run(str(tmp_path)) is None
     assert not has_checkpoint(str(tmp_path))
+    assert (tmp_path / "pretrained.pth").is_file()
+
+
+def test_files_may_be_copied_in_any_order(tmp_path):
+    save(tmp_path, 2, 5, 8)
+    truncate(tmp_path / "model_0000008.pth")
+    for time, iteration in enumerate((5, 8, 2)):
+        os.utime(tmp_path / f"model_{iteration:07d}.pth", (time, time))
+    assert resume(tmp_path) == 5
 
 
 def test_iterations_beyond_seven_digits(tmp_path):
@@ -368,34 +381,79 @@ def test_iterations_beyond_seven_digits(tmp_path):
     assert [Path(p).name for p in found] == ["model_10000009.pth", "model_9999999.pth"]
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_best_checkpoint_is_named_and_written_anew(damage, tmp_path, caplog):
+    saver = checkpointer(tmp_path, 9)
+    saver.save("model_best", tag=False, iteration=9, metric={"bbox/AP": 3.0})
+    DAMAGES[damage](tmp_path / "model_best.pth")
+
+    class Trainer:
+        start_iter = 10
+
+    hook = BestCheckpointer(10, saver, "bbox/AP")
+    hook.trainer = Trainer()
+    hook.before_train()
+    assert hook.best_metric is None or damage == "is damaged: the checksum"
+    if damage not in ("is not there", "Is a directory"):
+        assert "model_best.pth" in caplog.text and "The best metric is found anew." in caplog.text
+
+
 # Several processes -------------------------------------------------------------------------------
 
 
-def resume_everywhere(rank, folder):
-    """Two ranks, each of which may see a folder of its own, as on machines of their own."""
-    for case, others, expected in (
-        ("damaged", "damaged", 19),
-        ("damaged", "not tagged", 19),
-        ("damaged", "empty", "is not there for every process: OUTPUT_DIR has to be a folder that"),
-        ("all damaged", "all damaged", "there is nothing to resume from in run"),
-    ):
-        os.chdir(Path(folder, (case, others)[rank]))
-        try:
-            assert resume(Path("run")) == expected
-        except OSError as error:
-            assert isinstance(expected, str) and expected in str(error), error
+def resume_rank(rank, place, rendezvous, results):
+    """As on a machine of its own, which sees what is in ``place``."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.chdir(place)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        results.put((rank, resume(Path("run"))))
+    except OSError as error:
+        results.put((rank, f"{type(error).__name__}: {error}"))
+    finally:
+        leave_group()
 
 
-def test_all_processes_go_on_from_the_main_ones_choice_or_fail_together(tmp_path):
-    for name in ("damaged", "not tagged", "all damaged", "empty"):
-        (tmp_path / name).mkdir()
-        if name != "empty":
-            save(tmp_path / name / "run", 9, 19, 29)
-    (tmp_path / "not tagged" / "run" / "last_checkpoint").unlink()
-    truncate(tmp_path / "damaged" / "run" / "model_0000029.pth")
-    for path in (tmp_path / "all damaged").rglob("*.pth"):
-        truncate(path)
-    run_ranks(resume_everywhere, tmp_path, start_method="fork")
+def resume_both(tmp_path, *places):
+    """What the two ranks go on from, or the error of each."""
+    results = processes.Queue()
+    rendezvous = tmp_path / f"rendezvous{len(list(tmp_path.iterdir()))}"
+    ranks = [
+        processes.Process(target=resume_rank, args=(rank, place, rendezvous, results))
+        for rank, place in enumerate(places)
+    ]
+    for process in ranks:
+        process.start()
+    found = dict(results.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join()
+    return [found[0], found[1]]
+
+
+def test_all_processes_go_on_from_the_main_ones_choice(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    save(here / "run", 9, 19, 29)
+    # What the second sees is not damaged, and not tagged yet.
+    shutil.copytree(here, there)
+    (there / "run" / "last_checkpoint").unlink()
+    truncate(here / "run" / "model_0000029.pth")
+    assert resume_both(tmp_path, here, here) == [19, 19]
+    assert resume_both(tmp_path, here, there) == [19, 19]
+
+
+def test_all_processes_fail_where_one_cannot_resume(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    save(here / "run", 9)
+    first, second = resume_both(tmp_path, here, there)
+    assert first == second
+    assert "run/model_0000009.pth, which the main process resumes from, is not there for" in first
+    assert "OUTPUT_DIR has to be a folder that all machines share" in first
+    truncate(here / "run" / "model_0000009.pth")
+    first, second = resume_both(tmp_path, here, here)
+    assert first == second and first.startswith("OSError: there is nothing to resume from in run")
 
 
 # Whole runs --------------------------------------------------------------------------------------
@@ -417,8 +475,8 @@ def test_a_run_whose_last_checkpoints_are_damaged_ends_as_if_they_were_not(tmp_p
     truncate(broken / "out" / "model_0000005.pth")
     output = finish(start("--resume", *TINY, cwd=broken))
     for part in (
-        "the checksum of its part",
-        "out/model_0000005.pth",
+        "out/model_final.pth is damaged: the checksum",
+        "out/model_0000005.pth is truncated",
         "Going on from out/model_0000003.pth.",
         "Starting training from iteration 4",
     ):
@@ -440,9 +498,9 @@ def test_a_run_that_meets_a_full_disk_fails_and_goes_on_where_there_is_room(file
     end(run)
     assert run.returncode != 0
     message = output.splitlines()[-1]
-    what = "out/model_0000003.pth" if "model" in file else "a file of the run"
+    what = "out/model_0000003.pth" if "model" in file else "a file of the run in out"
     assert f"{what} could not be written: No space left on device, " in message
-    assert "--resume goes on from out/model_final.pth" in message
+    assert "out/model_final.pth, is intact, and --resume goes on from it" in message
     path.unlink(missing_ok=True)
     finish(start("--resume", *TINY, cwd=tmp_path))
     assert read_checkpoint(str(tmp_path / "out" / "model_final.pth"))["iteration"] == 5
@@ -479,7 +537,7 @@ def test_a_run_on_a_disk_that_is_too_small(tmp_path):
     assert large and run.returncode == 0, run.stdout[-5000:]
     message = small.splitlines()[-1]
     assert "out/model_0000005.pth could not be written: No space left on device, " in message
-    assert "--resume goes on from out/model_0000003.pth" in message
+    assert "The checkpoint before it, out/model_0000003.pth, is intact, and --resume" in message
     (folder,) = [line for line in large.splitlines() if line.startswith("in the folder:")]
     assert "model_0000001.pth model_0000003.pth" in folder and "model_0000005" not in folder
     assert "Starting training from iteration 4" in large
