@@ -1,12 +1,12 @@
 """
 A run of empty steps by ss_detectron.engine.launch, to which something happens: --at RANK STEP
-NAME, a function of this file. Ranks wait for each other in every step, as in training, and take
-batches from a worker process. What a rank saves goes to saved<RANK>, the number of its last step
-to ended<RANK>.
+EVENT, a function of this file, or SIGNAL-TARGET for a signal to this process (`self`), its parent,
+its workers or all of the run. Ranks wait for each other in every step, as in training, and take
+batches from a worker process. What a rank saves goes to saved<RANK>, the number of its last step to
+ended<RANK>.
 """
 
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -23,14 +23,13 @@ from ss_detectron.engine.preemption import PreemptionHook, stop_requested
 from ss_detectron.utils.comm import any_rank
 
 
-def kill(name, *pids):
+def send(name, target):
+    pids = {"self": [os.getpid()], "parent": [os.getppid()], "all": [-os.getpgid(0)]}
+    pids["workers"] = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert pids[target]
     # By a process outside of the run: a rank's own SIGTERM ends its workers.
-    command = ["kill", "-s", name, "--", *map(str, pids)]
+    command = ["kill", "-s", name, "--", *map(str, pids[target])]
     subprocess.run(command, check=True, start_new_session=True)
-
-
-def terminate_all():
-    kill("TERM", -os.getpgid(0))
 
 
 def terminate_all_for_long():
@@ -39,28 +38,15 @@ def terminate_all_for_long():
     subprocess.Popen(["sh", "-c", loop])
 
 
-def interrupt_all():
-    kill("INT", -os.getpgid(0))
+def interrupt_twice():
+    for _ in range(2):
+        send("INT", "all")
+        time.sleep(1.5)
+    hang()
 
 
-def terminate_parent():
-    os.kill(os.getppid(), signal.SIGTERM)
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_parent():
-    os.kill(os.getppid(), signal.SIGKILL)
+def hang():
+    threading.Event().wait()
 
 
 def fail():
@@ -71,38 +57,23 @@ def exit_with_3():
     os._exit(3)
 
 
-def interrupt_twice():
-    for _ in range(2):
-        interrupt_all()
-        time.sleep(1.5)
-    hang()
-
-
-def hang():
-    print("hangs", flush=True)
-    threading.Event().wait()
-
-
-def disturb_workers():
-    workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    assert workers
-    kill("TERM", *workers)
-    kill("INT", *workers)
-
-
 class Trainer(TrainerBase):
-    def __init__(self, events, folder):
+    def __init__(self, args):
         super().__init__()
-        self.events = events
-        self.file = folder / f"saved{comm.get_rank()}"
+        self.args, self.folder = args, Path(args.config_file)
+        self.file = self.folder / f"saved{comm.get_rank()}"
         self.checkpointer = SimpleNamespace(get_checkpoint_file=lambda: self.file)
         self.batches = DataLoader(torch.arange(100), num_workers=1)
 
+    def meet(self, step):
+        for rank, when, event in self.args.at:
+            if (int(rank), when) == (comm.get_rank(), str(step)):
+                name, _, target = event.partition("-")
+                send(name, target) if target else globals()[name]()
+
     def run_step(self):
         comm.synchronize()
-        for rank, step, name in self.events:
-            if (int(rank), int(step)) == (comm.get_rank(), self.iter):
-                globals()[name]()
+        self.meet(self.iter)
         if self.iter % 20 == 0:
             self.batch = iter(self.batches)
         for _ in range(5):  # more than a worker has prepared
@@ -122,16 +93,13 @@ class Print(HookBase):
 
 def main(args):
     torch.set_num_threads(1)
-    for rank, step, name in args.at:
-        if (int(rank), step) == (comm.get_rank(), "setup"):
-            globals()[name]()
-    folder = Path(args.config_file)
-    trainer = Trainer([event for event in args.at if event[1] != "setup"], folder)
+    trainer = Trainer(args)
+    trainer.meet("setup")
     trainer.register_hooks([Print(), PreemptionHook()])
     try:
         trainer.train(0, args.steps)
     finally:
-        (folder / f"ended{comm.get_rank()}").write_text(str(trainer.iter))
+        (trainer.folder / f"ended{comm.get_rank()}").write_text(str(trainer.iter))
 
 
 if __name__ == "__main__":

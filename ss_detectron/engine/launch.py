@@ -1,42 +1,51 @@
 """
 Starts the processes of a run: one here, several here and on other machines, or those that torchrun
 has started. Passes on requests to stop (see :mod:`.preemption`), and says which process has failed.
+
+torch's elastic launcher would lose exit code 75, and kill what still saves 30 s after SIGTERM.
 """
 
 import argparse
+import logging
+import multiprocessing
 import os
 import signal
-import socket
 import sys
-import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import torch
-from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker
+import torch.distributed as dist
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.utils import comm
 from torch.distributed import is_torchelastic_launched
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.multiprocessing import start_processes
 
-from ss_detectron.utils.comm import leave_group, limit_waiting
+from ss_detectron.utils.comm import leave_group, set_collective_timeout
 
-from .preemption import EXIT_CODE, Preempted, StopSignals, listen, say, without_interrupts
+from .preemption import EXIT_CODE, Preempted, StopSignals, print_safely, rank_signals
 
 __all__ = ["add_launch_options", "complete_launch_options", "launch"]
 
+logger = logging.getLogger(__name__)
+
+Main = Callable[[argparse.Namespace], Any]
+
 _YEAR = 525600  # minutes
 _GRACE = 20  # seconds for the other processes to end, once one has
+_HOST = "127.0.0.1"
 _SIGNALS = {number.value: number.name for number in signal.Signals}
-# Exit codes of a process that was asked to stop, in training and before.
-_STOPPED = (EXIT_CODE, -signal.SIGTERM, -signal.SIGINT)
+_STOPPED = (
+    EXIT_CODE,
+    -signal.SIGTERM,
+)  # asked to stop, in training and before
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
@@ -61,255 +70,208 @@ def complete_launch_options(parser: argparse.ArgumentParser, args: argparse.Name
     """
     if not 0 < args.timeout <= _YEAR:
         parser.error(f"--timeout {args.timeout:g}: give minutes, above 0 and up to {_YEAR}")
-    if is_torchelastic_launched():
-        started = {
-            "num_gpus": _environment("LOCAL_WORLD_SIZE"),
-            "num_machines": _environment("GROUP_WORLD_SIZE"),
-            "machine_rank": _environment("GROUP_RANK"),
-        }
-        for name, value in started.items():
-            if getattr(args, name) not in (None, value):
-                option = "--" + name.replace("_", "-")
-                parser.error(
-                    f"{option} {getattr(args, name)}: torchrun has started this process, where it "
-                    f"is {value}; leave {option} out, torchrun has options of its own"
-                )
-            setattr(args, name, value)
-        if args.dist_url != "auto":
-            parser.error(f"--dist-url {args.dist_url}: torchrun has set one; leave it out")
-        if args.num_gpus * args.num_machines != _environment("WORLD_SIZE"):
-            parser.error("torchrun has to start the same number of processes on every machine")
-    args.num_gpus = 1 if args.num_gpus is None else args.num_gpus
-    args.num_machines = 1 if args.num_machines is None else args.num_machines
-    args.machine_rank = args.machine_rank or 0
+    torchrun = is_torchelastic_launched()
+    names = {"num_gpus": "LOCAL_WORLD_SIZE", "num_machines": "GROUP_WORLD_SIZE"}
+    names["machine_rank"] = "GROUP_RANK"
+    for name, variable in names.items():
+        given, option = getattr(args, name), "--" + name.replace("_", "-")
+        value = int(os.environ[variable]) if torchrun else int(name != "machine_rank")
+        if torchrun and given not in (None, value):
+            parser.error(f"{option} {given}: torchrun has set it to {value}; leave {option} out")
+        setattr(args, name, value if given is None else given)
+    size = args.num_gpus * args.num_machines
+    if torchrun and args.dist_url != "auto":
+        parser.error(f"--dist-url {args.dist_url}: torchrun has set one; leave it out")
+    if torchrun and size != int(os.environ["WORLD_SIZE"]):
+        parser.error("torchrun has to start the same number of processes on every machine")
     if args.num_gpus < (args.num_machines > 1) or args.num_machines < 1:
         parser.error(f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: too few")
     if not 0 <= args.machine_rank < args.num_machines:
-        parser.error(
-            f"--machine-rank {args.machine_rank}: the machines are numbered from 0 to "
-            f"{args.num_machines - 1}, for --num-machines is {args.num_machines}"
-        )
-    if args.num_machines > 1 and args.dist_url == "auto" and not is_torchelastic_launched():
+        last = args.num_machines - 1
+        parser.error(f"--machine-rank {args.machine_rank}: the machines are numbered 0 to {last}")
+    if args.num_machines > 1 and args.dist_url == "auto" and not torchrun:
         parser.error("several machines need --dist-url tcp://HOST:PORT, a port of machine 0")
     if 0 < torch.cuda.device_count() < args.num_gpus:
         parser.error(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def launch(main: Main, args: argparse.Namespace) -> None:
     """
     Runs ``main(args)`` in every process of the run, each with SIGTERM and SIGINT as requests to
-    stop, and returns when all have ended.
+    stop. Returns when all have ended, with the signal handlers that there were before.
 
     Args:
         main: a function of a module's top level.
         args: after :func:`complete_launch_options`.
 
     Raises:
-        Preempted: the processes were asked to stop, and did.
+        Preempted: the processes were asked to stop, and did. SIGTERM is ignored from then on.
         SystemExit: a process has failed; the message says which and how.
         KeyboardInterrupt: a second Ctrl-C. The other processes are killed.
     """
-    timeout = timedelta(minutes=args.timeout)
-    with _undisturbed_end():
-        if is_torchelastic_launched():
-            listen(spokesman=_environment("RANK") == 0)
+    if is_torchelastic_launched():
+        with rank_signals():
             # Leaves the traceback to torchrun, which prints that of the first process to fail.
-            record(_join_torchrun)(main, args, timeout)
-        elif args.num_gpus * args.num_machines > 1:
-            _launch_processes(main, args, timeout)
-        else:
-            listen()
+            record(_run)(main, args, int(os.environ["LOCAL_RANK"]), init_method="env://")
+    elif args.num_gpus * args.num_machines > 1:
+        _launch_processes(main, args)
+    else:
+        with rank_signals():
             main(args)
 
 
-@contextmanager
-def _undisturbed_end() -> Iterator[None]:
-    """Ignores SIGTERM afterwards: it would end Python on its way out, and change the exit code."""
+def _run(main: Main, args: argparse.Namespace, local_rank: int, **rendezvous: Any) -> None:
+    """
+    Runs this machine's process number ``local_rank`` as one of a process group.
+
+    Args:
+        rendezvous: how the processes find each other, for ``init_process_group``.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    timeout = timedelta(minutes=args.timeout)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        rank=args.machine_rank * args.num_gpus + local_rank,
+        world_size=args.num_gpus * args.num_machines,
+        timeout=timeout,
+        **rendezvous,
+    )
+    comm.create_local_process_group(args.num_gpus)
+    set_collective_timeout(timeout)
+    stopped = False
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _environment(name: str) -> int:
-    return int(os.environ[name])
-
-
-def _join_torchrun(
-    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, timeout: timedelta
-) -> None:
-    if _environment("WORLD_SIZE") == 1:
-        return main(args)
-    rank = _environment("LOCAL_RANK")
-    _take_part(rank, main, args, _environment("WORLD_SIZE"), "env://", timeout)
-
-
-def _take_part(
-    rank: int,
-    main: Callable[[argparse.Namespace], Any],
-    args: argparse.Namespace,
-    size: int,
-    url: str,
-    timeout: timedelta,
-) -> None:
-    """One of a run's ``size`` processes, this machine's number ``rank``."""
-    stopped = None
-    try:
-        own = (main, args, timeout)
-        words = (rank, _main, size, args.num_gpus, args.machine_rank, url, own, timeout)
-        _distributed_worker(*words)
-    except Preempted as request:
-        stopped = request.with_traceback(None)  # whose frames refer to the group
-    # After a failure, the others may not answer, and the exit code says it anyway.
+        main(args)
+    except Preempted:
+        stopped = True  # raised anew below, as the frames of this one refer to the group
+    # Not after a failure: the others may not answer, and the exit code says it anyway.
     leave_group()
-    if stopped is not None:
-        raise stopped
-
-
-def _main(
-    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, timeout: timedelta
-) -> None:
-    limit_waiting(timeout)
-    main(args)
+    if stopped:
+        raise Preempted
 
 
 # Processes of our own ----------------------------------------------------------------------------
 
 
-def _launch_processes(
-    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, timeout: timedelta
-) -> None:
-    """The parent of this machine's processes."""
-    if args.dist_url == "auto":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            args.dist_url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+def _launch_processes(main: Main, args: argparse.Namespace) -> None:
+    """Starts this machine's processes, and ends them all once one has failed."""
+    # The store is the parent's own, so that nobody else can take its port.
+    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    failures = context.SimpleQueue()
+    processes = []
+    for i in range(args.num_gpus):
+        name = f"Rank {args.machine_rank * args.num_gpus + i}"
+        words = (main, args, i, store.port, failures)
+        processes.append(context.Process(target=_run_process, name=name, args=words))
     # What was printed before stands before what the processes print.
     sys.stdout.flush()
-    processes: list[BaseProcess] = []
+    # They inherit that SIGINT is ignored: the parent passes a terminal's Ctrl-C on.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for process in processes:
+        process.start()
+    signal.signal(signal.SIGINT, handler)
 
-    def forward(number: signal.Signals) -> None:
-        if processes:
-            say(f"{number.name}: all {len(processes)} processes are asked to save and stop.")
+    def terminate() -> None:
         for process in processes:
             process.terminate()
 
-    stop = StopSignals(forward)
-    stop.install()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            # Python 3.11 unblocks signals when it starts this.
-            resource_tracker.ensure_running()
-            with without_interrupts():
-                words = (main, args, timeout, os.getpid(), Path(folder))
-                context = start_processes(_process, words, nprocs=args.num_gpus, join=False)
-            processes += context.processes
-            if stop.first:
-                forward(stop.first)
-            _wait(processes, args.machine_rank * args.num_gpus, Path(folder))
-        finally:
+    def pass_on(number: signal.Signals) -> None:
+        print_safely(f"{number.name}: all {len(processes)} processes are asked to save and stop.")
+        terminate()
+
+    try:
+        with StopSignals(pass_on).installed():
+            failed: list[BaseProcess] = []
+            while not failed and (running := [p for p in processes if p.is_alive()]):
+                # Each second, too: workers of a dead process can keep its sentinel open.
+                wait([process.sentinel for process in running], timeout=1)
+                failed = [process for process in processes if process.exitcode]
+            if not failed:
+                return
+            terminate()
+            deadline = time.monotonic() + _GRACE
             for process in processes:
-                process.kill()
+                process.join(max(0, deadline - time.monotonic()))
+            codes = {process.exitcode for process in failed}
+            # Those that a stopped one has left alone may fail for it, but nothing kills them.
+            if codes.intersection(_STOPPED) and min(codes.difference(_STOPPED), default=0) >= 0:
+                if EXIT_CODE not in codes:
+                    logger.warning("Stopped outside training: there was nothing to save.")
+                raise Preempted
+            errors = {}
+            while not failures.empty():
+                name, text = failures.get()
+                errors[name] = text
+            raise SystemExit(_report(processes, failed, errors))
+    finally:
+        for process in processes:
+            process.kill()
 
 
-def _process(
-    index: int,
-    main: Callable[[argparse.Namespace], Any],
-    args: argparse.Namespace,
-    timeout: timedelta,
-    parent: int,
-    failures: Path,
+def _run_process(
+    main: Main, args: argparse.Namespace, local_rank: int, port: int, failures: SimpleQueue
 ) -> None:
     """
-    One of this machine's processes. If it fails, it leaves the parent a file: the error in a line,
-    and its traceback.
+    Is one of this machine's processes. Where an exception ends it, puts its own name into
+    ``failures``, and the exception in a line, with the traceback below.
     """
-    listen(parent=parent, spokesman=index == 0)
-    size = args.num_gpus * args.num_machines
-    with _undisturbed_end():
-        try:
-            _take_part(index, main, args, size, args.dist_url, timeout)
-        except Exception as error:
-            summary = f"{type(error).__name__}: {error}".splitlines()[0]
-            text = f"{summary}\n{traceback.format_exc()}"
-            (failures / str(index)).write_text(text, "utf-8", errors="backslashreplace")
-            sys.exit(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        with rank_signals(spawned=True):
+            rendezvous = {"init_method": args.dist_url}
+            if args.dist_url == "auto":
+                timeout = timedelta(minutes=args.timeout)
+                rendezvous = {"store": dist.TCPStore(_HOST, port, timeout=timeout)}
+            _run(main, args, local_rank, **rendezvous)
+    except Exception as error:
+        summary = f"{type(error).__name__}: {error}".splitlines()[0]
+        # Cut, so that a pipe holds those of all processes.
+        text = f"{summary[:500]}\n{traceback.format_exc()[-4000:]}"
+        failures.put((multiprocessing.current_process().name, text))
+        sys.exit(1)
+    finally:
+        # It would end Python on its way out, and change the exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _wait(processes: Sequence[BaseProcess], first_rank: int, failures: Path) -> None:
-    """
-    Returns when all processes have ended well. Once one has failed, the others are ended.
-
-    Raises:
-        Preempted, SystemExit: see :func:`launch`.
-    """
-    while True:
-        codes = [process.exitcode for process in processes]
-        failed = [process for process, code in zip(processes, codes, strict=True) if code]
-        running = [process.sentinel for process in processes if process.exitcode is None]
-        if failed or codes == [0] * len(codes):
-            break
-        # Looks after them each second: worker processes can keep the sentinel of a dead one open.
-        wait(running, timeout=1)
-    if not failed:
-        return
-    deadline = time.monotonic() + _GRACE
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    hung = [process for process in processes if process.is_alive()]
-    for process in hung:
-        process.kill()
-        process.join()
-    stopped = [process for process in failed if process.exitcode in _STOPPED]
-    killed = [process for process in failed if process.exitcode < 0 and process not in stopped]
-    if not stopped or killed:
-        raise SystemExit(_report(processes, killed or failed, hung, first_rank, failures))
-    if stopped[0].exitcode != EXIT_CODE:
-        say(f"Stopped outside training: there was nothing to save. Exit code {EXIT_CODE}.")
-    raise Preempted
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # not an exception: what it would run on its way out may wait for other ranks
 
 
 def _report(
-    processes: Sequence[BaseProcess],
-    failed: Sequence[BaseProcess],
-    hung: Sequence[BaseProcess],
-    first_rank: int,
-    failures: Path,
+    processes: Sequence[BaseProcess], failed: Sequence[BaseProcess], errors: dict[str, str]
 ) -> str:
     """
-    What has ended the run, with its traceback, and how the other processes ended then.
+    Says what has ended the run, with its traceback, and how the other processes ended then.
 
     Args:
-        processes: all of this machine, ended.
+        processes: all of this machine; those that are alive had time to end.
         failed: those that were first to end.
-        hung: those that had to be killed.
-        first_rank: the first process's rank.
-        failures: of each process that an exception has ended, the file that it left.
+        errors: what each process that an exception has ended says of it, the first in time first.
     """
-    files = sorted(failures.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    errors = {processes[int(file.name)]: file.read_text("utf-8") for file in files}
-    # An exception takes others down before its own process has ended: the first in time counts.
-    culprit = next((process for process in failed if process not in errors), None)
-    culprit = culprit or next(iter(errors))
 
     def ending(process: BaseProcess) -> str:
-        name = f"Rank {first_rank + processes.index(process)} (process {process.pid})"
-        if process in hung:
-            return f"{name} did not end within {_GRACE} seconds and was killed"
-        if process in errors:
-            return f"{name} failed with {errors[process].splitlines()[0]}"
-        if process.exitcode < 0:
-            return f"{name} was killed by {_SIGNALS.get(-process.exitcode, -process.exitcode)}"
-        return f"{name} ended with exit code {process.exitcode}"
+        code = process.exitcode
+        if process.name in errors:
+            how = "failed with " + errors[process.name].partition("\n")[0]
+        elif code is None:
+            how = f"did not end within {_GRACE} seconds and was killed"
+        elif code == -signal.SIGKILL:
+            how = "was killed by SIGKILL (as by the kernel where memory has run out, see dmesg)"
+        elif code < 0:
+            how = f"was killed by {_SIGNALS.get(-code, -code)}"
+        else:
+            how = f"ended with exit code {code}"
+        return f"{process.name} (process {process.pid}) {how}"
 
-    lines = []
-    if errors:  # the culprit's, or what may have led to its end
-        lines.append(errors.get(culprit, next(iter(errors.values()))).partition("\n")[2])
+    # An exception takes others down before its own process has ended: the first in time counts.
+    names = [process.name for process in failed if process.name not in errors] + list(errors)
+    (culprit,) = (process for process in processes if process.name == names[0])
+    # Where the culprit has left no traceback, another's may be of what led to its end.
+    lines = [errors.get(culprit.name, first).partition("\n")[2] for first in [*errors.values()][:1]]
     lines += [f"After that: {ending(process)}." for process in processes if process is not culprit]
-    if culprit.exitcode == -signal.SIGKILL:
-        lines.append("SIGKILL is also what the kernel sends where memory has run out (see dmesg).")
     lines.append(
         f"{ending(culprit)}, which ended the run here. Nothing was saved for it: with --resume, it "
         "goes on from the last checkpoint in OUTPUT_DIR."

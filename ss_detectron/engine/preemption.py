@@ -24,10 +24,9 @@ __all__ = [
     "Preempted",
     "PreemptionHook",
     "StopSignals",
-    "listen",
-    "say",
+    "print_safely",
+    "rank_signals",
     "stop_requested",
-    "without_interrupts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class StopSignals:
         self._interrupted = float("inf")
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """The handler of these signals."""
+        """Handles one of these signals."""
         now = time.monotonic()
         # A Ctrl-C can come twice: from the terminal, and from a program that passes it on.
         if number == signal.SIGINT and now > self._interrupted + 1:
@@ -79,96 +78,80 @@ class StopSignals:
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGTERM:
                 signal.signal(number, self.receive)
 
-
-class _Rank:
-    """What SIGTERM and SIGINT do to a process that trains, see :func:`listen`."""
-
-    def __init__(self, parent: int | None, spokesman: bool) -> None:
-        self.stop = StopSignals(self._answer)
-        self.training = False
-        self._parent = parent
-        self._spokesman = spokesman
-
-    def listen(self) -> None:
-        if self._parent is None:
-            self.stop.install()
-            return
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        if os.getppid() != self._parent:
-            os._exit(1)
-
-    def begin_training(self) -> None:
-        """From here on, a rank that stopped by itself would leave the others waiting."""
-        self.training = True
-        if self._parent is not None:
-            signal.signal(signal.SIGTERM, self.stop.receive)
-            signal.signal(signal.SIGINT, self._ignore_unless_orphaned)
-
-    def _answer(self, number: signal.Signals) -> None:
-        if not self.training:
-            if self._spokesman:
-                say(f"{number.name} outside training: there is nothing to save, the run stops.")
-            raise Preempted
-        if self._spokesman and self._parent is None:
-            say(
-                f"{number.name}: the run stops when this step is finished and a checkpoint saved; "
-                "after the last step, it finishes."
-            )
-
-    def _ignore_unless_orphaned(self, number: int, frame: FrameType | None) -> None:
-        if os.getppid() != self._parent:
-            # Not an exception: what it would run on its way out may wait for other ranks.
-            os._exit(1)
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """
+        Installs the handler, and the former ones afterwards. On the way out by an exception,
+        SIGTERM is ignored: it would change the exit code.
+        """
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.install()
+        try:
+            yield
+        except BaseException:
+            handlers[signal.SIGTERM] = signal.SIG_IGN
+            raise
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
-_rank: _Rank | None = None  # there is one at most in a process, with the handlers
-
-
-def listen(*, parent: int | None = None, spokesman: bool = True) -> None:
-    """
-    From now on, a request ends this process: at once before training has begun, when there is
-    nothing to save, and later where :class:`PreemptionHook` lets it. Worker processes of data
-    loaders are kept out of it.
-
-    Args:
-        parent: the process id of the launcher that has started this process, if it passes on every
-            request as SIGTERM. Before training, any of these signals then ends the process even
-            while it waits for other machines. In training, SIGINT only means that the launcher is
-            dead, or that a terminal's Ctrl-C went to all processes.
-        spokesman: whether this process tells the user, on standard error.
-    """
-    global _rank
-    if _rank is not None:
-        raise RuntimeError("listen() was called twice in one process")
-    _rank = _Rank(parent, spokesman)
-    _rank.listen()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    prepare_workers()
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """
-    Processes started here are deaf to SIGINT until they :func:`listen`: one that still imports what
-    it needs would answer a terminal's Ctrl-C with a traceback. SIGTERM ends it.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def say(text: str) -> None:
-    """Writes a line to standard error as a signal handler may: logging is not re-entrant."""
+def print_safely(text: str) -> None:
+    """Writes a line to standard error, as a signal handler may: logging must not be re-entered."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
+class _RankSignals(StopSignals):
+    """Those of a process that trains."""
+
+    def __init__(self, spawned: bool) -> None:
+        super().__init__(self._stop)
+        self.training = False
+        self._tells = not spawned  # whose parent does
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self._tells and comm.is_main_process():
+            print_safely(
+                f"{number.name}: the run stops when this step is finished and a checkpoint saved; "
+                "after the last step, it finishes."
+                if self.training
+                else f"{number.name} outside training: there is nothing to save, the run stops."
+            )
+        if not self.training:
+            raise Preempted
+
+
+_rank: _RankSignals | None = None  # there is one at most in a process, with the handlers
+
+
+@contextmanager
+def rank_signals(*, spawned: bool = False) -> Iterator[None]:
+    """
+    Lets a request end this process: at once before training has begun, when there is nothing to
+    save, and later where :class:`PreemptionHook` lets it. Worker processes of data loaders are kept
+    out of it.
+
+    Args:
+        spawned: whether a parent passes every request on as SIGTERM, and has this process ignore
+            SIGINT. Before training, SIGTERM then ends the process by its default action, even while
+            it waits for other machines, which no handler could.
+    """
+    global _rank
+    prepare_workers()
+    _rank = _RankSignals(spawned)
+    try:
+        with _rank.installed():
+            if spawned:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            yield
+    finally:
+        _rank = None
+
+
 def stop_requested() -> bool:
     """Whether this process was asked to stop."""
-    return _rank is not None and _rank.stop.first is not None
+    return _rank is not None and _rank.first is not None
 
 
 class PreemptionHook(HookBase):
@@ -180,8 +163,10 @@ class PreemptionHook(HookBase):
     """
 
     def before_train(self) -> None:
+        # From here on, a rank that stopped by itself would leave the others waiting.
         if _rank is not None:
-            _rank.begin_training()
+            _rank.training = True
+            _rank.install()
 
     def after_step(self) -> None:
         trainer = self.trainer

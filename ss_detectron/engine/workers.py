@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 __all__ = ["prepare_workers"]
@@ -13,10 +14,11 @@ __all__ = ["prepare_workers"]
 _PATIENCE = 1  # seconds
 
 
+@cache
 def prepare_workers() -> None:
     """
     Has this process, a rank, fork its loaders' workers, once its other threads sleep, and keeps
-    requests to stop from them. To be called once.
+    requests to stop from them.
     """
     if sys.platform != "linux":
         return

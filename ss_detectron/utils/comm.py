@@ -17,7 +17,7 @@ from .random_state import get_random_state, set_random_state
 __all__ = [
     "any_rank",
     "leave_group",
-    "limit_waiting",
+    "set_collective_timeout",
     "load_rank_state",
     "rank_state",
     "reduce_flags",
@@ -44,11 +44,11 @@ def reduce_flags(flags: Tensor) -> list[bool]:
     return flags.bool().tolist()
 
 
-def limit_waiting(timeout: timedelta) -> None:
+def set_collective_timeout(timeout: timedelta) -> None:
     """
-    Has ranks wait for each other's objects, as in :func:`any_rank`, no longer than ``timeout``:
-    beside NCCL, Detectron2 exchanges them in a group of gloo's that knows nothing of it. Every rank
-    has to call it, before any exchange.
+    Sets how long ranks wait for each other's objects, as in :func:`any_rank`: beside NCCL,
+    Detectron2 exchanges them in a group of gloo's that knows nothing of the NCCL group's timeout.
+    Every rank has to call it, before any exchange.
     """
 
     @lru_cache

@@ -5,10 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from ss_detectron.engine import argument_parser
 from ss_detectron.engine.launch import _report, add_launch_options, complete_launch_options
 from ss_detectron.engine.preemption import EXIT_CODE
 
-STOPPED_RUN = Path(__file__).parents[1] / "stopped_run.py"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # of python -m
 
 # The command line --------------------------------------------------------------------------------
@@ -60,25 +58,23 @@ def test_torchrun_says_how_many_processes_there_are(torchrun):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--num-gpus 1", "--num-gpus 1: torchrun has started this process, where it is 4"),
-        ("--num-gpus 8", "leave --num-gpus out"),
-        ("--num-machines 1", "--num-machines 1: torchrun has started"),
-        ("--machine-rank 0", "--machine-rank 0: torchrun has started"),
+        ("--num-gpus 1", "--num-gpus 1: torchrun has set it to 4; leave --num-gpus out"),
+        ("--num-machines 1", "--num-machines 1: torchrun has set"),
+        ("--machine-rank 0", "--machine-rank 0: torchrun has set"),
         ("--dist-url tcp://a:1", "--dist-url tcp://a:1: torchrun has set one"),
+        ("WORLD_SIZE 6", "the same number of processes on every machine"),
     ],
 )
-def test_options_that_contradict_torchrun_are_refused(torchrun, capsys, words, message):
+def test_options_that_contradict_torchrun_are_refused(
+    torchrun, monkeypatch, capsys, words, message
+):
+    if words.startswith("WORLD_SIZE"):
+        monkeypatch.setenv(*words.split())
+        words = ""
     with pytest.raises(SystemExit) as exit_:
         options(*words.split())
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_machines_with_different_numbers_of_processes_are_refused(torchrun, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(SystemExit):
-        options()
-    assert "the same number of processes on every machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -89,8 +85,8 @@ def test_machines_with_different_numbers_of_processes_are_refused(torchrun, monk
         ("--timeout 1e12", "--timeout 1e+12"),
         ("--num-gpus -1", "--num-gpus -1"),
         ("--num-machines 0", "--num-machines 0"),
-        ("--machine-rank 1", "--machine-rank 1: the machines are numbered from 0 to 0"),
-        ("--num-machines 2 --machine-rank 2", "numbered from 0 to 1"),
+        ("--machine-rank 1", "--machine-rank 1: the machines are numbered 0 to 0"),
+        ("--num-machines 2", "several machines need --dist-url tcp://HOST:PORT"),
     ],
 )
 def test_options_that_cannot_work_are_refused(capsys, words, message):
@@ -100,127 +96,31 @@ def test_options_that_cannot_work_are_refused(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-# What is said of a failure -----------------------------------------------------------------------
+# What is said of a failure; whole runs that fail are in test_preemption.py -----------------------
+
+CLOSED, FAILS = "RuntimeError: Connection closed by peer", "ValueError: a step that fails"
 
 
-@dataclass(frozen=True)
-class Ended:
-    pid: int
-    exitcode: int
-
-
-def report(folder: Path, codes: list[int], errors: dict[int, str], failed: list[int], hung=()):
-    """Of processes 100, 101 ..., whose tracebacks were written in the order of ``errors``."""
-    for second, (index, text) in enumerate(errors.items()):
-        file = folder / str(index)
-        file.write_text(f"{text}\nTraceback (most recent call last):\n  ...\n{text}\n")
-        os.utime(file, (1000 + second, 1000 + second))
-    processes = [Ended(100 + i, code) for i, code in enumerate(codes)]
-    named = ([processes[i] for i in indices] for indices in (failed, hung))
-    return _report(processes, *named, first_rank=8, failures=folder)
-
-
-def test_the_first_exception_in_time_has_ended_the_run(tmp_path):
-    errors = {1: "ValueError: a step that fails", 0: "RuntimeError: Connection closed by peer"}
-    lines = report(tmp_path, [1, 1], errors, failed=[0]).splitlines()
-    assert lines[:3] == ["Traceback (most recent call last):", "  ...", errors[1]]
-    assert lines[-2] == f"After that: Rank 8 (process 100) failed with {errors[0]}."
-    assert lines[-1].startswith(
-        f"Rank 9 (process 101) failed with {errors[1]}, which ended the run"
-    )
-    assert "--resume" in lines[-1]
-
-
-def test_a_process_that_was_killed_has_ended_the_run_before_any_exception(tmp_path):
-    errors = {0: "RuntimeError: Connection closed by peer"}
-    lines = report(tmp_path, [1, -9], errors, failed=[1]).splitlines()
-    assert lines[-1].startswith("Rank 9 (process 101) was killed by SIGKILL, which ended the run")
-    assert lines[:3] == ["Traceback (most recent call last):", "  ...", errors[0]]
-    assert "memory has run out" in lines[-2]
-
-
-def test_processes_that_ended_otherwise_are_named_so(tmp_path):
-    lines = report(tmp_path, [-9, 3, -11, -40], {}, failed=[1], hung=[0]).splitlines()
-    assert lines[0] == (
-        "After that: Rank 8 (process 100) did not end within 20 seconds and was killed."
-    )
-    assert lines[1] == "After that: Rank 10 (process 102) was killed by SIGSEGV."
-    assert lines[2] == "After that: Rank 11 (process 103) was killed by 40."
-    assert lines[3].startswith("Rank 9 (process 101) ended with exit code 3, which ended the run")
-
-
-# Runs of empty steps -----------------------------------------------------------------------------
-
-
-def failing(folder: Path, *words) -> tuple[int, str, float]:
-    """Exit code, output and seconds of a run of two processes to which something happens."""
-    words = ["--config-file", folder, "--num-gpus", 2, *words]
-    with start(*words, cwd=folder, script=STOPPED_RUN) as process:
-        try:
-            assert any("is process" in line for line in process.stdout)
-            began = time.monotonic()
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
-    return process.returncode, output, time.monotonic() - began
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "event", "how"),
+    ("codes", "failed", "errors", "last", "before"),
     [
-        (1, "die", "was killed by SIGKILL"),
-        (1, "fail", "failed with ValueError: a step that fails"),
-        (0, "exit_with_3", "ended with exit code 3"),
+        # The first exception in time has ended the run,
+        ((1, 1), (0,), {1: FAILS, 0: CLOSED}, f"1 failed with {FAILS}", f"0 failed with {CLOSED}"),
+        # but before any exception what nobody could catch.
+        ((1, -9), (1,), {0: CLOSED}, "1 was killed by SIGKILL", f"0 failed with {CLOSED}"),
+        ((1, 1), (0, 1), {0: CLOSED}, "1 ended with exit code 1", f"0 failed with {CLOSED}"),
+        # A process that leaves no word of its exception, as on a full disk, has an exit code.
+        ((None, 1), (1,), {}, "1 ended with exit code 1", "0 did not end within 20 seconds"),
+        ((-40, -11), (1,), {}, "1 was killed by SIGSEGV", "0 was killed by 40"),
     ],
 )
-def test_a_rank_that_fails_ends_the_run_and_is_named_last(rank, event, how, tmp_path):
-    code, output, seconds = failing(tmp_path, "--at", rank, 100, event)
-    assert code == 1, output
-    assert seconds < 60
-    last = output.strip().splitlines()[-1]
-    assert last.startswith(f"Rank {rank} (process ")
-    assert how in last
-    assert "--resume" in last
-    assert f"After that: Rank {1 - rank} (process " in output
-    assert not list(tmp_path.glob("saved*"))
-    if event == "fail":
-        assert 'raise ValueError("a step that fails")' in output
-
-
-@pytest.mark.slow
-def test_a_rank_that_dies_after_a_request_to_stop_leaves_nothing_saved(tmp_path):
-    events = ["--at", 0, 100, "terminate", "--at", 1, 100, "die"]
-    code, output, _ = failing(tmp_path, *events)
-    assert code == 1, output
-    assert "was killed by SIGKILL, which ended the run" in output.strip().splitlines()[-1]
-    assert not list(tmp_path.glob("saved*"))
-
-
-@pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path):
-    code, output, seconds = failing(tmp_path, "--timeout", 0.1, "--at", 1, 100, "hang")
-    assert code == 1, output
-    assert seconds < 60
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("Rank 0 (process ")
-    assert "imed out" in last
-    assert "Rank 1 (process" in output
-    assert "did not end within 20 seconds" in output
-
-
-@pytest.mark.slow
-def test_torchruns_processes_stop_at_the_same_step(tmp_path):
-    words = [*TORCHRUN, STOPPED_RUN, "--config-file", tmp_path, "--at", 1, 7, "terminate"]
-    with start(*words, cwd=tmp_path, script="-m") as process:
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
-    assert process.returncode == 1, output  # torchrun's own
-    saved = [int((tmp_path / f"saved{rank}").read_text()) for rank in (0, 1)]
-    assert saved == [7, 7]
-    assert f"exitcode  : {EXIT_CODE}" in output
+def test_the_process_that_ended_the_run_is_named_last(codes, failed, errors, last, before):
+    processes = [SimpleNamespace(name=str(i), pid=7, exitcode=c) for i, c in enumerate(codes)]
+    texts = {str(i): f"{error}\nTraceback:\n  {error}" for i, error in errors.items()}
+    *lines, said = _report(processes, [processes[i] for i in failed], texts).splitlines()
+    assert said.replace(" (process 7)", "").startswith(last) and "--resume" in said
+    assert lines[-1].replace(" (process 7)", "").startswith(f"After that: {before}")
+    assert lines[:-1] == (["Traceback:", f"  {next(iter(errors.values()))}"] if errors else [])
 
 
 # Runs of the tool --------------------------------------------------------------------------------
@@ -295,31 +195,6 @@ def test_a_training_that_was_terminated_saves_its_last_step_and_goes_on(launcher
     assert rows(folder)[-1]["iteration"] == iteration + 2
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    """The process ids of a run's ranks, children of its parent or of torchrun."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return [pid for pid, line in lines.items() if b"spawn_main" in line or b"train_net" in line]
-
-
-@pytest.mark.slow
-def test_a_training_of_which_a_rank_is_killed_ends_and_saves_nothing(tiny, tmp_path):
-    words = ["--num-gpus", 2, *tiny, "SOLVER.MAX_ITER", 100000]
-    process, killed = start(*words, cwd=tmp_path), []
-
-    def kill() -> None:
-        killed.extend((ranks_of(process)[1], time.monotonic()))
-        os.kill(killed[0], signal.SIGKILL)
-
-    output = output_after(process, "  iter: 19  ", kill)
-    assert process.returncode == 1, output
-    rank, when = killed
-    assert time.monotonic() - when < 60
-    last = output.strip().splitlines()[-1]
-    assert last.startswith(f"Rank 1 (process {rank}) was killed by SIGKILL")
-    assert not list((tmp_path / "out").glob("*.pth"))
-
-
 @pytest.mark.slow
 def test_torchrun_starts_a_training_again_that_goes_on(tiny, tmp_path, monkeypatch):
     # Without it, torch's new processes may read the addresses of the old ones.
@@ -329,7 +204,15 @@ def test_torchrun_starts_a_training_again_that_goes_on(tiny, tmp_path, monkeypat
     words += ["SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.MAX_ITER", 20]
     process = start(*words, cwd=tmp_path, script="-m")
     saved = "Saving checkpoint to out/model_0000005.pth"
-    output = output_after(process, saved, lambda: os.kill(ranks_of(process)[1], signal.SIGKILL))
+
+    def kill_a_rank() -> None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [
+            pid for pid in children if b"train_net" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(int(ranks[1]), signal.SIGKILL)
+
+    output = output_after(process, saved, kill_a_rank)
     assert process.returncode == 0, output
     assert "Loading from out/model_" in output
     assert torch.load(folder / "model_final.pth")["iteration"] == 19
@@ -402,21 +285,13 @@ def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_goes_on(slurm, tiny,
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_ends_as_a_whole_is_left_to_slurm(slurm, tiny, tmp_path):
+def test_a_job_that_slurm_ends_or_that_fails_is_not_requeued(slurm, tiny, tmp_path):
     process = submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000)
     output = output_after(process, "  iter: 19  ", lambda: os.killpg(process.pid, signal.SIGTERM))
     assert process.returncode == EXIT_CODE, output
     last_iteration(tmp_path / "out")
-    assert not (tmp_path / "requeued").exists()
 
-
-@pytest.mark.slow
-def test_a_job_that_fails_is_not_requeued(slurm, tiny, tmp_path):
-    with submit(tmp_path, *tiny, "NO.SUCH_KEY", 1) as process:
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
+    process = submit(tmp_path, *tiny, "NO.SUCH_KEY", 1)
+    output = output_after(process, "NO.SUCH_KEY", lambda: None)
     assert process.returncode == 1, output
-    assert "NO.SUCH_KEY" in output
     assert not (tmp_path / "requeued").exists()

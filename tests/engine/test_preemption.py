@@ -1,10 +1,12 @@
-"""Runs that are asked to stop: real processes, real signals."""
+"""Runs that are asked to stop, or in which a rank fails: real processes, real signals."""
 
 import os
 import signal
 import socket
 import subprocess
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,30 +15,9 @@ import torch
 from run_utils import SECONDS, end, start
 
 from ss_detectron.engine import preemption
+from ss_detectron.engine.launch import launch
 from ss_detectron.engine.preemption import EXIT_CODE, Preempted, PreemptionHook, StopSignals
 from ss_detectron.engine.train_loop import StepTrainer
-
-RUN = Path(__file__).parents[1] / "stopped_run.py"
-
-
-def run(folder: Path, *words, **options) -> subprocess.Popen:
-    return start("--config-file", folder, *words, cwd=folder, script=RUN, **options)
-
-
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit code and output, when all processes of a run have ended."""
-    with process:
-        try:
-            # Returns once nobody holds the other end of the pipe.
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
-    return process.returncode, output
-
-
-def numbers(folder: Path, name: str) -> list[int]:
-    return [int(path.read_text()) for path in sorted(folder.glob(f"{name}*"))]
-
 
 # The signals of one process ----------------------------------------------------------------------
 
@@ -68,17 +49,28 @@ def test_a_second_ctrl_c_interrupts_but_one_that_comes_twice_does_not(clock):
         signals.receive(signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_sigint_stays_ignored_where_it_is(number):
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
+@pytest.mark.parametrize("asked", [False, True])
+def test_launch_leaves_the_handlers_that_were_there(asked, interrupts, monkeypatch):
+    def main(args):
+        assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert ignored == (interrupts == signal.SIG_IGN)  # as in shell scripts
+        os.kill(os.getpid(), signal.SIGTERM if asked else 0)
+
+    monkeypatch.setattr(preemption, "prepare_workers", lambda: None)
+    first = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = first | {signal.SIGINT: interrupts}
+    signal.signal(signal.SIGINT, interrupts)
     try:
-        signals = StopSignals(lambda number: None)
-        signals.install()
-        os.kill(os.getpid(), number)
+        with pytest.raises(Preempted) if asked else nullcontext():
+            launch(main, SimpleNamespace(num_gpus=1, num_machines=1))
+        if asked:  # another would change the exit code
+            before[signal.SIGTERM] = signal.SIG_IGN
+        assert {n: signal.getsignal(n) for n in before} == before
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    assert signals.first == (signal.SIGTERM if number == signal.SIGTERM else None)
+        for number, handler in first.items():
+            signal.signal(number, handler)
 
 
 # The hook ----------------------------------------------------------------------------------------
@@ -86,8 +78,9 @@ def test_sigint_stays_ignored_where_it_is(number):
 
 @pytest.fixture
 def rank(monkeypatch):
-    """As if this process listened; its handlers are not installed."""
-    rank = preemption._Rank(parent=None, spokesman=False)
+    """As in a rank; its handlers are not installed."""
+    rank = preemption._RankSignals(spawned=False)
+    monkeypatch.setattr(rank, "install", lambda: None)
     monkeypatch.setattr(preemption, "_rank", rank)
     return rank
 
@@ -125,7 +118,7 @@ def test_training_that_is_over_ends_as_ever(rank, hook):
 
 def test_before_training_a_request_ends_the_process(rank):
     with pytest.raises(Preempted):
-        rank.stop.receive(signal.SIGTERM)
+        rank.receive(signal.SIGTERM)
     assert preemption.stop_requested()
 
 
@@ -141,7 +134,7 @@ def test_a_step_tells_whether_a_rank_was_asked_to_stop(rank, listens, monkeypatc
     monkeypatch.setattr(trainer, "_write_metrics", lambda *_: None)
     trainer.run_step()
     assert trainer.stop_agreed is False
-    rank.training, rank.stop.first = True, signal.SIGTERM
+    rank.training, rank.first = True, signal.SIGTERM
     if not listens:
         monkeypatch.setattr(preemption, "_rank", None)
     trainer.run_step()
@@ -150,107 +143,125 @@ def test_a_step_tells_whether_a_rank_was_asked_to_stop(rank, listens, monkeypatc
 
 # Whole runs --------------------------------------------------------------------------------------
 
-
-def test_a_run_saves_the_step_in_which_all_its_processes_were_terminated(tmp_path):
-    code, output = ended(run(tmp_path, "--at", 0, 7, "terminate_all"))
-    assert code == EXIT_CODE, output
-    assert numbers(tmp_path, "saved") == numbers(tmp_path, "ended") == [7]
-    assert output.count("SIGTERM: the run stops when this step is finished") == 1
-    assert "Traceback" not in output
+RUN = Path(__file__).parents[1] / "stopped_run.py"
+slow = pytest.mark.slow
 
 
-def test_ctrl_c_is_one_request_to_all_processes(tmp_path):
-    code, output = ended(run(tmp_path, "--num-gpus", 2, "--at", 1, 7, "interrupt_all"))
-    assert code == EXIT_CODE, output
-    # The parent's request may arrive a step or more later.
-    assert numbers(tmp_path, "saved") == numbers(tmp_path, "ended")
-    assert len(set(numbers(tmp_path, "saved"))) == 1
-    assert numbers(tmp_path, "saved")[0] >= 7
-    assert output.count("SIGINT: all 2 processes are asked to save and stop") == 1
-    assert "Traceback" not in output
+@dataclass
+class Ended:
+    """A run all of whose processes have ended."""
+
+    code: int
+    output: str
+    folder: Path
+    seconds: float
+
+    def numbers(self, name: str) -> list[int]:
+        return [int(path.read_text()) for path in sorted(self.folder.glob(f"{name}*"))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_scheduler_may_go_on_sending_signals(processes, tmp_path):
-    words = ["--num-gpus", processes, "--at", processes - 1, 7, "terminate_all_for_long"]
-    code, output = ended(run(tmp_path, *words))
-    assert code == EXIT_CODE, output
-    assert len(numbers(tmp_path, "saved")) == processes
-    assert "Traceback" not in output
+def begin(folder: Path, words: str, **options) -> subprocess.Popen:
+    return start("--config-file", folder, *words.split(), cwd=folder, script=RUN, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("event", ["terminate_parent", "terminate"])
-def test_all_ranks_stop_at_the_same_step(event, tmp_path):
-    code, output = ended(run(tmp_path, "--num-gpus", 2, "--at", 1, 7, event))
-    assert code == EXIT_CODE, output
-    saved = numbers(tmp_path, "saved")
-    assert len(saved) == 2
-    assert len(set(saved)) == 1
-    assert saved[0] == 7 if event != "terminate_parent" else saved[0] >= 7
-    assert numbers(tmp_path, "ended") == saved
-    assert "Traceback" not in output
+def ended(process: subprocess.Popen, folder: Path) -> Ended:
+    began = time.monotonic()
+    with process:
+        try:
+            # Returns once nobody holds the other end of the pipe.
+            output, _ = process.communicate(timeout=SECONDS)
+        finally:
+            end(process)
+    return Ended(process.returncode, output, folder, time.monotonic() - began)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "event"), [(1, "interrupt_all"), (2, "terminate_all")])
-def test_a_request_in_the_last_step_lets_the_run_finish(processes, event, tmp_path):
-    words = ["--num-gpus", processes, "--steps", 8, "--at", 0, 7, event]
-    code, output = ended(run(tmp_path, *words))
-    assert code == 0, output
-    assert numbers(tmp_path, "saved") == []
-    assert numbers(tmp_path, "ended") == [8] * processes
+def run(folder: Path, words: str, **options) -> Ended:
+    return ended(begin(folder, words, **options), folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_signals_to_worker_processes_change_nothing(processes, tmp_path):
-    words = ["--num-gpus", processes, "--steps", 250]
-    for step in (5, 19, 21, 150):  # a new worker starts every twenty steps
-        words += ["--at", processes - 1, step, "disturb_workers"]
-    code, output = ended(run(tmp_path, *words))
-    assert code == 0, output
-    assert numbers(tmp_path, "ended") == [250] * processes
+@pytest.mark.parametrize(
+    ("words", "processes", "exact"),
+    [
+        ("--at 0 7 TERM-all", 1, True),
+        # The parent's request may arrive a step or more later.
+        ("--num-gpus 2 --at 1 7 INT-all", 2, False),
+        pytest.param("--num-gpus 2 --at 1 7 TERM-parent", 2, False, marks=slow),
+        pytest.param("--num-gpus 2 --at 1 7 TERM-self", 2, True, marks=slow),
+        pytest.param("--at 0 7 terminate_all_for_long", 1, False, marks=slow),
+        pytest.param("--num-gpus 2 --at 1 7 terminate_all_for_long", 2, False, marks=slow),
+    ],
+)
+def test_all_ranks_save_the_same_step_once_asked_to_stop(words, processes, exact, tmp_path):
+    result = run(tmp_path, words)
+    assert result.code == EXIT_CODE, result.output
+    saved = result.numbers("saved")
+    assert len(saved) == processes and len(set(saved)) == 1
+    assert result.numbers("ended") == saved
+    assert saved[0] == 7 if exact else saved[0] >= 7
+    told = [line for line in result.output.splitlines() if line.startswith("SIG")]
+    assert len(told) <= 1
+    assert "Traceback" not in result.output
 
 
-@pytest.mark.slow
-def test_an_interrupt_to_one_rank_alone_changes_nothing(tmp_path):
-    words = ["--num-gpus", 2, "--steps", 100, "--at", 1, 7, "interrupt"]
-    code, output = ended(run(tmp_path, *words))
-    assert code == 0, output
-    assert numbers(tmp_path, "ended") == [100, 100]
+@slow
+def test_a_run_that_ignores_sigint_still_answers_sigterm(tmp_path):
+    words = "--at 0 7 INT-all --at 0 9 TERM-all"
+    result = run(tmp_path, words, interrupts=signal.SIG_IGN)  # as shell scripts do
+    assert result.code == EXIT_CODE, result.output
+    assert result.numbers("saved") == [9]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_ctrl_c_stops_a_run_that_hangs(processes, tmp_path):
-    code, output = ended(run(tmp_path, "--num-gpus", processes, "--at", 0, 7, "interrupt_twice"))
-    assert code == -signal.SIGINT, output
-    assert numbers(tmp_path, "saved") == []
-    assert output.count("\nKeyboardInterrupt\n") == 1
+WORKERS = [f"--at 0 {step} {name}-workers" for step in (5, 19, 21) for name in ("TERM", "INT")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "event"), [(1, "terminate_all"), (2, "interrupt_all")])
-def test_before_training_a_request_ends_the_run_at_once(processes, event, tmp_path):
-    words = ["--num-gpus", processes, "--at", 0, "setup", event, "--at", 0, "setup", "hang"]
-    code, output = ended(run(tmp_path, *words))
-    assert code == EXIT_CODE, output
-    assert numbers(tmp_path, "saved") == []
-    assert "outside training: there" in output
-    assert "Traceback" not in output
+@slow
+@pytest.mark.parametrize(
+    ("words", "processes", "steps"),
+    [
+        ("--at 0 7 INT-all", 1, 8),  # the last step
+        ("--num-gpus 2 --at 0 7 TERM-all", 2, 8),
+        ("--num-gpus 2 --at 1 7 INT-self", 2, 100),  # the parent passes requests on
+        (" ".join(WORKERS), 1, 150),  # a new worker starts every twenty steps
+        ("--num-gpus 2 " + " ".join(WORKERS), 2, 150),
+    ],
+)
+def test_signals_that_change_nothing(words, processes, steps, tmp_path):
+    result = run(tmp_path, f"{words} --steps {steps}")
+    assert result.code == 0, result.output
+    assert result.numbers("saved") == []
+    assert result.numbers("ended") == [steps] * processes
 
 
-@pytest.mark.slow
+@slow
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--at 0 7 interrupt_twice", -signal.SIGINT),
+        ("--num-gpus 2 --at 0 7 interrupt_twice", -signal.SIGINT),
+        ("--at 0 setup TERM-all --at 0 setup hang", EXIT_CODE),  # before training
+        ("--num-gpus 2 --at 0 setup INT-all --at 0 setup hang", EXIT_CODE),
+        ("--num-gpus 2 --at 1 7 KILL-parent --at 1 7 hang", -signal.SIGKILL),
+        ("--num-gpus 2 --at 1 setup KILL-parent --at 1 setup hang", -signal.SIGKILL),
+    ],
+)
+def test_runs_that_stop_at_once_and_save_nothing(words, code, tmp_path):
+    result = run(tmp_path, words)
+    assert result.code == code, result.output
+    assert result.numbers("saved") == []
+    assert result.output.count("\nKeyboardInterrupt\n") == (code == -signal.SIGINT)
+    if code == EXIT_CODE:
+        assert "outside training" in result.output and "Traceback" not in result.output
+
+
+@slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["importing", "waiting for another machine"])
 def test_processes_that_cannot_answer_end_at_once(moment, number, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--num-gpus", 2, "--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{port}"]
-    process = run(tmp_path, *words)
+    words = f"--num-gpus 2 --num-machines 2 --dist-url tcp://127.0.0.1:{port}"
+    process = begin(tmp_path, words)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
 
     def has_come() -> bool:
@@ -266,26 +277,32 @@ def test_processes_that_cannot_answer_end_at_once(moment, number, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    before = time.monotonic()
-    code, output = ended(process)
-    assert code == EXIT_CODE, output
-    assert time.monotonic() - before < 60
-    assert "Traceback" not in output
+    result = ended(process, tmp_path)
+    assert result.code == EXIT_CODE, result.output
+    assert result.seconds < 60
+    assert "Traceback" not in result.output
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [7, "setup"])
-def test_a_parent_that_is_killed_takes_all_processes_with_it(step, tmp_path):
-    words = ["--num-gpus", 2, "--at", 1, step, "kill_parent", "--at", 1, step, "hang"]
-    code, output = ended(run(tmp_path, *words))
-    assert code == -signal.SIGKILL, output
-    assert numbers(tmp_path, "saved") == []
-
-
-@pytest.mark.slow
-def test_a_run_that_ignores_sigint_still_answers_sigterm(tmp_path):
-    words = ["--at", 0, 7, "interrupt_all", "--at", 0, 9, "terminate_all"]
-    process = run(tmp_path, *words, interrupts=signal.SIG_IGN)  # as shell scripts do
-    code, output = ended(process)
-    assert code == EXIT_CODE, output
-    assert numbers(tmp_path, "saved") == [9]
+@pytest.mark.parametrize(
+    ("words", "culprit", "how"),
+    [
+        ("--at 1 100 fail", 1, "failed with ValueError: a step that fails"),
+        pytest.param("--at 1 100 KILL-self", 1, "was killed by SIGKILL", marks=slow),
+        pytest.param("--at 0 100 exit_with_3", 0, "ended with exit code 3", marks=slow),
+        pytest.param("--at 0 9 TERM-self --at 1 9 KILL-self", 1, "SIGKILL", marks=slow),
+        pytest.param("--timeout 0.1 --at 1 100 hang", 0, "imed out", marks=slow),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_and_is_named_last(words, culprit, how, tmp_path):
+    result = run(tmp_path, f"--num-gpus 2 {words}")
+    assert result.code == 1, result.output
+    assert result.seconds < 60 + 40 * ("hang" in words)
+    *others, last = result.output.strip().splitlines()
+    assert last.startswith(f"Rank {culprit} (process ")
+    assert how in last and "--resume" in last
+    (other,) = (line for line in others if line.startswith("After that: "))
+    assert f"Rank {1 - culprit} (process " in other
+    assert ("did not end within 20 seconds" in other) == ("hang" in words)
+    assert result.numbers("saved") == []
+    if "fail" in words:
+        assert 'raise ValueError("a step that fails")' in result.output

@@ -13,7 +13,7 @@ from group_utils import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron.utils.comm import any_rank, leave_group, limit_waiting, reduce_flags
+from ss_detectron.utils.comm import any_rank, leave_group, reduce_flags, set_collective_timeout
 
 TASKS = Path("/proc/self/task")
 
@@ -84,7 +84,7 @@ def test_a_flag_of_one_rank_is_set_on_all(tmp_path):
 
 def _wait_for_an_absent_rank(rank, folder):
     dist.get_backend = lambda *_: "nccl"  # beside which there is a group of gloo's
-    limit_waiting(timedelta(seconds=1))
+    set_collective_timeout(timedelta(seconds=1))
     assert not any_rank(False)
     failed = Path(folder, "failed")
     if rank == 0:
