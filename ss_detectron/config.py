@@ -90,6 +90,8 @@ def add_ss_config(cfg: CfgNode) -> None:
     # One step on SOLVER.IMS_PER_BATCH images takes this many passes over a part of them each, to
     # save memory: their gradients are averaged. Batch statistics are those of a part.
     _C.SOLVER.ACCUMULATION_STEPS = 1
+    # How many of the latest checkpoints are kept, beside the best; 0 for all.
+    _C.SOLVER.CHECKPOINT_MAX_TO_KEEP = 2
     # How many steps of a run with a loss or gradient that is not finite are left out, with a
     # warning that tells all about them; the next one ends the run. The schedule goes on.
     _C.SOLVER.MAX_SKIPPED_STEPS = 0

@@ -204,6 +204,7 @@ def _values() -> dict[str, _Values]:
         "SOLVER.REFERENCE_WORLD_SIZE": _whole(0),
         "SOLVER.ACCUMULATION_STEPS": _whole(1),
         "SOLVER.MAX_SKIPPED_STEPS": _whole(0),
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP": _whole(0),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": _one_of(("value", "norm")),
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _or(_positive(), math.inf),
         "SOLVER.CLIP_GRADIENTS.NORM_TYPE": _or(_positive(), math.inf),

@@ -14,15 +14,19 @@ from detectron2.utils import comm
 from ss_detectron.utils.comm import leave_group
 
 
-def run_ranks(work: Callable, folder: Path, *args: Any, world: int = 2) -> None:
+def run_ranks(
+    work: Callable, folder: Path, *args: Any, world: int = 2, start_method: str = "spawn"
+) -> None:
     """
     Calls ``work(rank, folder, *args)`` in each of several processes, and raises what one raises.
 
     Args:
         work: a function of a module's top level.
         folder: empty of an earlier call's files.
+        start_method: "fork" imports nothing anew, for what neither trains nor has threads.
     """
-    mp.spawn(_run, (work, world, str(folder), args), nprocs=world)
+    arguments = work, world, str(folder), args
+    mp.start_processes(_run, arguments, nprocs=world, start_method=start_method)
 
 
 def _run(rank: int, work: Callable, world: int, folder: str, args: tuple) -> None:

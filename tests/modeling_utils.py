@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -17,6 +18,16 @@ CPU = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
 NARROW = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RETINANET.NUM_CLASSES", 3]
 
 
+def resnet(depth: int, res2: int = 256, stem: int = 64, width: int = 64) -> list:
+    """The options of a ResNet as torchvision has it."""
+    values = {"DEPTH": depth, "RES2_OUT_CHANNELS": res2, "STEM_OUT_CHANNELS": stem}
+    values |= {"WIDTH_PER_GROUP": width, "STRIDE_IN_1X1": False}
+    return [word for key, value in values.items() for word in (f"MODEL.RESNETS.{key}", value)]
+
+
+SLIM = resnet(50, res2=32, stem=16, width=8)  # 53 layers with a norm each, built in 0.1 s
+
+
 def load_config(name: str, *options) -> CfgNode:
     """A config that ships with the package, from scratch on the CPU."""
     cfg = get_cfg()
@@ -24,6 +35,18 @@ def load_config(name: str, *options) -> CfgNode:
     cfg.merge_from_file(find_config(name))
     cfg.merge_from_list([*CPU, *options])
     return cfg
+
+
+def classifier(rule: str = "bp", *options, classes: int = 10) -> nn.Module:
+    """An ImageClassifier on a slim ResNet."""
+    keys = "MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", classes, "MODEL.FEEDBACK.RULE", rule
+    return build_model(load_config("imagenet_resnet18_ss.yaml", *SLIM, *keys, *options))
+
+
+def detector(rule: str = "bp", *options) -> nn.Module:
+    """A RetinaNet on a slim ResNet with FrozenBN, at the scale of the ImageNet configs."""
+    keys = "MODEL.FEEDBACK.RULE", rule, "MODEL.FEEDBACK.SCALE", "kaiming"
+    return build_model(load_config("retinanet_R_18_ss.yaml", *NARROW, *SLIM, *keys, *options))
 
 
 def make_batch(masks: type | None = None) -> list[dict]:

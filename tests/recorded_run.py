@@ -1,7 +1,7 @@
 """
 tools/train_net.py, but every step's losses are written down as they are (metrics.json has their
-medians), and the run kills itself with all its processes, as kill -9 does, where it is told to:
---kill-after ITERATION, or --kill-in-evaluation NUMBER of the evaluations.
+medians), and the run kills itself with all its processes, as kill -9 does, where the environment
+says so: KILL_AFTER an iteration, or KILL_IN_EVALUATION number so many.
 """
 
 import json
@@ -14,8 +14,11 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ss_detectron.engine import Trainer, argument_parser, setup
-from ss_detectron.engine.launch import add_launch_options, complete_launch_options, launch
+from ss_detectron.engine import Trainer, main
+
+KILL_AFTER, KILL_IN_EVALUATION = (
+    int(os.environ.get(name, -1)) for name in ("KILL_AFTER", "KILL_IN_EVALUATION")
+)
 
 
 def kill_all():
@@ -25,10 +28,6 @@ def kill_all():
 
 
 class Recorder(HookBase):
-    def __init__(self, folder, kill_after):
-        self.path = os.path.join(folder, f"losses.{comm.get_rank()}.json")
-        self.kill_after = kill_after
-
     def after_step(self):
         values = {
             name: value
@@ -37,41 +36,25 @@ class Recorder(HookBase):
         }
         # What a model with dropout or other noise would draw next.
         values["random"] = [torch.rand(1).item(), np.random.rand(), random.random()]
-        with open(self.path, "a") as file:
+        with open(f"{self.trainer.cfg.OUTPUT_DIR}/losses.{comm.get_rank()}.json", "a") as file:
             file.write(json.dumps({"iteration": self.trainer.iter, **values}) + "\n")
-        if self.trainer.iter == self.kill_after:
+        if self.trainer.iter == KILL_AFTER:
             kill_all()
 
 
 class RecordingTrainer(Trainer):
-    kill_after = kill_in_evaluation = -1
     evaluations = 0
 
     def build_hooks(self):
-        return [Recorder(self.cfg.OUTPUT_DIR, self.kill_after), *super().build_hooks()]
+        return [Recorder(), *super().build_hooks()]
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         results = super().test(cfg, model, evaluators)
         cls.evaluations += 1
-        if cls.evaluations == cls.kill_in_evaluation:
+        if cls.evaluations == KILL_IN_EVALUATION:
             kill_all()  # before anyone could write down the results
         return results
 
 
-def main(args):
-    RecordingTrainer.kill_after = args.kill_after
-    RecordingTrainer.kill_in_evaluation = args.kill_in_evaluation
-    trainer = RecordingTrainer(setup(args))
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
-
-
-if __name__ == "__main__":
-    parser = argument_parser()
-    add_launch_options(parser)
-    parser.add_argument("--kill-after", type=int, default=-1)
-    parser.add_argument("--kill-in-evaluation", type=int, default=-1)
-    args = parser.parse_args()
-    complete_launch_options(parser, args)
-    launch(main, args)
+main(trainer=RecordingTrainer)

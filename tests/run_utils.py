@@ -21,6 +21,7 @@ def start(
     script: Path = TOOL,
     interpreter: str = sys.executable,
     interrupts: signal.Handlers = signal.SIG_DFL,
+    **environment: str,
 ) -> subprocess.Popen:
     """
     Starts the tool, or another script, where no GPU is to be seen.
@@ -28,8 +29,9 @@ def start(
     Args:
         interrupts: what it does on SIGINT, unless it has a handler; a shell has what it starts in
             the background ignore it, these tests included.
+        environment: variables.
     """
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return subprocess.Popen(
         [interpreter, script, *map(str, words)],

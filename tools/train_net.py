@@ -13,45 +13,7 @@ and relatives.
 without a GPU it trains on the CPU, in as many processes as --num-gpus says.
 """
 
-import argparse
-import sys
-from typing import Any
-
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-
-from ss_detectron.checkpoint import FeedbackCheckpointer
-from ss_detectron.engine import Trainer, argument_parser, setup
-from ss_detectron.engine.launch import add_launch_options, complete_launch_options, launch
-
-
-def main(args: argparse.Namespace) -> Any:
-    """One process of the run: trains, or evaluates only."""
-    cfg = setup(args)
-    if not args.eval_only:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
-    model = Trainer.build_model(cfg)
-    checkpointer = FeedbackCheckpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
-        trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
-    )
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    results = Trainer.test(cfg, model)
-    if comm.is_main_process():
-        verify_results(cfg, results)
-    return results
-
+from ss_detectron.engine import main
 
 if __name__ == "__main__":
-    parser = argument_parser()
-    add_launch_options(parser)
-    args = parser.parse_args()
-    complete_launch_options(parser, args)
-    if options := [word for word in args.opts if word.startswith("--")]:
-        parser.error(f"{' '.join(options)}: give options before the first KEY VALUE")
-    print("Command line:", " ".join(sys.argv))
-    launch(main, args)
+    main()

@@ -4,9 +4,9 @@ import errno
 import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
-from ss_detectron.layers import AsymmetricLayer, feedback_report
-from ss_detectron.layers.feedback import Backpropagation
+from ss_detectron.layers import feedback_report
 from ss_detectron.layers.names import as_patterns, first_match
 from ss_detectron.utils.comm import any_rank
 from ss_detectron.utils.trust import (
@@ -31,22 +30,20 @@ from ss_detectron.utils.trust import (
 )
 
 from .files import (
+    BEST,
     NeedsPickleError,
     atomic_write,
     find_checkpoints,
     has_checkpoint,
     last_checkpoint,
     read_checkpoint,
-    remove_partial_files,
 )
 from .weights import (
     abbreviate,
     check_torchvision_resnet,
     find_renaming,
     is_torchvision_resnet,
-    largest_modules,
     rename_state,
-    summarise,
 )
 
 __all__ = ["FeedbackCheckpointer", "NotWrittenError"]
@@ -101,92 +98,77 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         self._path = ""
         self._resuming = False
         names = self.model.state_dict()
+        parts = dict.fromkeys(name.partition(".")[0] for name in names)
         for pattern in self.weights_except:
             if not any(first_match(name, (pattern,)) for name in names):
                 raise ValueError(
                     f"MODEL.WEIGHTS_EXCEPT: {pattern!r} matches no module and no parameter of "
-                    f"{type(self.model).__name__}; it holds {summarise(names)}"
+                    f"{type(self.model).__name__}, whose parts are {', '.join(parts)}"
                 )
 
-    def save(self, name: str, *, tag: bool = True, **kwargs: Any) -> None:
+    def save(self, name: str, **kwargs: Any) -> None:
         """
         Args:
             name: of the file, without ".pth".
-            tag: whether a resumed run is to go on from this checkpoint.
             **kwargs: what else to save.
 
         Raises:
-            NotWrittenError: the disk is full, or fails; what was there before is still there.
+            NotWrittenError: the disk is full; what was there before is still there.
         """
         if not (self.save_dir and self.save_to_disk):
             return
-        if is_url(self.save_dir):  # where a file cannot be renamed into place
-            return super().save(name, feedback=_rules(self.model), **kwargs)
         data = {"model": self.model.state_dict()}
         data |= {key: part.state_dict() for key, part in self.checkpointables.items()}
-        data["feedback"] = _rules(self.model)
-        target = os.path.join(self.save_dir, name + ".pth")
+        data |= {"feedback": _layer_rules(self.model), **kwargs}
+        target = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", target)
-        try:
+        with self.explain_full_disk(target):
             with atomic_write(target) as file:
-                torch.save({**data, **kwargs}, file)
-            if tag:
-                self.tag_last_checkpoint(name + ".pth")
-            remove_partial_files(self.save_dir)
-        except (OSError, RuntimeError) as error:
-            cause = _os_error(error)
-            if cause is None:
-                raise
-            raise NotWrittenError(cause.errno, self._not_written(target, cause)) from error
+                torch.save(data, file)
+            self.tag_last_checkpoint(f"{name}.pth")
+        for unfinished in Path(self.save_dir).glob("*.pth.new"):  # of a run that was killed
+            unfinished.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        if is_url(self.save_dir):
-            return super().tag_last_checkpoint(last_filename_basename)
+        """Notes the file that a resumed run is to go on from, which the best need not be."""
+        if last_filename_basename == BEST:
+            return
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
     @contextmanager
-    def explain_full_disk(self) -> Iterator[None]:
+    def explain_full_disk(self, target: str = "a file of the run") -> Iterator[None]:
         """
-        Makes of a full disk's error, whichever file of the run meets it first, one that says what
-        is left.
+        Turns a full disk's error into one that says what is left.
+
+        Args:
+            target: what is written meanwhile, where the error itself does not name a file.
 
         Raises:
             NotWrittenError: the disk is full.
         """
         try:
             yield
-        except OSError as error:
-            if error.errno not in _FULL or isinstance(error, NotWrittenError):
+        except (OSError, RuntimeError) as error:
+            cause = error  # torch's writer makes a RuntimeError of the disk's
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None or cause.errno not in _FULL or isinstance(cause, NotWrittenError):
                 raise
-            what = error.filename or f"a file of the run in {self.save_dir}"
-            raise NotWrittenError(error.errno, self._not_written(what, error)) from error
-
-    def _not_written(self, target: str, error: OSError) -> str:
-        said = [error.strerror or str(error)]
-        with suppress(OSError):
-            free = shutil.disk_usage(self.save_dir).free
-            said.append(f"{free:,} bytes are free in {self.save_dir}")
-        earlier = last_checkpoint(self.save_dir)
-        if earlier and os.path.isfile(earlier):
-            rest = f"The checkpoint before it, {earlier}, is intact, and --resume goes on from it"
-        else:
-            rest = "There is no checkpoint before it"
-        return f"{target} could not be written: {', '.join(said)}. {rest}"
-
-    def get_checkpoint_file(self) -> str:
-        """The file that ``last_checkpoint`` names; empty where it names none."""
-        if is_url(self.save_dir):
-            return super().get_checkpoint_file()
-        return last_checkpoint(self.save_dir) or ""
+            earlier = last_checkpoint(self.save_dir)
+            rest = f"--resume goes on from {earlier}" if earlier else "there is no checkpoint yet"
+            raise NotWrittenError(
+                cause.errno,
+                f"{cause.filename or target} could not be written: {cause.strerror}, "
+                f"{shutil.disk_usage(self.save_dir).free:,} bytes are free in {self.save_dir}; "
+                f"{rest}",
+            ) from error
 
     def has_checkpoint(self) -> bool:
         """
-        Whether there is something to resume from, in order or not. Every rank has to call it, and
-        gets the main one's answer.
+        Says whether there is something to resume from, in order or not. Every rank has to call it,
+        and gets the main one's answer.
         """
-        if is_url(self.save_dir):
-            return super().has_checkpoint()
         return comm.all_gather(has_checkpoint(self.save_dir))[0]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -201,19 +183,18 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             OSError: there are checkpoints, and none of them can be read.
             ValueError: see :meth:`load`.
         """
-        self._resuming = resume and self.has_checkpoint()
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
+        self._resuming = True
         try:
-            if self._resuming and not is_url(self.save_dir):
-                return self.load(self._find_readable())
-            return super().resume_or_load(path, resume=resume)
+            return self.load(self._find_readable())
         finally:
             self._resuming = False
 
     def _find_readable(self) -> str:
         """The checkpoint to resume from: the main rank looks, and all take the same."""
-        readable, problems = comm.all_gather(
-            self._look_for_readable() if comm.is_main_process() else None
-        )[0]
+        found = self._first_readable() if comm.is_main_process() else None
+        readable, problems = comm.all_gather(found)[0]
         if readable is None:
             raise OSError(
                 f"there is nothing to resume from in {self.save_dir}: {'; '.join(problems)}. To "
@@ -226,36 +207,30 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             )
         return readable
 
-    def _look_for_readable(self) -> tuple[str | None, list[str]]:
-        """The first that can be read, and what is wrong with those before it."""
+    def _first_readable(self) -> tuple[str | None, list[str]]:
+        """The first checkpoint that can be read, and what is wrong with those before it."""
         problems = []
         if last_checkpoint(self.save_dir) is None:
             problems.append(f"{os.path.join(self.save_dir, 'last_checkpoint')} names no checkpoint")
         for path in find_checkpoints(self.save_dir):
-            if problem := self._problem(path):
-                problems.append(problem)
+            try:
+                read_checkpoint(path, mmap=True)
+            except NeedsPickleError as error:
+                if not is_trusted(path, self.trusted_weights):
+                    problems.append(pickle_refusal(path, error.why))
+                    continue
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
                 continue
             if problems:
                 logger.error("%s. Going on from %s.", "; ".join(problems), path)
             return path, problems
         return None, problems
 
-    def _problem(self, path: str) -> str:
-        """Why a run cannot go on from this file; empty if it can."""
-        try:
-            read_checkpoint(path, mmap=True)
-        except FileNotFoundError:
-            return f"{path} is not there"
-        except NeedsPickleError as error:
-            if not is_trusted(path, self.trusted_weights):
-                return pickle_refusal(path, error.why)
-        except (OSError, ValueError) as error:
-            return str(error)
-        return ""
-
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
-        See DetectionCheckpointer. What was loaded and what was not is in the log.
+        Loads a checkpoint, as DetectionCheckpointer does. What was loaded and what was not is in
+        the log.
 
         Raises:
             ValueError: the file has nothing of this model, or a parameter of another shape (which
@@ -273,24 +248,24 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if needs_pickle(filename):
-            self._announce_pickle()
+            self._check_pickle()
         return super()._load_file(filename)
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
         try:
             return read_checkpoint(filename)
         except NeedsPickleError as error:
-            self._announce_pickle(error.why)
+            self._check_pickle(error.why)
         return torch.load(filename, map_location="cpu", weights_only=False)
 
-    def _announce_pickle(self, why: str = "") -> None:
+    def _check_pickle(self, why: str = "") -> None:
         check_pickle(self._path, self.trusted_weights, why)
         logger.warning(
             "%s is unpickled, which runs the code in it, as MODEL.TRUSTED_WEIGHTS names it.",
             self._path,
         )
 
-    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         model, saved = self.model.state_dict(), checkpoint["model"]
         self._convert_ndarray_to_tensor(saved)
         if all(name.startswith("module.") for name in saved):
@@ -303,7 +278,13 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             is_caffe2 = checkpoint.get("__author__") == "Caffe2"
             state = align_and_update_state_dicts(model, state, c2_conversion=is_caffe2)
         if saved and model.keys().isdisjoint(state):
-            raise ValueError(self._nothing_fits(saved, model, by_heuristics))
+            hint = "; ?matching_heuristics=True after the path matches the names' ends"
+            raise ValueError(
+                f"{self._path} has nothing of this {type(self.model).__name__} (it holds "
+                f"{abbreviate(saved)}; the model {abbreviate(model)}). MODEL.WEIGHTS takes weights "
+                "of the same network, or of its backbone from an ImageClassifier or a ResNet of "
+                f"torchvision's{'' if by_heuristics else hint}"
+            )
 
         unwanted = () if self._resuming else self.weights_except
         excepted = {name for name in model if first_match(name, unwanted)}
@@ -313,48 +294,38 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             self._check_shapes(state, model)
         if is_torchvision_resnet(saved):
             check_torchvision_resnet(self._path, self.model)
-        rules = checkpoint.get("feedback")
-        if rules is not None:
-            rules = {rename(layer): rule for layer, rule in rules.items()}
-            rules = {
-                layer: rule for layer, rule in rules.items() if not first_match(layer, unwanted)
-            }
-        self._compare_rules(rules)
+        rules = {rename(name): rule for name, rule in checkpoint.get("feedback", {}).items()}
+        self._compare_rules({n: rule for n, rule in rules.items() if not first_match(n, unwanted)})
 
         checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
-        # Returned to fvcore, the two lists would be logged at length.
-        self._log_loaded(
-            loaded=[name for name in model if name in state],
-            missing=[name for name in incompatible.missing_keys if name not in excepted],
-            excepted=[name for name in model if name in excepted],
-            unexpected=incompatible.unexpected_keys,
+        unused = [name for name in incompatible.unexpected_keys if _is_feedback(name)]
+        logger.info(
+            "%s: loaded %d of the model's %d tensors; %d were left out by MODEL.WEIGHTS_EXCEPT, "
+            "and %d of the checkpoint's feedback are not used.",
+            self._path,
+            len(model.keys() & state.keys()),
+            len(model),
+            len(excepted),
+            len(unused),
         )
-
-    def _nothing_fits(self, saved: Iterable[str], model: Iterable[str], by_heuristics: bool) -> str:
-        message = (
-            f"{self._path} has nothing of this {type(self.model).__name__} (it holds "
-            f"{abbreviate(saved)}; the model {abbreviate(model)}). MODEL.WEIGHTS takes weights of "
-            "the same network, or of its backbone from an ImageClassifier or a ResNet of "
-            "torchvision's"
-        )
-        if by_heuristics:
-            return message
-        return f"{message}; ?matching_heuristics=True after the path matches the names' ends"
+        # fvcore warns of the others. Only a norm without momentum reads its count of batches.
+        for names, known in (
+            (incompatible.missing_keys, excepted),
+            (incompatible.unexpected_keys, unused),
+        ):
+            names[:] = [n for n in names if n not in known and "num_batches_tracked" not in n]
+        return incompatible
 
     def _check_shapes(self, state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
-        differ = [
-            name
+        shapes = {
+            name: f"{name}: {tuple(state[name].shape)} in the file, {tuple(here.shape)} here"
             for name, here in model.items()
             if name in state and not is_lazy(here) and here.shape != state[name].shape
-        ]
-        if not differ:
+        }
+        if not shapes:
             return
-        shapes = [
-            f"{name}: {tuple(state[name].shape)} in the file, {tuple(model[name].shape)} here"
-            for name in differ
-        ]
-        modules = list(largest_modules(differ, model.keys() - set(differ)))
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in shapes))
         if self._resuming:
             remedy = "resume the run with its own config, or start another in a new OUTPUT_DIR"
         elif len(modules) > 4:
@@ -365,86 +336,33 @@ class FeedbackCheckpointer(DetectionCheckpointer):
                 f'its NUM_CLASSES), or MODEL.WEIGHTS_EXCEPT "{modules}" to start anew there'
             )
         raise ValueError(
-            f"{self._path} does not fit this model, in which {len(differ)} of its tensors have "
-            f"another shape ({abbreviate(shapes)}): {remedy}"
+            f"{self._path} does not fit this model, in which {len(shapes)} of its tensors have "
+            f"another shape ({abbreviate(shapes.values())}): {remedy}"
         )
 
-    def _log_loaded(
-        self, loaded: list[str], missing: list[str], excepted: list[str], unexpected: list[str]
-    ) -> None:
-        tensors = self.model.state_dict(keep_vars=True)
-        under_other_names = {id(tensors[name]) for name in loaded}
-        missing = [name for name in missing if id(tensors[name]) not in under_other_names]
-        feedback = {name.rpartition(".")[0] for name in unexpected if _is_feedback(name)}
-        unexpected = [name for name in unexpected if not _is_feedback(name)]
-        loaded, missing, excepted, unexpected = map(
-            _without_counters, (loaded, missing, excepted, unexpected)
-        )
-        said = []
-        for text, names in (
-            (f"loaded {len(loaded)} tensors", loaded),
-            ("not in the checkpoint, left as initialised", missing),
-            ("left out by MODEL.WEIGHTS_EXCEPT", excepted),
-            ("in the checkpoint, not in the model", unexpected),
-        ):
-            if names:
-                others = {*loaded, *missing, *excepted}.difference(names)
-                said.append(f"{text}: {summarise(names, others)}")
-        if feedback:
-            said.append(f"the checkpoint's feedback of {len(feedback)} layers is not used")
-        level = logging.WARNING if missing or unexpected else logging.INFO
-        logger.log(level, "%s: %s", self._path, "; ".join(said))
-
-    def _compare_rules(self, saved: dict[str, str] | None) -> None:
-        model = _rules(self.model)
-        if saved is None:
-            if any(isinstance(m, AsymmetricLayer) for m in self.model.modules()):
-                logger.info(
-                    "The checkpoint does not say which rule trained it; this model learns by %s.",
-                    _count(model),
-                )
-            return
-        differ = [name for name in model if name in saved and saved[name] != model[name]]
+    def _compare_rules(self, saved: Mapping[str, str]) -> None:
+        model = _layer_rules(self.model)
+        differ = [name for name in model if saved.get(name, model[name]) != model[name]]
         if differ:
             logger.warning(
-                "The checkpoint was trained with %s, but this model learns by %s: %d layers "
-                "differ, such as %s (%s in the checkpoint, %s here). Set MODEL.FEEDBACK to what "
-                "the checkpoint was trained with unless the change is meant. Fixed or learned "
-                "feedback that the checkpoint brings is used as it is, whatever the scale, gain "
-                "and seed.",
-                _count(saved),
-                _count(model),
+                "%d layers learn by another rule than they did in the checkpoint, such as %s by %s "
+                "and not by %s. Set MODEL.FEEDBACK to what the checkpoint was trained with unless "
+                "the change is meant. Fixed or learned feedback that the checkpoint brings is used "
+                "as it is, whatever the scale, gain and seed.",
                 len(differ),
                 differ[0],
-                saved[differ[0]],
                 model[differ[0]],
+                saved[differ[0]],
             )
-
-
-def _without_counters(names: Iterable[str]) -> list[str]:
-    """Without batch norm's counts of batches, which only a norm without momentum reads."""
-    return [name for name in names if not name.endswith("num_batches_tracked")]
 
 
 def _is_feedback(name: str) -> bool:
     return name.rpartition(".")[2].startswith("feedback")
 
 
-def _rules(model: nn.Module) -> dict[str, str]:
+def _layer_rules(model: nn.Module) -> dict[str, str]:
     """Layer name -> its rule, with what the rule is set to."""
-    layers = {row.name: model.get_submodule(row.name) for row in feedback_report(model)}
+    layers = dict(model.named_modules())
     return {
-        name: str(layer.rule) if isinstance(layer, AsymmetricLayer) else Backpropagation.name
-        for name, layer in layers.items()
+        row.name: str(getattr(layers[row.name], "rule", row.rule)) for row in feedback_report(model)
     }
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The error of the disk behind one that torch's writer may have made of it."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _count(rules: dict[str, str]) -> str:
-    return ", ".join(f"{rule} ({n} layers)" for rule, n in Counter(rules.values()).most_common())

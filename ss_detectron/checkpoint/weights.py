@@ -1,21 +1,20 @@
-"""The names of weights: how those of a checkpoint become a model's, and how a log tells them."""
+"""The names of weights: how those of a checkpoint become a model's."""
 
 import logging
 import re
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 
+import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from torch import Tensor, nn
 
 __all__ = [
     "Renaming",
-    "check_torchvision_resnet",
-    "summarise",
     "abbreviate",
+    "check_torchvision_resnet",
     "find_renaming",
     "is_torchvision_resnet",
-    "largest_modules",
     "rename_state",
 ]
 
@@ -38,16 +37,16 @@ _TORCHVISION_TO_DETECTRON2 = (
 )
 # Of a pixel from 0 to 255, in RGB.
 _TORCHVISION_PIXELS = {
-    "PIXEL_MEAN": (123.675, 116.28, 103.53),
-    "PIXEL_STD": (58.395, 57.12, 57.375),
+    "PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "PIXEL_STD": [58.395, 57.12, 57.375],
 }
 
 
 def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renaming:
     """
-    What the names of a checkpoint become in a model: those of torchvision's ResNets Detectron2's,
-    a classifier's ``backbone.X`` a detector's ``backbone.bottom_up.X``. Where neither is called
-    for, they stay.
+    Finds what the names of a checkpoint become in a model: those of torchvision's ResNets
+    Detectron2's, a classifier's ``backbone.X`` a detector's ``backbone.bottom_up.X``. Where neither
+    is called for, they stay.
 
     Args:
         names: of the checkpoint's tensors.
@@ -66,7 +65,7 @@ def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renam
 
 
 def rename_state(state: Mapping[str, Tensor], rename: Renaming) -> OrderedDict[str, Tensor]:
-    """A state dict under other names; its modules' versions, if it has them, come along."""
+    """Renames a state dict's tensors; its modules' versions, if it has them, come along."""
     renamed = OrderedDict((rename(name), value) for name, value in state.items())
     if hasattr(state, "_metadata"):
         renamed._metadata = OrderedDict(
@@ -76,7 +75,7 @@ def rename_state(state: Mapping[str, Tensor], rename: Renaming) -> OrderedDict[s
 
 
 def is_torchvision_resnet(names: Collection[str]) -> bool:
-    """Whether these are the names of a state dict of torchvision's ResNets."""
+    """Says whether these are the names of a state dict of torchvision's ResNets."""
     return "layer1.0.conv1.weight" in names and all(map(_TORCHVISION_RESNET.fullmatch, names))
 
 
@@ -91,7 +90,7 @@ def _from_torchvision(name: str, resnet: str) -> str:
 
 def check_torchvision_resnet(path: str, model: nn.Module) -> None:
     """
-    Says in the log what torchvision's ResNet weights expect of a model; a warning where the model
+    Logs what torchvision's ResNet weights expect of a model, as a warning where the model
     normalises its images otherwise.
 
     Args:
@@ -109,59 +108,21 @@ def check_torchvision_resnet(path: str, model: nn.Module) -> None:
             "the 3x3 convolution. This model's have it in the first 1x1 convolution and would "
             "compute something else from the same weights: set MODEL.RESNETS.STRIDE_IN_1X1 False"
         )
-    differ = []
-    for key, expected in _TORCHVISION_PIXELS.items():
-        here = getattr(model, key.lower(), None)
-        if isinstance(here, Tensor):
-            # Configs give one or two decimals.
-            rounded = [round(value, 1) for value in here.flatten().tolist()]
-            if rounded != [round(value, 1) for value in expected]:
-                differ.append(f"{key} {rounded}")
+    differs = ""
+    for key, value in _TORCHVISION_PIXELS.items():
+        here = getattr(model, key.lower(), torch.tensor(value)).cpu().flatten()
+        if not torch.allclose(here, torch.tensor(value), rtol=0, atol=0.05):  # rounded in configs
+            differs += f"; this model has {key} {here.tolist()}"
     logger.log(
-        logging.WARNING if differ else logging.INFO,
-        "%s holds a ResNet of torchvision's, which expects INPUT.FORMAT RGB, %s and "
-        "RESNETS.STRIDE_IN_1X1 False%s.",
+        logging.WARNING if differs else logging.INFO,
+        "%s holds a ResNet of torchvision's, which expects INPUT.FORMAT RGB, %s%s.",
         path,
-        ", ".join(f"{key} {list(value)}" for key, value in _TORCHVISION_PIXELS.items()),
-        f"; this model has {' and '.join(differ)}" if differ else "",
+        ", ".join(f"{key} {value}" for key, value in _TORCHVISION_PIXELS.items()),
+        differs,
     )
 
 
-def largest_modules(names: Iterable[str], others: Iterable[str] = ()) -> dict[str, int]:
-    """
-    The largest modules that hold some of ``names`` and none of ``others`` (the parameter itself
-    where there is none) -> how many they hold.
-    """
-    shared = {module for name in others for module in parents(name)}
-    return Counter(next(m for m in parents(name) if m not in shared) for name in names)
-
-
-def summarise(names: Iterable[str], others: Iterable[str] = ()) -> str:
-    """
-    ``names`` in a few words, by their :func:`largest_modules`:
-    "backbone (16: fpn_lateral3, fpn_output3, fpn_lateral4, ...), head (22)".
-    """
-    groups = defaultdict(dict)
-    for module, count in largest_modules(names, others).items():
-        parent, _, child = module.rpartition(".")
-        groups[parent][child] = count
-    said = []
-    for parent, children in groups.items():
-        if parent and len(children) > 1:
-            said.append(f"{parent} ({sum(children.values())}: {abbreviate(children)})")
-        else:
-            start = f"{parent}." if parent else ""
-            said += [f"{start}{child} ({count})" for child, count in children.items()]
-    return abbreviate(said, 6)
-
-
 def abbreviate(names: Iterable[str], count: int = 3) -> str:
-    """The first of ``names``, and dots if there are more."""
+    """Joins the first of ``names``, with dots if there are more."""
     names = list(names)
     return ", ".join(names[:count]) + ", ..." * (len(names) > count)
-
-
-def parents(name: str) -> list[str]:
-    """The names of the modules around, from the outermost on, and the name itself."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,6 +1,7 @@
 """Training and evaluation: Detectron2's engine with what asymmetric feedback adds."""
 
-from .defaults import Trainer, argument_parser, setup
+from .command_line import argument_parser, main, setup
+from .defaults import Trainer
 from .hooks import AlignmentHook, BestCheckpointer, PeriodicCheckpointer
 
 __all__ = [
@@ -9,5 +10,6 @@ __all__ = [
     "PeriodicCheckpointer",
     "Trainer",
     "argument_parser",
+    "main",
     "setup",
 ]

@@ -1,6 +1,5 @@
-"""Training and evaluation: Detectron2's default trainer with what asymmetric feedback adds."""
+"""Detectron2's default trainer with what asymmetric feedback adds."""
 
-import argparse
 import logging
 import os
 import weakref
@@ -8,16 +7,9 @@ from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data.catalog import MetadataCatalog
-from detectron2.engine import (
-    DefaultTrainer,
-    TrainerBase,
-    create_ddp_model,
-    default_argument_parser,
-    default_setup,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -25,16 +17,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
-from ss_detectron.checkpoint.files import archive_previous_run, has_checkpoint
-from ss_detectron.config import add_ss_config, merge_config_file, runs_on_cpu
+from ss_detectron.checkpoint.files import archive_previous_run
+from ss_detectron.config import runs_on_cpu
 from ss_detectron.data import (
     build_classification_test_loader,
     build_classification_train_loader,
     build_detection_test_loader,
     build_resumable_detection_train_loader,
-    check_datasets,
-    register_coco_from_config,
-    register_image_folders_from_config,
 )
 from ss_detectron.data.stream import TrainingLoader
 from ss_detectron.evaluation.classification import ClassificationEvaluator
@@ -44,81 +33,15 @@ from ss_detectron.modeling.compilation import compile_parts
 from ss_detectron.solver.build import build_optimizer
 from ss_detectron.utils.comm import load_rank_state, rank_state, share_buffers
 from ss_detectron.utils.random_state import kept_random_state
-from ss_detectron.values import check_values
 
-from .checks import check_conversion, check_options, check_proposals, check_weights
+from .checks import check_conversion
 from .hooks import AlignmentHook, BestCheckpointer, EpochLogger, PeriodicCheckpointer
 from .preemption import PreemptionHook
 from .train_loop import StepTrainer
 
-__all__ = ["Trainer", "argument_parser", "setup"]
+__all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """
-    Detectron2's command line; on one machine, a free port is found for several processes, and no
-    code in a config file runs unless that is asked for.
-    """
-    parser = default_argument_parser()
-    parser.set_defaults(dist_url="auto")
-    parser.add_argument(
-        "--allow-unsafe-config",
-        action="store_true",
-        help="run the Python code in the config file's YAML tags, and download a config "
-        "that is a URL",
-    )
-    return parser
-
-
-def setup(args: argparse.Namespace) -> CfgNode:
-    """
-    The config of a run, checked, and Detectron2's ordinary set-up (logging, seeds, output folder).
-
-    Args:
-        args: of :func:`argument_parser`. ``config_file`` may be the name of a config that ships
-            with this package; it is replaced by the path.
-
-    Raises:
-        FileNotFoundError: no such config, annotation file or image folder.
-        KeyError, ValueError: an unknown key, a value that does not fit, an unknown data set.
-    """
-    cfg = get_cfg()
-    add_ss_config(cfg)
-    if args.config_file:
-        args.config_file = merge_config_file(
-            cfg, args.config_file, allow_unsafe=args.allow_unsafe_config
-        )
-    cfg.merge_from_list(args.opts)
-    check_values(cfg)
-    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
-    if on_cpu:
-        cfg.MODEL.DEVICE = "cpu"
-    register_coco_from_config(cfg)
-    register_image_folders_from_config(cfg)
-    cfg.freeze()
-    # Checked before default_setup, which overwrites the config.yaml of an earlier run.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
-    check_options(cfg)
-    check_datasets(cfg, training=not args.eval_only)
-    check_proposals(cfg)
-    found = has_checkpoint(cfg.OUTPUT_DIR)
-    if not (args.resume and found):
-        check_weights(cfg, training=not args.eval_only)
-    if found and not args.resume and not args.eval_only:
-        logger.warning(
-            "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew; --resume "
-            "would have gone on from it.",
-            cfg.OUTPUT_DIR,
-        )
-    default_setup(cfg, args)
-    if on_cpu:
-        logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
-    if runs_on_cpu(cfg) and comm.get_world_size() > 1:
-        # The processes of one machine share its cores.
-        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
-    return cfg
 
 
 class Trainer(DefaultTrainer):
@@ -281,9 +204,8 @@ class Trainer(DefaultTrainer):
             return super().train()
 
     def _archive_previous_run(self) -> None:
-        aside = archive_previous_run(self.cfg.OUTPUT_DIR) if comm.is_main_process() else None
-        if aside:
-            logger.warning("The checkpoints of an earlier run are now in %s.", aside)
+        if comm.is_main_process() and (archive := archive_previous_run(self.cfg.OUTPUT_DIR)):
+            logger.warning("The files of an earlier run are now in %s.", archive)
         comm.synchronize()
 
     def before_train(self) -> None:
@@ -444,8 +366,13 @@ class Trainer(DefaultTrainer):
         # Detectron2's is the main rank's, and saves nothing of the others.
         built = [hook for hook in built if not isinstance(hook, hooks.PeriodicCheckpointer)]
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        period = self.cfg.SOLVER.CHECKPOINT_PERIOD
-        built.insert(place, PeriodicCheckpointer(self.checkpointer, period))
+        solver = self.cfg.SOLVER
+        built.insert(
+            place,
+            PeriodicCheckpointer(
+                self.checkpointer, solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_MAX_TO_KEEP
+            ),
+        )
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             names = self.cfg.DATASETS.TEST
             metric, mode = "bbox/AP", "max"

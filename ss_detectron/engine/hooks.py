@@ -1,8 +1,6 @@
 """Hooks of Detectron2's trainers: checkpoints, and the alignment of feedback."""
 
-import logging
 import math
-import os
 from typing import Any
 
 import torch
@@ -17,11 +15,10 @@ from ss_detectron.alignment import (
     gradient_angles,
     weight_alignment,
 )
-from ss_detectron.checkpoint.files import read_checkpoint
+from ss_detectron.checkpoint import FeedbackCheckpointer
+from ss_detectron.checkpoint.files import find_checkpoints
 
 __all__ = ["AlignmentHook", "BestCheckpointer", "EpochLogger", "PeriodicCheckpointer"]
-
-logger = logging.getLogger(__name__)
 
 
 class EpochLogger(HookBase):
@@ -36,51 +33,39 @@ class EpochLogger(HookBase):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's, on every rank, whose state it keeps."""
+    """
+    Saves what every rank has of its own as well, and keeps the latest checkpoints: of a run that is
+    resumed, those before count too.
+    """
+
+    def __init__(self, checkpointer: FeedbackCheckpointer, period: int, *, keep: int = 0) -> None:
+        """
+        Args:
+            checkpointer: of the trainer.
+            period: in iterations.
+            keep: how many checkpoints stay, that of the end included and the best not; 0 for all.
+        """
+        super().__init__(checkpointer, period)
+        self.keep = keep
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
-        if (iteration + 1) % self.period == 0 or iteration + 1 >= self.max_iter:
-            self.step(iteration, ranks=self.trainer.gather_rank_states())
+        if (iteration + 1) % self.period and iteration + 1 < self.max_iter:
+            return
+        self.step(iteration, ranks=self.trainer.gather_rank_states())
+        if self.keep and comm.is_main_process():
+            for path in find_checkpoints(self.checkpointer.save_dir)[self.keep :]:
+                self.path_manager.rm(path)
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """
-    Detectron2's, but the best metric is kept in the checkpoint, from where a resumed run knows it.
-    """
+    """Detectron2's; a resumed run knows the best metric from before."""
 
-    def before_train(self) -> None:
-        path = os.path.join(self._checkpointer.save_dir, self._file_prefix + ".pth")
-        if self.trainer.start_iter == 0 or not os.path.isfile(path):
-            return
-        try:
-            saved = read_checkpoint(path, mmap=True)
-        except (OSError, ValueError) as error:
-            logger.warning("%s. The best metric is found anew.", error)
-            return
-        value = saved.get("metric", {}).get(self._val_metric)
-        if value is not None:
-            self._update_best(value, saved["iteration"])
+    def state_dict(self) -> dict[str, Any]:
+        return {self._val_metric: (self.best_metric, self.best_iter)}
 
-    def _best_checking(self) -> None:
-        value, iteration = self.trainer.storage.latest().get(self._val_metric, (math.nan, None))
-        if math.isnan(value):
-            logger.warning("The evaluation gave no %s: no best checkpoint.", self._val_metric)
-            return
-        if self.best_metric is not None and not self._compare(value, self.best_metric):
-            logger.info(
-                "%s is %.3f, not better than %.3f at iteration %d.",
-                self._val_metric,
-                value,
-                self.best_metric,
-                self.best_iter,
-            )
-        elif self._update_best(value, iteration):
-            metric = {self._val_metric: value}
-            # A resumed run goes on from the latest checkpoint, which this need not be.
-            self._checkpointer.save(
-                self._file_prefix, tag=False, iteration=iteration, metric=metric
-            )
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_metric, self.best_iter = state_dict.get(self._val_metric, (None, None))
 
 
 class AlignmentHook(HookBase):

@@ -1,11 +1,12 @@
 import json
 import logging
+import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
@@ -15,7 +16,14 @@ from torch import nn
 from ss_detectron import add_ss_config, convert_feedback, find_config
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.data import generate_shapes
-from ss_detectron.engine import BestCheckpointer, Trainer, argument_parser, setup
+from ss_detectron.engine import (
+    BestCheckpointer,
+    PeriodicCheckpointer,
+    Trainer,
+    argument_parser,
+    setup,
+)
+from ss_detectron.experiments import read_metrics
 
 LOGGERS = ("detectron2", "fvcore", "ss_detectron")
 
@@ -461,9 +469,12 @@ def test_a_run_is_not_resumed_from_weights_alone(prepare):
 
 def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
     prepare = partial(prepare, "OUTPUT_DIR", "out")
-    train(prepare("SOLVER.CHECKPOINT_PERIOD", 2))
-    left = {path.name for path in Path("out").glob("*.pth")} | {"last_checkpoint"}
-    assert left == {"last_checkpoint", "model_0000001.pth", "model_final.pth"}
+    evaluated = "DATASETS.TEST", ("tiny_val",), "TEST.EVAL_PERIOD", 2
+    train(prepare("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, *evaluated))
+    metrics = Path("out/metrics.json").read_text()
+    assert "bbox/AP" in metrics
+    left = {"last_checkpoint", "inference", "metrics.json"}
+    left |= {f"model_{name}.pth" for name in ("0000003", "final")}
 
     weights = ["MODEL.WEIGHTS", "out/model_final.pth"]
     with pytest.raises(ValueError, match="give this run another OUTPUT_DIR, or go on .* --resume"):
@@ -472,28 +483,38 @@ def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
     prepare(*weights, "DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])
     prepare(*weights, "OUTPUT_DIR", "other")
 
-    trainer = Trainer(prepare())
+    trainer = Trainer(prepare("SOLVER.MAX_ITER", 2))
     trainer.resume_or_load(resume=False)
     assert left <= {path.name for path in Path("out").iterdir()}  # to look at weights moves none
     trainer.before_train = lambda: 1 / 0  # as if the run were killed there
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert {path.name for path in Path("out/earlier_run_1").iterdir()} == left
-    again = Trainer(prepare(flags=["--resume"]))
+    archive = Path("out/earlier_run_1")
+    assert {path.name for path in archive.iterdir()} == left
+    assert (archive / "metrics.json").read_text() == metrics
+    again = Trainer(prepare("SOLVER.MAX_ITER", 2, flags=["--resume"]))
     again.resume_or_load(resume=True)
     assert again.start_iter == 0
+    # What is reported of a shorter run without an evaluation has nothing of the longer one's.
+    again.train()
+    (row,) = read_metrics(Path("out/metrics.json"))
+    assert row["iteration"] < 2 and "bbox/AP" not in row
+    assert not Path("out/inference").exists()
 
 
 # Checkpoints -------------------------------------------------------------------------------------
 
 
-class FakeTrainer:
-    """As much of a trainer as the hook looks at."""
+def checkpointer(folder: Path, weight: float = 0.0) -> FeedbackCheckpointer:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, weight)
+    return FeedbackCheckpointer(model, str(folder))
 
-    max_iter = 40
 
-    def __init__(self, start_iter: int) -> None:
-        self.start_iter = start_iter
+def best_hook(folder: Path, weight: float) -> BestCheckpointer:
+    hook = BestCheckpointer(10, checkpointer(folder, weight), "bbox/AP")
+    hook.trainer = SimpleNamespace(max_iter=40)
+    return hook
 
 
 def evaluate(hook: BestCheckpointer, iteration: int, value: float | None) -> None:
@@ -505,50 +526,26 @@ def evaluate(hook: BestCheckpointer, iteration: int, value: float | None) -> Non
         hook.after_step()
 
 
-def best_hook(folder: Path, weight: float, start_iter: int = 0) -> BestCheckpointer:
-    model = nn.Linear(1, 1)
-    nn.init.constant_(model.weight, weight)
-    hook = BestCheckpointer(10, FeedbackCheckpointer(model, str(folder)), "bbox/AP")
-    hook.trainer = FakeTrainer(start_iter)
-    hook.before_train()
-    return hook
-
-
 def best_weight(folder: Path) -> float:
     return torch.load(folder / "model_best.pth")["model"]["weight"].item()
 
 
-def test_only_a_better_model_replaces_the_best_one(tmp_path, caplog):
+def test_only_a_better_model_replaces_the_best_one_before_and_after_a_resumption(tmp_path):
     hook = best_hook(tmp_path, weight=1.0)
     evaluate(hook, 9, None)
-    evaluate(hook, 9, float("nan"))
+    evaluate(hook, 9, math.nan)
     assert not (tmp_path / "model_best.pth").exists()
-    assert caplog.text.count("The evaluation gave no bbox/AP") == 2
     evaluate(hook, 9, 3.0)
-    nn.init.constant_(hook._checkpointer.model.weight, 2.0)
-    evaluate(hook, 19, 2.0)
-    evaluate(hook, 19, float("nan"))
+    resumed = best_hook(tmp_path, weight=2.0)
+    resumed.load_state_dict(hook.state_dict())
+    evaluate(resumed, 19, 2.0)
+    evaluate(resumed, 19, math.nan)
     assert best_weight(tmp_path) == 1.0
-    evaluate(hook, 29, 4.0)
+    evaluate(resumed, 29, 4.0)
     assert best_weight(tmp_path) == 2.0
-
-
-def test_a_resumed_run_keeps_the_best_model_from_before(tmp_path):
-    evaluate(best_hook(tmp_path, weight=1.0), 9, 3.0)
-    # The log of the run before has another value, and ends where that run was killed.
-    row = json.dumps({"iteration": 9, "bbox/AP": 1.0})
-    (tmp_path / "metrics.json").write_text(f'{row}\n{{"iteration": 19, "bbox/')
-    resumed = best_hook(tmp_path, weight=2.0, start_iter=10)
-    evaluate(resumed, 19, 2.5)
-    assert best_weight(tmp_path) == 1.0
-    evaluate(resumed, 29, 3.5)
-    assert best_weight(tmp_path) == 2.0
-
-
-def test_a_run_from_the_start_does_not_ask_an_older_best_model(tmp_path):
-    evaluate(best_hook(tmp_path, weight=1.0), 9, 3.0)
-    evaluate(best_hook(tmp_path, weight=2.0), 9, 2.5)
-    assert best_weight(tmp_path) == 2.0
+    other = BestCheckpointer(10, resumed._checkpointer, "classification/top1_error", "min")
+    other.load_state_dict(resumed.state_dict())  # of a run that was evaluated otherwise
+    assert other.best_metric is None
 
 
 def test_runs_resume_from_the_latest_checkpoint_not_from_the_best(tmp_path):
@@ -558,60 +555,32 @@ def test_runs_resume_from_the_latest_checkpoint_not_from_the_best(tmp_path):
     hook._checkpointer.save("model_0000009", iteration=9)
     evaluate(hook, 19, 4.0)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000009.pth"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "last_checkpoint",
-        "model_0000009.pth",
-        "model_best.pth",
-    ]
 
 
-def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
-    checkpointer = FeedbackCheckpointer(nn.Linear(1, 1), str(tmp_path))
-    checkpointer.save("model_best", iteration=9)
+@pytest.mark.parametrize(("keep", "left"), [(2, [59, "final"]), (3, [49, 59, "final"]), (0, None)])
+def test_the_latest_checkpoints_are_kept_those_before_a_resumption_included(keep, left, tmp_path):
+    def run(start: int, end: int) -> None:
+        hook = PeriodicCheckpointer(checkpointer(tmp_path), 10, keep=keep)
+        hook.trainer = SimpleNamespace(max_iter=60, gather_rank_states=list)
+        hook.before_train()
+        for hook.trainer.iter in range(start, end):
+            hook.after_step()
 
-    def cut_off(content, path):
-        path.write(b"PK")
-        raise OSError("no space left on device")
+    def names() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("model_*.pth"))
 
-    monkeypatch.setattr(torch, "save", cut_off)
-    with pytest.raises(OSError, match="no space"):
-        checkpointer.save("model_best", iteration=19)
-    assert torch.load(tmp_path / "model_best.pth")["iteration"] == 9
-
-
-def test_a_checkpoint_loads_in_stock_detectron2(tmp_path):
-    model = small_model("feedback_alignment")
-    FeedbackCheckpointer(model, str(tmp_path)).save("model_final")
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
-    DetectionCheckpointer(plain).load(str(tmp_path / "model_final.pth"))
-    image = torch.randn(1, 3, 5, 5)
-    assert torch.equal(plain(image), model(image))
-
-
-def test_loading_a_checkpoint_of_another_rule_warns_and_of_the_same_does_not(tmp_path, caplog):
-    FeedbackCheckpointer(small_model("feedback_alignment"), str(tmp_path)).save("fa")
-    path = str(tmp_path / "fa.pth")
-    caplog.set_level(logging.WARNING, "ss_detectron")
-    FeedbackCheckpointer(small_model("feedback_alignment")).load(path)
-    assert "trained with" not in caplog.text
-    FeedbackCheckpointer(small_model("sign_symmetry")).load(path)
-    [warning] = [record.getMessage() for record in caplog.records if "ss_det" in record.name]
-    assert "trained with feedback_alignment" in warning
-    assert "learns by sign_symmetry" in warning
-    assert "2 layers differ, such as 0" in warning
-
-
-def test_loading_feedback_made_with_other_settings_warns(tmp_path, caplog):
-    def model(gain):
-        return convert_feedback(nn.Sequential(nn.Linear(2, 2)), "fa", gain=gain)
-
-    FeedbackCheckpointer(model(0.5), str(tmp_path)).save("half")
-    with caplog.at_level(logging.WARNING, "ss_detectron"):
-        FeedbackCheckpointer(model(0.5)).load(str(tmp_path / "half.pth"))
-        assert not caplog.records
-        FeedbackCheckpointer(model(1.0)).load(str(tmp_path / "half.pth"))
-    assert "gain=0.5" in caplog.text and "gain=1" in caplog.text
-    assert "used as it is" in caplog.text
+    checkpointer(tmp_path).save("model_best")
+    run(0, 40)
+    assert keep != 2 or names() == ["model_0000029.pth", "model_0000039.pth", "model_best.pth"]
+    (tmp_path / "model_0000039.pth").write_bytes(b"")  # the run goes on from the one before
+    assert checkpointer(tmp_path).resume_or_load("")["iteration"] == 29
+    run(30, 50)
+    assert checkpointer(tmp_path).resume_or_load("")["iteration"] == 49
+    run(50, 60)
+    left = left or [*range(9, 60, 10), "final"]
+    assert names() == sorted(
+        ["model_best.pth", *(f"model_{f'{i:07d}' if i != 'final' else i}.pth" for i in left)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -636,12 +605,3 @@ def test_a_model_of_which_a_part_ignores_the_rule_is_warned_of(prepare, opts, wa
     cfg = prepare(*opts)
     Trainer.build_model(cfg)
     assert warning in Path(cfg.OUTPUT_DIR, "log.txt").read_text()
-
-
-def test_loading_stock_weights_says_what_trains_them_now(tmp_path, caplog):
-    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
-    DetectionCheckpointer(plain, str(tmp_path)).save("stock")
-    caplog.set_level(logging.INFO, "ss_detectron")
-    FeedbackCheckpointer(small_model("sign_symmetry")).load(str(tmp_path / "stock.pth"))
-    assert "does not say which rule trained it" in caplog.text
-    assert "sign_symmetry(scale=mean_abs, gain=1) (2 layers)" in caplog.text

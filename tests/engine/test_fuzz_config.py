@@ -24,7 +24,7 @@ from time_limit import within
 from ss_detectron import FEEDBACK_REGISTRY, add_ss_config
 from ss_detectron.data import generate_shapes, generate_shapes_cls
 from ss_detectron.engine import Trainer, argument_parser, setup
-from ss_detectron.engine import defaults as engine
+from ss_detectron.engine import command_line as engine
 
 SECONDS = 120  # an example takes about one
 

@@ -520,8 +520,7 @@ def test_a_run_that_diverges_ends_with_a_report_and_good_checkpoints(words, tmp_
 # A trainer whose model meets a pixel that is not a number wherever a batch has one image.
 PLANT = """
 import math
-from detectron2.engine import launch
-from ss_detectron.engine import Trainer, argument_parser, setup
+from ss_detectron.engine import Trainer, main
 
 NAME = "NAME_OF_THE_IMAGE"
 
@@ -538,14 +537,7 @@ class Planted(Trainer):
         model.register_forward_pre_hook(spoil)
         return model
 
-def main(args):
-    trainer = Planted(setup(args))
-    trainer.resume_or_load(args.resume)
-    trainer.train()
-
-if __name__ == "__main__":
-    args = argument_parser().parse_args()
-    launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,))
+main(trainer=Planted)
 """
 
 
@@ -576,7 +568,7 @@ def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_pa
     assert [r["skipped_steps"] for r in rows(tmp_path / "out") if "skipped_steps" in r] == [1]
 
     report = fail("--resume", *words, 20, cwd=tmp_path, script=script)
-    report = report[report.rindex("FloatingPointError: ") :]
+    report = report[report.index("FloatingPointError: ") :]
     iteration = int(re.search("not finite at iteration ([345]),", report)[1])
     assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", report)
     assert "All 1 steps of SOLVER.MAX_SKIPPED_STEPS have been skipped" in report

@@ -42,6 +42,7 @@ CLASSIFICATION = (
     *("INPUT.CLASSIFICATION.TRANSFORM", "resized_crop", "INPUT.CLASSIFICATION.SIZE", 32),
     *("INPUT.CLASSIFICATION.RESIZE", 36, "INPUT.RANDOM_FLIP", "horizontal"),
 )
+IN_TRAINING = {"KILL_AFTER": "4"}
 TASKS = {"detection": DETECTION, "classification": CLASSIFICATION}
 
 
@@ -92,13 +93,14 @@ def evaluations_of(folder):
     }
 
 
-def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
+def assert_resumes_exactly(tmp_path, task, kill, options=(), processes=1):
     words = ["--num-gpus", processes, *TASKS[task], *options]
 
-    def run(folder, *more):
-        return start(*more, *words, "OUTPUT_DIR", tmp_path / folder, cwd=tmp_path, script=RECORDED)
+    def run(folder, *more, **environment):
+        words_ = [*more, *words, "OUTPUT_DIR", tmp_path / folder]
+        return start(*words_, cwd=tmp_path, script=RECORDED, **environment)
 
-    killed = run("killed", *kill)
+    killed = run("killed", **kill)
     try:
         output, _ = killed.communicate(timeout=SECONDS)
     finally:
@@ -107,7 +109,7 @@ def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
     assert (tmp_path / "killed" / "last_checkpoint").read_text() == "model_0000002.pth"
     whole, resumed = run("whole"), run("killed", "--resume")
     finish(whole)
-    assert "Resumed after" in finish(resumed) or "--kill-after" in kill
+    assert "Resumed after" in finish(resumed) or kill == IN_TRAINING
 
     checkpoints = [
         torch.load(tmp_path / folder / "model_final.pth", weights_only=True)
@@ -118,7 +120,7 @@ def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
     whole, resumed = (losses_of(tmp_path / folder) for folder in ("whole", "killed"))
     assert len(whole) == 8 * processes
     lives = [life for step in resumed.values() for life in step]
-    repeated = 2 if "--kill-after" in kill else 0  # after the checkpoint
+    repeated = 2 if kill == IN_TRAINING else 0  # after the checkpoint
     assert len(lives) == len(whole) + repeated * processes
     for step, (expected,) in whole.items():
         assert all(life == expected for life in resumed[step]), step
@@ -139,7 +141,7 @@ def assert_resumes_exactly(tmp_path, task, *kill, options=(), processes=1):
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     options = ("MODEL.FEEDBACK.RULE", "brsf", "DATALOADER.NUM_WORKERS", 2)
-    assert_resumes_exactly(tmp_path, "detection", "--kill-after", 4, options=options)
+    assert_resumes_exactly(tmp_path, "detection", IN_TRAINING, options)
 
 
 @pytest.mark.slow
@@ -147,7 +149,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule(task, rule, tmp_path):
     options = ("MODEL.FEEDBACK.RULE", rule)
-    assert_resumes_exactly(tmp_path, task, "--kill-in-evaluation", 1, options=options)
+    assert_resumes_exactly(tmp_path, task, {"KILL_IN_EVALUATION": "1"}, options)
 
 
 @pytest.mark.slow
@@ -156,8 +158,7 @@ def test_every_rule(task, rule, tmp_path):
 @pytest.mark.parametrize("task", ["detection", "classification"])
 def test_processes_and_workers(task, workers, processes, tmp_path):
     options = ("DATALOADER.NUM_WORKERS", workers)
-    kill = ("--kill-after", 4)
-    assert_resumes_exactly(tmp_path, task, *kill, options=options, processes=processes)
+    assert_resumes_exactly(tmp_path, task, IN_TRAINING, options, processes)
 
 
 OTHERS = {
@@ -175,4 +176,4 @@ OTHERS = {
 @pytest.mark.parametrize("way", OTHERS)
 def test_other_ways_to_train(way, tmp_path):
     task, *options = OTHERS[way]
-    assert_resumes_exactly(tmp_path, task, "--kill-after", 4, options=options)
+    assert_resumes_exactly(tmp_path, task, IN_TRAINING, options)

@@ -17,7 +17,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from detectron2.utils.events import EventStorage
 from image_utils import write_images
 from modeling_utils import load_config, make_batch
-from run_utils import ROOT, finish, rows, start
+from run_utils import finish, rows, start
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -404,23 +404,18 @@ def test_all_keys_over_two_passes_are_mixed_precision_over_two_passes(network, c
 SCRIPT = '''
 """tools/train_net.py with a compiler that takes no minutes."""
 import functools
-from detectron2.engine import launch
-from ss_detectron.engine import defaults as engine
+from ss_detectron.engine import defaults, main
 from ss_detectron.modeling.compilation import compile_parts
-from train_net import main
 
-engine.compile_parts = functools.partial(compile_parts, backend="aot_eager")
+defaults.compile_parts = functools.partial(compile_parts, backend="aot_eager")
 
-if __name__ == "__main__":
-    args = engine.argument_parser().parse_args()
-    launch(main, args.num_gpus, dist_url=args.dist_url, args=(args,))
+main()
 '''
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Callable[..., str]:
     """(flags ..., KEY=value ...) -> what a run with all keys prints; it leaves tmp_path / "out"."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tools"))
     script = tmp_path / "compiled.py"
     script.write_text(SCRIPT)
 

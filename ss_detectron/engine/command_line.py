@@ -1,0 +1,152 @@
+"""The command line of a training or an evaluation, and the config that follows from it."""
+
+import argparse
+import functools
+import logging
+import multiprocessing
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
+from ss_detectron.checkpoint.files import has_checkpoint
+from ss_detectron.config import add_ss_config, merge_config_file, runs_on_cpu
+from ss_detectron.data import (
+    check_datasets,
+    register_coco_from_config,
+    register_image_folders_from_config,
+)
+from ss_detectron.values import check_values
+
+from .checks import check_options, check_proposals, check_weights
+from .defaults import Trainer
+from .launch import add_launch_options, complete_launch_options, launch
+
+__all__ = ["argument_parser", "main", "setup"]
+
+logger = logging.getLogger(__name__)
+
+
+def main(args: Sequence[str] | None = None, *, trainer: type[Trainer] = Trainer) -> None:
+    """
+    Trains or evaluates as a command line says, in as many processes as it says. A script that adds
+    rules, learners or networks of its own is::
+
+        import my_rules_and_learners
+        from ss_detectron.engine import main
+
+        main()
+
+    Each further process imports the script again, and what it registers is there too; this
+    function returns at once then.
+
+    Args:
+        args: the words of the command line, by default this program's.
+        trainer: the class that trains.
+
+    Raises:
+        SystemExit: the command line cannot work, or a process failed or was asked to stop.
+    """
+    process = multiprocessing.current_process()
+    if process.name != "MainProcess" and multiprocessing.parent_process() is None:
+        return  # a process that is about to be one of the run's, and imports the script first
+    parser = argument_parser()
+    add_launch_options(parser)
+    options = parser.parse_args(args)
+    complete_launch_options(parser, options)
+    if late := [word for word in options.opts if word.startswith("--")]:
+        parser.error(f"{' '.join(late)}: give options before the first KEY VALUE")
+    launch(functools.partial(_train_or_evaluate, trainer), options)
+
+
+def _train_or_evaluate(kind: type[Trainer], args: argparse.Namespace) -> Any:
+    """What one process of a run does."""
+    cfg = setup(args)
+    if not args.eval_only:
+        trainer = kind(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = kind.build_model(cfg)
+    checkpointer = FeedbackCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
+        trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
+    )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = kind.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """
+    Gives Detectron2's command line; on one machine, a free port is found for several processes, and
+    no code in a config file runs unless that is asked for.
+    """
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--allow-unsafe-config",
+        action="store_true",
+        help="run the Python code in the config file's YAML tags, and download a config "
+        "that is a URL",
+    )
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """
+    Makes the config of a run, checks it, and does Detectron2's ordinary set-up (logging, seeds,
+    output folder).
+
+    Args:
+        args: of :func:`argument_parser`. ``config_file`` may be the name of a config that ships
+            with this package; it is replaced by the path.
+
+    Raises:
+        FileNotFoundError: no such config, annotation file or image folder.
+        KeyError, ValueError: an unknown key, a value that does not fit, an unknown data set.
+    """
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    if args.config_file:
+        args.config_file = merge_config_file(
+            cfg, args.config_file, allow_unsafe=args.allow_unsafe_config
+        )
+    cfg.merge_from_list(args.opts)
+    check_values(cfg)
+    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if on_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+    register_coco_from_config(cfg)
+    register_image_folders_from_config(cfg)
+    cfg.freeze()
+    # Checked before default_setup, which overwrites the config.yaml of an earlier run.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
+    check_options(cfg)
+    check_datasets(cfg, training=not args.eval_only)
+    check_proposals(cfg)
+    found = has_checkpoint(cfg.OUTPUT_DIR)
+    if not (args.resume and found):
+        check_weights(cfg, training=not args.eval_only)
+    if found and not args.resume and not args.eval_only:
+        logger.warning(
+            "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew; --resume "
+            "would have gone on from it.",
+            cfg.OUTPUT_DIR,
+        )
+    default_setup(cfg, args)
+    if on_cpu:
+        logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
+    if runs_on_cpu(cfg) and comm.get_world_size() > 1:
+        # The processes of one machine share its cores.
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
+    return cfg
