@@ -117,12 +117,12 @@ def read_coco_file(
         if found := _problem(_ANNOTATION, annotation):
             return found
         if annotation["category_id"] not in categories:
-            return _not(annotation, "category_id", "one of 'categories'")
+            return _unlike(annotation, "category_id", "one of 'categories'")
         image = images.get(annotation["image_id"])
         if image is None:
             strays.append(str(annotation["id"]))
         elif expected := _expected_mask(annotation, image, masks, polygons):
-            return _not(annotation, "segmentation", expected)
+            return _unlike(annotation, "segmentation", expected)
         return None
 
     _check(file, "annotations", lists["annotations"], annotation_problem)
@@ -144,7 +144,7 @@ def _problem(form: Form, entry: Any) -> str | None:
         return f"is {reprlib.repr(entry)}, not an object"
     for key, (fits, expected) in form.items():
         if not fits(entry[key]) if key in entry else key not in _OPTIONAL:
-            return _not(entry, key, expected)
+            return _unlike(entry, key, expected)
     return None
 
 
@@ -159,9 +159,9 @@ def _check(file: str, part: str, entries: list[Any], problem: Callable[[Any], st
         raise ValueError(f"'{file}': the ids of {part} are of different types, such as {both}.")
 
 
-def _not(entry: dict, key: str, expected: str) -> str:
+def _unlike(entry: dict, key: str, expected: str) -> str:
     found = f"has the {key} {reprlib.repr(entry[key])}" if key in entry else f"has no {key}"
-    return f"{found}, not {expected}"
+    return f"{found}, expected {expected}"
 
 
 def _refuse(file: str, part: str, entries: list[Any], problems: list[tuple[int, str]]) -> None:

@@ -1,21 +1,27 @@
 """Images and boxes for detection, by Detectron2's own loading: what of them cannot be used."""
 
-from collections.abc import Iterator
+import copy
+from io import BytesIO
 from typing import Any
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetMapper,
+    MetadataCatalog,
+    detection_utils,
+    get_detection_dataset_dicts,
+)
 from detectron2.data import build_detection_test_loader as build_stock_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.data.samplers import InferenceSampler
-from detectron2.utils.file_io import PathManager
+from detectron2.data.transforms import AugInput
 from PIL import Image
-from torch import Generator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .boxes import without_unusable_boxes
-from .images import UnreadableImageError, skips_unreadable_images
-from .stream import ImageDataset
+from .images import open_image, reading, skips_unreadable_images
+from .stream import EvaluationLoader, ImageDataset
 
 __all__ = ["DetectionMapper", "build_detection_test_loader", "load_detection_dicts"]
 
@@ -24,51 +30,72 @@ __all__ = ["DetectionMapper", "build_detection_test_loader", "load_detection_dic
 
 
 class DetectionMapper(DatasetMapper):
-    """Detectron2's mapper, to which whatever cannot be used is an UnreadableImageError."""
+    """Detectron2's mapper, which says of an image that it cannot be read, and of nothing else."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """
+        """Read and transform an image and its annotations, step by step as the stock mapper does.
+
         Raises:
-            UnreadableImageError: an image that cannot be decoded, or does not fit its annotations,
-                by its name.
+            UnreadableImageError: the image cannot be decoded, or is of another size than the
+                annotation's.
+            ValueError: annotations that cannot be used, with the image's name.
         """
-        name = dataset_dict["file_name"]
-        try:
-            _check_image(name)
-            return super().__call__(dataset_dict)
-        except Exception as error:  # Pillow's decoders raise errors of all kinds
-            raise UnreadableImageError(f"'{name}' cannot be used: {_describe(error)}") from error
-
-
-def _check_image(name: str) -> None:
-    """What Detectron2's read_image overlooks.
-
-    It asks a PNG for its orientation, for which Pillow decodes it, and ignores all errors of that:
-    a damaged one is half black. And it clips 16-bit values at 255.
-    """
-    with PathManager.open(name, "rb") as file, Image.open(file) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(
-                f"its values are of mode {image.mode}, and Detectron2 takes 8 bits: convert it"
+        record = copy.deepcopy(dataset_dict)
+        given = AugInput(_read(record, self.image_format))
+        if "sem_seg_file_name" in record:
+            name = record.pop("sem_seg_file_name")
+            with reading(name):
+                given.sem_seg = detection_utils.read_image(name, "L").squeeze(2)
+        transforms = self.augmentations(given)
+        shape = given.image.shape[:2]
+        record["image"] = torch.as_tensor(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
+        if given.sem_seg is not None:
+            record["sem_seg"] = torch.as_tensor(given.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(
+                record, shape, transforms, proposal_topk=self.proposal_topk
             )
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            try:
+                self._transform_annotations(record, transforms, shape)
+            except ValueError as error:
+                name = record["file_name"]
+                raise ValueError(f"annotations of '{name}' cannot be used: {error!r}") from error
+        return record
+
+
+def _read(record: dict[str, Any], form: str) -> np.ndarray:
+    """Decode the image of a dataset dict as Detectron2's read_image does, (H, W, C).
+
+    What that overlooks is refused: it asks a PNG for its orientation, for which Pillow decodes it,
+    and ignores all errors of that, so that a damaged one is half black; and it clips 16-bit values
+    at 255.
+    """
+    image = open_image(record)
+    with reading(record["file_name"]):
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"its mode is {image.mode}, and Detectron2 takes 8 bits: convert it")
         if image.format == "PNG":
-            image.verify()  # the checksums, which takes a few percent of decoding it
-
-
-def _describe(error: Exception) -> str:
-    known = isinstance(error, (OSError, ValueError))
-    return str(error) if known and str(error) else repr(error)
+            # The checksums, which takes a few percent of decoding it.
+            Image.open(BytesIO(image.fp.getvalue())).verify()
+        image.load()
+        image = detection_utils._apply_exif_orientation(image)
+        pixels = detection_utils.convert_PIL_to_numpy(image, form)
+        detection_utils.check_image_size(record, pixels)
+    # YUV-BT.601 is of float64, which no layer takes.
+    return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
 
 # Data sets ---------------------------------------------------------------------------------------
 
 
 def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> list[dict] | Dataset:
-    """Detectron2's dataset dicts of some data sets, together.
+    """Load Detectron2's dataset dicts of some data sets, together.
 
-    For training, by the keys that say which images are used, without the boxes that nothing can be
-    learned from: those without area, and those outside their image. How many there are is logged,
-    and how many reach beyond their image, which Detectron2 clips.
+    For training, by the keys that say which images are used, and
+    :func:`.without_unusable_boxes`.
 
     Returns:
         the dataset dicts, or a torch Dataset where one is registered.
@@ -77,29 +104,24 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
         OSError: files are missing.
         ValueError: the data sets cannot be loaded, or nothing in them can be used.
     """
-    options = {"filter_empty": False}  # which is done below
+    filtered = training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    options: dict[str, Any] = {"filter_empty": filtered}
     if training and cfg.MODEL.KEYPOINT_ON:
         options["min_keypoints"] = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     if cfg.MODEL.LOAD_PROPOSALS:
         options["proposal_files"] = _proposal_files(cfg, names, training)
+    where = _where(names)
     try:
         dicts = get_detection_dataset_dicts(names, **options)
     except OSError:
         raise
-    except Exception as error:
-        raise ValueError(
-            f"{_where(names)}: Detectron2 cannot load it: {_describe(error)}"
-        ) from error
+    except Exception as error:  # what it takes for granted fails in many ways
+        raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}") from error
     if not training or not isinstance(dicts, list) or "annotations" not in dicts[0]:
         return dicts
-    where = _where(names)
-    filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    # Detectron2's weighted samplers load the data sets again: they have to find the same images.
-    weighted = cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted")
-    if filtered and weighted:
-        dicts = filter_images_with_only_crowd_annotations(dicts)
     dicts = without_unusable_boxes(dicts, where)
-    if filtered and not weighted:
+    # Detectron2's weighted samplers load the data sets again, and have to find the same images.
+    if filtered and not cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted"):
         dicts = filter_images_with_only_crowd_annotations(dicts)
     if not dicts:
         raise ValueError(f"{where}: no image has an object that can be used.")
@@ -125,29 +147,11 @@ def _where(names: list[str]) -> str:
 # Evaluation --------------------------------------------------------------------------------------
 
 
-class _Readable:
-    """The batches of a loader without the images that could not be read."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-        self.dataset = loader.dataset
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self.loader:
-            images = [image for image in batch if image is not None]
-            if images:
-                yield images
-
-    def __len__(self) -> int:
-        """How many batches there are, had every image been readable."""
-        return len(self.loader)
-
-
 def build_detection_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
-    """A loader of every image of a data set once, in order, shared out over the processes.
+    """Build a loader of every image of a data set once, in order, shared out over the processes.
 
     Returns:
-        a loader of batches of one image, as Detectron2's. Images that cannot be used are left out,
+        a loader of batches of one image, as Detectron2's. Images that cannot be read are left out,
         or an error, as DATALOADER.UNREADABLE_IMAGES says.
 
     Raises:
@@ -155,15 +159,8 @@ def build_detection_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
     """
     dicts = load_detection_dicts(cfg, [dataset_name], training=False)
     mapper = DetectionMapper(cfg, False)
+    workers = cfg.DATALOADER.NUM_WORKERS
     if not isinstance(dicts, list):
-        return build_stock_test_loader(dicts, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS)
+        return build_stock_test_loader(dicts, mapper=mapper, num_workers=workers)
     dataset = ImageDataset(dicts, mapper, skip=skips_unreadable_images(cfg), replace=False)
-    loader = DataLoader(
-        dataset,
-        sampler=InferenceSampler(len(dataset)),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=list,
-        # Of its own, so that evaluation leaves training's random numbers as they are.
-        generator=Generator(),
-    )
-    return _Readable(loader)
+    return EvaluationLoader(dataset, batch_size=1, num_workers=workers)

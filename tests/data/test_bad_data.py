@@ -1,5 +1,6 @@
 """What becomes of data that are not as they should be: docs/bad_data.md, row by row."""
 
+import copy
 import io
 import json
 import logging
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils import logger as detectron2_logger
+from detectron2.utils.file_io import PathManager
 from image_utils import datasets_folder, image_config
 from PIL import Image
 from pycocotools import mask as mask_util
@@ -164,7 +166,7 @@ UNREADABLE = [
     ("empty file", write(b""), "cannot identify"),
     ("text named as an image", write(b"no image"), "cannot identify"),
     ("more pixels than Pillow takes (a decompression bomb)", write(bomb()), "exceeds limit"),
-    ("floating-point values", write(floats()), "mode F|floats"),
+    ("floating-point values", write(floats()), "mode is F|floats"),
     ("folder in place of a file", make_folder, "Is a directory"),
     ("link that leads nowhere", dangle, "No such file"),
 ]
@@ -393,7 +395,7 @@ CLOCKWISE = write(turned("jpeg"))
 DETECTION_IMAGES = [
     *(unreadable(name, on_file(change), message) for name, change, message in UNREADABLE),
     Case("missing file", on_file(remove), "stops", "skipped", "1 of which are not in|No such file"),
-    unreadable("16-bit values", on_file(write(sixteen_bits())), "mode I"),
+    unreadable("16-bit values", on_file(write(sixteen_bits())), "mode is I"),
     unreadable("another size than the annotation's", on_image(width=60), r"got \(64, 48\)"),
     unreadable(
         "orientation in EXIF, size as stored", on_file(CLOCKWISE), r"got \(48, 64\), expect"
@@ -405,7 +407,7 @@ DETECTION_IMAGES = [
 ]
 
 FORM = "not in COCO's form"
-POLYGONS = r"not polygons \[\[x1, y1, x2, y2, x3, y3, "
+POLYGONS = r"expected polygons \[\[x1, y1, x2, y2, x3, y3, "
 FULL = compressed(box_mask(BOXES[1][0]))
 
 DETECTION_ANNOTATIONS = [
@@ -416,10 +418,10 @@ DETECTION_ANNOTATIONS = [
     stops("no images", lambda c: c["images"].clear(), "has no images"),
     stops("no annotations", lambda c: c["annotations"].clear(), "has no annotations"),
     stops("no categories", lambda c: c["categories"].clear(), "has no categories"),
-    stops("image without id", without("images", "id"), "has no id, not an integer"),
+    stops("image without id", without("images", "id"), "has no id, expected an integer"),
     stops("image without file_name", without("images", "file_name"), "no file_name"),
     stops("image without width or height", without("images", "width"), "no width"),
-    stops("image of zero width or height", on_image(height=0), "the height 0, not"),
+    stops("image of zero width or height", on_image(height=0), "the height 0, expected"),
     stops("duplicate image ids", on_image(id=3), r"images\[1\] \(id 3\) has an id th"),
     used("image without objects", lambda c: c["annotations"].pop(1), THREE, ap=HALF_RIGHT),
     used(
@@ -455,7 +457,7 @@ DETECTION_ANNOTATIONS = [
         ONE_WRONG,
     ),
     stops(
-        "box with NaN", on_object(bbox=[4, 8, float("nan"), 9]), r"bbox \[4, 8, nan, 9\], not \[x"
+        "box with NaN", on_object(bbox=[4, 8, float("nan"), 9]), r"bbox \[4, 8, nan, 9\], expected"
     ),
     stops("box of strings", on_object(bbox=["4", "8", "5", "9"]), r"bbox \['4', '8'"),
     stops("box of another length", on_object(bbox=[4, 8, 5]), r"bbox \[4, 8, 5\]"),
@@ -471,7 +473,7 @@ DETECTION_ANNOTATIONS = [
         one_more([4, 8, 5, 9], image_id=77),
         r"1 of 5 annotations .* does not list \(annotation ids 9\)",
     ),
-    stops("category_id that is not listed", on_object(category_id=3), "category_id 3, not one of"),
+    stops("category_id that is not listed", on_object(category_id=3), "category_id 3, expected"),
     used("category ids with gaps", gaps),
     stops(
         "duplicate category ids",
@@ -479,9 +481,9 @@ DETECTION_ANNOTATIONS = [
         r"categories\[0\] \(id 1\) has an id that",
     ),
     used("iscrowd and area missing", no_areas),
-    stops("iscrowd neither 0 nor 1", on_object(iscrowd="no"), "iscrowd 'no', not 0 or 1"),
-    stops("area no number", on_object(area=None), "area None, not a number"),
-    stops("annotation to be ignored", on_object(ignore=1), "ignore 1, not 0"),
+    stops("iscrowd neither 0 nor 1", on_object(iscrowd="no"), "iscrowd 'no', expected 0 or 1"),
+    stops("area no number", on_object(area=None), "area None, expected a number"),
+    stops("annotation to be ignored", on_object(ignore=1), "ignore 1, expected 0"),
     stops("keypoints of another form", on_object(keypoints=[1, 2]), r"keypoints \[1, 2\]"),
     used("segmentation empty", polygons([])),
     stops("segmentation of another form", polygons([4, 8, 24, 8, 24, 18]), POLYGONS),
@@ -491,8 +493,8 @@ DETECTION_ANNOTATIONS = [
         "Filtered out 1 instances",
         THREE,
     ),
-    stops("RLE of another size than the image", rle([9, 9], [81]), "not RLE of its image's"),
-    stops("RLE whose counts do not add up", rle([HEIGHT, WIDTH], [5]), "not RLE of its image's"),
+    stops("RLE of another size than the image", rle([9, 9], [81]), "expected RLE of its"),
+    stops("RLE whose counts do not add up", rle([HEIGHT, WIDTH], [5]), "expected RLE of its"),
     stops("segmentation missing, MODEL.MASK_ON", polygons(None), "MODEL.MASK_ON needs", *MASKS),
     stops(
         "segmentation of a crowd missing, MODEL.MASK_ON",
@@ -521,7 +523,7 @@ DETECTION_ANNOTATIONS = [
     stops(
         "damaged compressed RLE, MODEL.MASK_ON with bitmasks",
         masks("RLE", segmentation={"size": [HEIGHT, WIDTH], "counts": "0oooooooooo1"}),
-        "'0oooooooooo1'.*not RLE",
+        "'0oooooooooo1'.*expected RLE",
         *BITMASKS,
     ),
     used("polygons, MODEL.MASK_ON", masks("polygons"), options=MASKS),
@@ -759,7 +761,7 @@ def test_worker_processes_count_together(workers, capfd):
     assert set(found) == {0, 2}
     assert loader.dataset.unreadable.tolist() == [False, True, False, True]
     said = capfd.readouterr().err
-    assert said.count("1.jpg' cannot be used") == said.count("3.jpg' cannot be used") == 1
+    assert said.count("1.jpg' cannot be") == said.count("3.jpg' cannot be") == 1
     assert "has met 2 unreadable images" in said
 
 
@@ -767,7 +769,9 @@ def test_worker_process_ends_the_run_with_the_name():
     write_set(on_file(write(b"")))
     cfg = checked(detection_config("error", "DATALOADER.NUM_WORKERS", 1))
     for use in (trained_on, average_precision):
-        with pytest.raises(UnreadableImageError, match="1.jpg' cannot be used: cannot identify"):
+        with pytest.raises(
+            UnreadableImageError, match="1.jpg' cannot be read as an im.*: cannot ide"
+        ):
             use(cfg)
 
 
@@ -836,7 +840,7 @@ def test_nothing_to_learn_from():
         (without("annotations", "bbox"), "1 boxes are not four finite numbers: None of image 1"),
         (without("images", "width"), "KeyError"),
         (text(b"[]"), "AssertionError"),
-        (lambda content: content["annotations"].clear(), "no image has an object that can be"),
+        (lambda content: content["annotations"].clear(), "No valid data found"),
     ],
 )
 def test_sets_that_are_not_parsed_beforehand(spoil, message):
@@ -887,20 +891,64 @@ def test_evaluation_without_what_coco_takes_for_granted(spoil):
     assert average_precision(checked(detection_config())) == pytest.approx(100)
 
 
-def test_mask_that_cannot_be_decoded_is_the_image_s():
+def test_mask_that_cannot_be_decoded_is_named():
     """Of a data set that is not parsed beforehand."""
-
-    def add(content: dict) -> None:
-        for annotation in content["annotations"]:
-            annotation["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": "zzzzabc\x7f"}
-
-    write_set(add)
-    cfg = detection_config("error", *BITMASKS)
+    write_set(masks("RLE", segmentation={"size": [HEIGHT, WIDTH], "counts": "zzzzabc\x7f"}))
+    cfg = detection_config("skip", *BITMASKS)
     register_coco_from_config(cfg)
     MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
     check_datasets(cfg)
-    with pytest.raises(UnreadableImageError, match=r"images/\d.jpg' cannot be used: Invalid RLE"):
-        next(iter(Trainer.build_train_loader(cfg)))
+    with pytest.raises(ValueError, match=r"annotations of '.*1.jpg' cannot be used: .*Invalid RLE"):
+        trained_on(cfg)
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, MemoryError])
+def test_errors_of_ones_own_code_are_no_unreadable_images(error, monkeypatch):
+    """Nor is a lack of memory in reading."""
+    write_set(lambda content: None)
+    loader = Trainer.build_train_loader(checked(detection_config("skip")))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("mine")
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="mine"):
+        patch.setattr(loader.dataset.mapper, "augmentations", fail)
+        next(iter(loader))
+    if error is MemoryError:
+        monkeypatch.setattr(detection_utils, "convert_PIL_to_numpy", fail)
+        with pytest.raises(error, match="mine"):
+            next(iter(loader))
+    assert not loader.dataset.unreadable.any()
+
+
+@pytest.mark.parametrize("form", ["BGR", "RGB", "L", "YUV-BT.601"])
+@pytest.mark.parametrize("content", [encoded("jpeg"), turned("jpeg"), turned("png"), palette()])
+def test_images_are_those_of_detectron2_read_once(form, content, monkeypatch):
+    write_set(masks("polygons"))
+    cfg = checked(detection_config("error", "INPUT.FORMAT", form, *MASKS))
+    Path("sky/images/0.jpg").write_bytes(content)
+    record = DatasetCatalog.get("own_sky")[0]
+    record["width"], record["height"] = WIDTH, HEIGHT
+    if content in (turned("jpeg"), turned("png")):
+        record["width"], record["height"] = HEIGHT, WIDTH
+    record["sem_seg_file_name"] = record["file_name"]
+    before = copy.deepcopy(record)
+    opened, opening = [], PathManager.open
+    for training in (True, False):
+        expected = DatasetMapper(cfg, training)(record)
+        with monkeypatch.context() as patch:
+            patch.setattr(PathManager, "open", lambda *a, **k: opened.append(a) or opening(*a, **k))
+            found = DetectionMapper(cfg, training)(record)
+        assert len(opened) == 2  # with the segmentation
+        opened.clear()
+        assert record == before and found.keys() == expected.keys()
+        assert found["image"].dtype in (torch.uint8, torch.float32)  # which models take
+        torch.testing.assert_close(found["image"], expected["image"].to(found["image"].dtype))
+        assert torch.equal(found["sem_seg"], expected["sem_seg"])
+        if training:
+            for field in ("gt_boxes", "gt_masks"):
+                both_fields = (i["instances"].get(field) for i in (found, expected))
+                assert str(next(both_fields)) == str(next(both_fields))
 
 
 def rle_is_taken(counts: Any, size: Any = (HEIGHT, WIDTH)) -> bool:
