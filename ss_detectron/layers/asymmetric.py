@@ -237,7 +237,13 @@ def _warn_of_no_updates(rule: str, layer_name: str) -> None:
     )
 
 
-@torch.library.custom_op("ss_detectron::feedback", mutates_args=())
+@torch.library.custom_op(
+    "ss_detectron::feedback",
+    mutates_args=(),
+    # torch 2.4 infers none from annotations such as list[int].
+    schema="(Tensor weight, Tensor? state, int[] fans, str rule, str scale, float gain, int seed, "
+    "str layer_name) -> Tensor",
+)
 def _feedback_operator(
     weight: Tensor,
     state: Tensor | None,

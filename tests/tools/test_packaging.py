@@ -1,5 +1,6 @@
 """What `pip` makes of the project: the real one, built from a copy, without network."""
 
+import ast
 import os
 import re
 import shutil
@@ -9,9 +10,12 @@ import tarfile
 import time
 import zipfile
 from email import message_from_bytes
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ss_detectron
 
@@ -46,10 +50,16 @@ def wheel(tmp_path_factory):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def metadata_of(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel):
     return message_from_bytes(
         next(data for name, data in wheel.items() if name.endswith(".dist-info/METADATA"))
     )
+
+
+@pytest.fixture(scope="module")
+def requirements(metadata):
+    return [Requirement(line) for line in metadata.get_all("Requires-Dist")]
 
 
 def test_wheel_has_the_code_and_the_configs_and_nothing_else(wheel):
@@ -59,28 +69,18 @@ def test_wheel_has_the_code_and_the_configs_and_nothing_else(wheel):
         for path in (ROOT / "configs").rglob("*.yaml")
     }
     assert any("/configs/quick/" in name for name in configs)
-    assert {name for name in wheel if ".dist-info/" not in name} == code | configs
+    assert {name for name in wheel if ".dist-info/" not in name} == {
+        *code,
+        *configs,
+        "ss_detectron/py.typed",
+    }
 
 
-def test_wheel_has_the_licence(wheel):
-    licence = [data for name, data in wheel.items() if name.endswith("/LICENSE")]
-    assert licence == [(ROOT / "LICENSE").read_bytes()]
-    assert b"Apache License" in licence[0]
-
-
-def test_metadata(wheel):
-    metadata = metadata_of(wheel)
+def test_metadata(wheel, metadata):
     assert metadata["Name"] == "ss_detectron"
     assert metadata["Version"] == ss_detectron.__version__
-
-
-def test_installing_leaves_detectron2_opencv_and_torch_alone(wheel):
-    """Whatever the environment has of them must do."""
-    required = [line for line in metadata_of(wheel).get_all("Requires-Dist") if "extra" not in line]
-    names = {line.split(">")[0] for line in required}
-    assert {"torch", "torchvision"} <= names
-    assert not {"detectron2", "opencv-python", "opencv-python-headless"} & names
-    assert not [line for line in required if "<" in line or "==" in line or "~" in line]
+    (licence,) = [data for name, data in wheel.items() if name.endswith("/LICENSE")]
+    assert licence == (ROOT / "LICENSE").read_bytes() and b"Apache License" in licence
 
 
 def test_source_distribution_gives_the_same_wheel(wheel, tmp_path):
@@ -95,11 +95,41 @@ def test_source_distribution_gives_the_same_wheel(wheel, tmp_path):
         assert {name: archive.read(name) for name in archive.namelist()} == wheel
 
 
-def test_every_requirement_is_pinned():
+# ---------------------------------------------------------------- requirements
+
+
+def test_installing_leaves_an_environment_as_it_is(requirements):
+    """Whatever torch it has must do, and its OpenCV and Detectron2 are not asked for."""
+    assert [str(r) for r in requirements if r.marker is None] == ["torch>=2.4"]
+    assert {clause.operator for r in requirements for clause in r.specifier} == {">="}
+
+
+def test_what_is_imported_is_declared(requirements):
+    imported = set()
+    for path in (ROOT / "ss_detectron").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+    imported -= sys.stdlib_module_names | {"ss_detectron", "detectron2"}
+    distributions = packages_distributions() | {
+        "cv2": ["opencv-python"],  # of several that bring it
+        "nvidia": ["nvidia-dali-cuda130"],
+    }
+    needed = {canonicalize_name(distributions[module][0]) for module in imported}
+    assert needed == {canonicalize_name(requirement.name) for requirement in requirements}
+
+
+def test_every_requirement_is_pinned(requirements):
+    pins = set()
     for path in (ROOT / "requirements").glob("*.txt"):
         for line in path.read_text().splitlines():
-            requirement = line.partition("#")[0].strip()
-            assert not requirement or requirement.startswith("-r ") or "==" in requirement, line
+            line = line.partition("#")[0].strip()
+            if line and not line.startswith("-r "):
+                assert re.search("==[0-9.]+(post[0-9]+)?$", line), line
+                pins.add(line.partition("==")[0])
+    assert pins >= {canonicalize_name(r.name) for r in requirements if "dali" not in r.name}
 
 
 # ---------------------------------------------------------------- make
@@ -108,8 +138,8 @@ def test_every_requirement_is_pinned():
 class FakePython:
     """A Python that only writes down how it is called, for `make` to do its set-up with.
 
-    It is a shell script; `make_venv` gives the environment it makes the same script as Python and
-    as ruff, so that the calls of all three stand in one log.
+    It is a shell script. An environment that it makes has the same script as its programs, so that
+    the calls of all stand in one log.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,16 +156,17 @@ class FakePython:
     def behave(self, body: str) -> None:
         """Set what it does: lines of shell, run with the arguments of a call."""
         make_venv = (
-            f'case "$*" in "-m venv "*) mkdir -p .venv/bin\n'
-            f"for name in python ruff; do ln -sf {self.path} .venv/bin/$name; done;; esac"
+            'case "$*" in "-m venv "*) for folder; do :; done; mkdir -p $folder/bin\n'
+            "for name in python ruff lint-imports mypy; do\n"
+            f"ln -sf {self.path} $folder/bin/$name; done;; esac"
         )
         log = f'echo "$(basename $0) $*" >> {self.log}'
         self.path.write_text(f"#!/bin/sh\n{log}\n{body}\n{make_venv}\n")
         self.path.chmod(0o755)
 
-    def make(self, target: str) -> subprocess.CompletedProcess:
+    def make(self, *words: str) -> subprocess.CompletedProcess:
         self.log.write_text("")
-        command = ["make", "--no-print-directory", target, f"PYTHON={self.path}"]
+        command = ["make", "--no-print-directory", f"PYTHON={self.path}", *words]
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
 
     def calls(self, part: str) -> int:
@@ -197,19 +228,46 @@ def test_set_up_that_fails_is_taken_up_again(python, failing, message):
     assert python.log.read_text() == ""
 
 
-def test_make_lint_needs_ruff_only(python):
+def test_make_lint_checks_style_imports_and_types(python):
     assert python.make("lint").returncode == 0
-    assert python.calls("pip --disable-pip-version-check install -q -r requirements/lint.txt") == 1
-    assert python.calls("install") == 1
-    assert python.calls("ruff check .") == 1
+    assert python.calls("install -q -r requirements/lint.txt") == 1
+    assert python.calls("install_detectron2.py") == 0
     assert python.make("lint").returncode == 0
-    assert python.log.read_text() == "ruff check .\n"
+    assert python.log.read_text().splitlines() == [
+        "ruff check .",
+        "ruff format --check .",
+        "lint-imports ",
+        "mypy ",
+    ]
 
 
 def test_make_test_says_on_which_detectron2_it_runs(python):
     assert python.make("test").returncode == 0
     report = python.log.read_text().index("install_detectron2.py --report")
     assert report < python.log.read_text().index("-m pytest tests")
+
+
+def test_the_core_is_tested_with_torch_alone(python):
+    for _ in range(2):
+        python.behave('case "$*" in *install*torch*) exit 1;; esac')
+        failed = python.make("test-core", "TORCH=2.4.1")
+        assert failed.returncode == 2 and "PYTHON=python3.12" in failed.stderr
+    python.behave("")
+    assert python.make("test-core", "TORCH=2.4.1").returncode == 0
+    assert (python.folder / ".venv-core-2.4.1-fake-python").is_dir()
+    assert python.calls("install torch==2.4.1 -r requirements/core.txt") == 1
+    assert python.calls("install") == python.calls("-m pytest") == 1
+
+    (pinned,) = re.findall(r"^torch==(.+)$", (ROOT / "requirements/demo.txt").read_text(), re.M)
+    assert python.make("test-core").returncode == 0
+    assert python.calls(f"install torch=={pinned} ") == 1
+    assert python.make("test-core").returncode == 0
+    assert python.calls("install") == 0
+
+
+def test_the_tests_of_the_core_exist():
+    (words,) = re.findall(r"^\t  (tests/.+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert all((ROOT / word).exists() for word in words.split())
 
 
 def test_changed_requirements_are_installed(python):
