@@ -1,6 +1,8 @@
 """What the documents show holds."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from ss_detectron import (
     FEEDBACK_REGISTRY,
+    LEARNER_REGISTRY,
     add_ss_config,
     convert_feedback,
     feedback_report,
@@ -18,6 +21,8 @@ from ss_detectron import (
 )
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
 def code(document: str, containing: str) -> str:
@@ -26,96 +31,113 @@ def code(document: str, containing: str) -> str:
     return block
 
 
-def test_the_rule_in_contributing_can_be_added_as_it_stands():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    try:
-        exec(code("CONTRIBUTING.md", "class Ternary"), {"model": model})
-        assert [row.rule for row in feedback_report(model)] == ["ternary", "ternary"]
-        weight = model[2].weight.detach()
-        mean = weight.abs().mean()
-        expected = mean * weight.sign() * (weight.abs() > mean)
-        torch.testing.assert_close(model[2].current_feedback(), expected)
-        image = torch.randn(1, 3, 3, 3, requires_grad=True)
-        model(image).sum().backward()
-        assert image.grad.abs().sum() > 0
-    finally:
-        FEEDBACK_REGISTRY._obj_map.pop("ternary", None)
+@pytest.fixture
+def registries(monkeypatch):
+    for registry in (FEEDBACK_REGISTRY, LEARNER_REGISTRY):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+
+
+def rules(model: nn.Module) -> dict[str, str]:
+    return {row.name: row.rule for row in feedback_report(model)}
 
 
 def test_the_readme_converts_a_model_as_it_says():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.backbone = nn.Conv2d(3, 4, 3)
-            self.roi_heads = nn.ModuleDict({"box_predictor": nn.Linear(4, 2)})
-
-    model = Model()
-    block = code("README.md", "feedback_report(model)")
-    exec(block, {"build_model": lambda cfg: model, "cfg": None})
-    rules = {row.name: row.rule for row in feedback_report(model)}
-    assert rules == {
-        "backbone": "sign_symmetry",
-        "roi_heads.box_predictor": "backpropagation",
-    }
+    names = {}
+    exec(code("README.md", "torchvision"), names)
+    found = rules(names["model"])
+    assert found.pop("fc") == "backpropagation"
+    assert set(found.values()) == {"sign_symmetry"}
 
 
 def test_the_readme_names_builders_that_are_registered():
-    block = code("README.md", "my_retinanet.yaml")
-    block = block.replace('"my_retinanet.yaml"', repr(find_config("retinanet_scratch_bp.yaml")))
-    names = {"get_cfg": get_cfg}
-    exec(block, names)
-    cfg = names["cfg"]
-    cfg.merge_from_list(
-        ["MODEL.DEVICE", "cpu", "MODEL.FEEDBACK.RULE", "", "MODEL.RESNETS.DEPTH", 18]
-    )
-    cfg.merge_from_list(["MODEL.RESNETS.RES2_OUT_CHANNELS", 64])
-
-    rules = [row.rule for row in feedback_report(build_model(cfg))]
-    assert rules.count("backpropagation") == 2  # the last layers
-    assert set(rules) == {"backpropagation", "sign_symmetry"}
+    names = {}
+    shipped = repr(find_config("retinanet_scratch_bp.yaml"))
+    exec(code("README.md", "my_retinanet").replace('"my_retinanet.yaml"', shipped), names)
+    options = ["MODEL.DEVICE", "cpu", "MODEL.FEEDBACK.RULE", "", "MODEL.RESNETS.DEPTH", 18]
+    names["cfg"].merge_from_list([*options, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64])
+    found = list(rules(build_model(names["cfg"])).values())
+    assert found.count("backpropagation") == 2  # the last layers
+    assert set(found) == {"backpropagation", "sign_symmetry"}
 
 
-def test_the_readme_measures_gradients_as_it_says(capsys):
-    torch.manual_seed(0)
+def test_a_loop_of_ones_own_goes_as_it_says(capsys):
+    document = "docs/any_model.md"
+    names = {"batches": [(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))]}
+    exec(code(document, 'exclude=["0"]'), names)
+    assert rules(names["model"]) == {"0": "backpropagation", "3": "kolen_pollack"}
+    before = names["model"][3].weight.detach().clone()
+    exec(code(document, "learner.backward"), names)
+    assert not torch.equal(names["model"][3].weight, before)
+
     net = convert_feedback(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), "fa")
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, batch):
-            return self.net(batch).sum()
-
-    names = {"model": Model(), "batch": torch.randn(3, 4)}
-    exec(code("README.md", "backpropagation_gradients"), names)
+    net.register_forward_hook(lambda module, args, output: output.sum())
+    capsys.readouterr()
+    exec(code(document, "backpropagation_gradients"), {"model": net, "batch": torch.randn(3, 4)})
     angle, weights = capsys.readouterr().out.split(" ", 1)
     assert 0 < float(angle) < 180 and "WeightAlignment" in weights
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_rule_and_the_learner_of_contributing_can_be_added_as_they_stand(registries):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    exec(code("CONTRIBUTING.md", "class Ternary"), {"model": model})
+    weight = model[2].weight.detach()
+    mean = weight.abs().mean()
+    expected = mean * weight.sign() * (weight.abs() > mean)
+    torch.testing.assert_close(model[2].current_feedback(), expected)
+
+    exec(code("CONTRIBUTING.md", "class SignGradient"), {})
+    learner = LEARNER_REGISTRY.get("sign_gradient")(model)
+    learner.backward(learner(torch.randn(1, 3, 3, 3)).square().sum())
+    assert all(set(p.grad.unique().tolist()) <= {-1, 0, 1} for p in model.parameters())
+
+
+@each_document
 def test_every_config_key_that_is_named_exists(document):
     cfg = get_cfg()
     add_ss_config(cfg)
-    keys = set(
-        re.findall(
-            r"\b((?:MODEL|SOLVER|DATASETS|TEST)\.[A-Z_.]+[A-Z])", (ROOT / document).read_text()
-        )
-    )
-    assert keys
-    for key in keys:
+    groups = "MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST"
+    for key in re.findall(rf"\b((?:{groups})\.[A-Z_.]*[A-Z])\b", document.read_text()):
         node = cfg
         for part in key.split("."):
             assert part in node, key
             node = node[part]
 
 
-def test_every_file_that_the_readme_names_is_there():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+@each_document
+def test_every_file_and_heading_that_is_linked_is_there(document):
+    text = document.read_text()
+    for path, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in {h.lower().replace(" ", "-") for h in headings}, heading
+    for path in re.findall(
+        r"\b(?:configs|tools|docs|benchmarks)/[\w/.-]+\.(?:yaml|py|md|png)", text
+    ):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"(?:configs|tools|docs)/[\w/.-]+\.(?:yaml|py|md|png)", text):
-        assert (ROOT / path).exists(), path
+    for name in re.findall(r"--config-file ((?!output/|my_)[\w/]+\.yaml)", text):
+        find_config(name)
+
+
+def test_every_document_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for document in (ROOT / "docs").glob("*.md"):
+        assert document.name == "README.md" or f"({document.name})" in index
+
+
+def test_every_option_of_the_tools_that_is_named_exists():
+    text = "\n".join(document.read_text() for document in DOCUMENTS).replace("\\\n", " ")
+    used = {}
+    for tool, options in re.findall(
+        r"^(?:python )?((?:tools|benchmarks)/\w+\.py)(.*)$", text, re.M
+    ):
+        used.setdefault(tool, set()).update(re.findall(r"\s(--[a-z][a-z-]*)", options))
+    assert "tools/train_net.py" in used
+    for tool, options in used.items():
+        command = [sys.executable, str(ROOT / tool), "--help"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert options <= set(re.findall(r"--[a-z][a-z-]*", told)), tool
 
 
 def test_the_results_have_a_row_for_every_config():
