@@ -128,6 +128,8 @@ class StepTrainer(SimpleTrainer):
             self._leave_out(passes, before)
             return
         self._write_metrics(self._mean_losses(passes), data_time)
+        for name, value in getattr(self._model, "train_metrics", {}).items():
+            get_event_storage().put_scalar(name, value.item())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         advance_feedback(self._model)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from ss_detectron.layers import check_exclude, convert_part
@@ -24,6 +23,10 @@ class ImageClassifier(nn.Module):
     """
     A backbone, global average pooling where its output is a map, and a linear layer that follows
     MODEL.FEEDBACK.LAST_LAYER_RULE.
+
+    Attributes:
+        train_metrics: what the last training batch gave besides its losses, name -> number on the
+            device; :class:`~ss_detectron.engine.Trainer` logs it.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ("linear",)
@@ -71,6 +74,7 @@ class ImageClassifier(nn.Module):
         self.linear = nn.Linear(shapes[in_feature].channels, num_classes)
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+        self.train_metrics: dict[str, Tensor] = {}
         convert_part(
             self.linear,
             last_layer_rule,
@@ -128,7 +132,7 @@ class ImageClassifier(nn.Module):
         return {"probabilities": probabilities}
 
     def logits(self, images: Tensor) -> Tensor:
-        """(N, C, H, W), pixels from 0 to 255 -> (N, num_classes)."""
+        """Return (N, num_classes) for (N, C, H, W), pixels from 0 to 255."""
         images = images.to(self.device, non_blocking=True).to(self.pixel_mean.dtype)
         features = self.backbone((images - self.pixel_mean) / self.pixel_std)[self.in_feature]
         if features.dim() == 4:
@@ -137,25 +141,23 @@ class ImageClassifier(nn.Module):
 
     def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """
-        The mean cross entropy of (N, num_classes) with labels (N,); within a training run, the
-        batch's top-1 error in per cent is logged.
+        Return the mean cross entropy of (N, num_classes) with labels (N,). The batch's top-1 error
+        in per cent is in ``train_metrics``: to look at it here would make a GPU wait.
         """
-        if has_event_storage():
-            wrong = (logits.detach().argmax(1) != labels).float().mean()
-            get_event_storage().put_scalar("train_top1_error", 100 * wrong.item())
+        wrong = (logits.detach().argmax(1) != labels).float().mean()
+        self.train_metrics = {"train_top1_error": 100 * wrong}
         return {"loss_cls": F.cross_entropy(logits, labels)}
 
     def _labels(self, batch: dict[str, Any]) -> Tensor:
         labels = batch["label"]
         if labels.device.type == "cpu":  # on a GPU, looking would make it wait
-            wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten().tolist()
-            if wrong:
-                names = batch.get("file_name") or [f"image {i}" for i in range(len(labels))]
-                raise ValueError(
-                    f"{names[wrong[0]]} has the label {int(labels[wrong[0]])}, but the model has "
-                    f"{self.num_classes} classes, 0 to {self.num_classes - 1} "
-                    "(MODEL.IMAGE_CLASSIFIER.NUM_CLASSES)"
-                )
+            names = batch.get("file_name") or [f"image {i}" for i in range(len(labels))]
+            for name, label in zip(names, labels.tolist(), strict=True):
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(
+                        f"{name} has the label {label}, but the model has {self.num_classes} "
+                        f"classes, 0 to {self.num_classes - 1} (MODEL.IMAGE_CLASSIFIER.NUM_CLASSES)"
+                    )
         return labels.to(self.device, non_blocking=True)
 
 

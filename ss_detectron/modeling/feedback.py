@@ -11,7 +11,7 @@ __all__ = ["common_options", "feedback_config", "feedback_options"]
 
 def feedback_config(cfg: CfgNode, builder: str) -> CfgNode:
     """
-    MODEL.FEEDBACK.
+    Return MODEL.FEEDBACK.
 
     Args:
         cfg: a Detectron2 config.
@@ -26,7 +26,7 @@ def feedback_config(cfg: CfgNode, builder: str) -> CfgNode:
 
 
 def common_options(feedback: CfgNode) -> dict[str, Any]:
-    """MODEL.FEEDBACK's arguments of a conversion that do not depend on the rule."""
+    """Return MODEL.FEEDBACK's arguments of a conversion that do not depend on the rule."""
     return {
         "scale": feedback.SCALE,
         "gain": feedback.GAIN,
@@ -37,11 +37,10 @@ def common_options(feedback: CfgNode) -> dict[str, Any]:
 
 def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict[str, Any]:
     """
-    The keyword arguments ``rule``, ``scale``, ``gain``, ``exclude`` and ``seed`` of
-    :func:`~ss_detectron.layers.convert_feedback`, as the config has them.
+    Return the keyword arguments of :func:`~ss_detectron.layers.convert_feedback`.
 
     Args:
-        cfg: with the keys of :func:`~ss_detectron.config.add_ss_config`.
+        cfg: a Detectron2 config.
         builder: who asks, for the error messages.
         fixed_rule: the rule that ``builder`` is named after, or None if it follows the config.
 
@@ -52,7 +51,7 @@ def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict
     if not (options.RULE or fixed_rule):
         raise ValueError(f"{builder} needs MODEL.FEEDBACK.RULE, such as 'sign_symmetry'")
     rule = get_rule(options.RULE or fixed_rule).name
-    if fixed_rule is not None and rule != fixed_rule:
+    if rule != (fixed_rule or rule):
         raise ValueError(
             f"{builder} stands for the rule {fixed_rule!r}, but MODEL.FEEDBACK.RULE is "
             f"{options.RULE!r}: change one of them, or use the generic build_feedback_* and "

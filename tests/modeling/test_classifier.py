@@ -8,6 +8,7 @@ from detectron2.utils.events import EventStorage
 from modeling_utils import assert_same, load_config, rules
 from torch import nn
 
+from ss_detectron.engine.train_loop import StepTrainer
 from ss_detectron.modeling import AlexNet, ImageClassifier
 
 SS, FA, BP = "sign_symmetry", "feedback_alignment", "backpropagation"
@@ -204,14 +205,20 @@ def test_a_list_gives_what_a_batch_gives():
     assert_same(torch.stack([entry["probabilities"] for entry in listed]), probabilities)
 
 
-def test_error_of_a_training_batch_is_logged():
+def test_a_trainer_logs_the_error_of_a_batch_which_the_model_itself_does_not_look_at():
     model, batch = build(), make_batch(4)
-    with EventStorage() as storage, torch.no_grad():
-        logits = model.logits(batch["image"])
-        labels = logits.argmax(1)
-        labels[0] = (labels[0] + 1) % 10
-        model.losses(logits, labels)
-    assert storage.latest()["train_top1_error"][0] == 25
+    with torch.no_grad():
+        labels = model.logits(batch["image"]).argmax(1)
+    labels[0] = (labels[0] + 1) % 10
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    trainer = StepTrainer(model, [{**batch, "label": labels}], optimizer)
+    with EventStorage() as trainer.storage:
+        trainer.run_step()
+        assert trainer.storage.latest()["train_top1_error"][0] == 25
+    # On the meta device, whoever looks at a value fails.
+    meta = build().to("meta")
+    losses = meta.losses(torch.zeros(4, 10, device="meta"), torch.zeros(4, device="meta").long())
+    assert losses["loss_cls"].is_meta and meta.train_metrics["train_top1_error"].is_meta
 
 
 def test_empty_batch_has_no_probabilities():
