@@ -1,7 +1,7 @@
 """Training images decoded and resized by NVIDIA DALI, on the GPU where there is one.
 
-Needs the extra ``dali``. Torch's loader reads the files and draws crops and flips, as it does for
-Pillow; DALI does the rest.
+Torch's loader reads the files and draws crops and flips, as it does for Pillow; DALI, the extra
+``dali``, does the rest.
 """
 
 import re
@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from PIL import Image
 from torch.utils.data import default_collate
 
@@ -86,35 +84,20 @@ def _collate(images: list[dict[str, Any]]) -> dict[str, Any]:
 class DaliLoader(TrainingLoader):
     """A :class:`~.stream.TrainingLoader` whose batches DALI decodes, ahead of those given out.
 
-    Batches have "image": uint8 (N, 3, SIZE, SIZE) in the order of INPUT.FORMAT, on this process's
-    GPU or, with MODEL.DEVICE cpu, there; "label": int64 (N,) and "file_name": list[str].
+    Its mapper is :class:`EncodedImageMapper`. Images are on this process's GPU or, with
+    MODEL.DEVICE cpu, there. An image that DALI cannot decode is an UnreadableImageError.
     """
 
     def __init__(self, cfg: CfgNode, *args: Any, **options: Any) -> None:
-        """
-        Args:
-            cfg: the config.
-            *args, **options: of TrainingLoader; the mapper is :class:`EncodedImageMapper`.
-        """
         super().__init__(*args, **options, collate_fn=_collate)
         self.cfg = cfg
 
     def _load(self) -> Iterator[dict[str, Any]]:
+        from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
         waiting = deque()
-        # Worker processes start before DALI's threads.
-        encoded = _feed(super()._load(), waiting)
-        device = torch.device(self.cfg.MODEL.DEVICE)
-        gpu = None
-        if device.type == "cuda":
-            gpu = torch.cuda.current_device() if device.index is None else device.index
-        pipeline = _decode(
-            encoded,
-            self.cfg,
-            "cpu" if gpu is None else "mixed",
-            batch_size=self.batch_size,
-            num_threads=max(1, self.cfg.DATALOADER.NUM_WORKERS),
-            device_id=gpu,
-        )
+        encoded = _feed(super()._load(), waiting)  # worker processes start before DALI's threads
+        pipeline = _build_pipeline(self.cfg, self.batch_size, encoded)
         images = DALIGenericIterator([pipeline], ["image"], prepare_first_batch=False)
         try:
             while True:
@@ -131,30 +114,36 @@ class DaliLoader(TrainingLoader):
 
 
 def _feed(batches: Iterator[dict[str, Any]], waiting: deque) -> Iterator[tuple[Any, ...]]:
-    """Yield what :func:`_decode` takes; labels and names wait for the images that it makes."""
+    """Yield what the pipeline takes; labels and names wait for the images that it makes."""
     for batch in batches:
         waiting.append({key: batch[key] for key in ("label", "file_name")})
         images = np.split(batch["encoded"].numpy(), np.cumsum(batch["lengths"])[:-1])
         yield images, *(batch[key].numpy() for key in ("start", "shape", "flip"))
 
 
-@pipeline_def
-def _decode(source: Iterator[tuple], cfg: CfgNode, decoder: str) -> Any:
-    encoded, start, shape, flip = fn.external_source(source, num_outputs=4)
-    images = fn.decoders.image_slice(
-        encoded,
-        start=start,
-        shape=shape,
-        axes=(0, 1),
-        device=decoder,
-        output_type={"RGB": types.RGB, "BGR": types.BGR}[cfg.INPUT.FORMAT],
-        # As Pillow does both:
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-    )
-    images = fn.resize(
-        images, size=[cfg.INPUT.CLASSIFICATION.SIZE] * 2, interp_type=types.INTERP_TRIANGULAR
-    )
-    vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
-    images = fn.flip(images, horizontal=0 if vertical else flip, vertical=flip if vertical else 0)
-    return fn.transpose(images, perm=[2, 0, 1])
+def _build_pipeline(cfg: CfgNode, batch_size: int, source: Iterator[tuple[Any, ...]]) -> Any:
+    from nvidia.dali import Pipeline, fn, types
+
+    device, gpu = torch.device(cfg.MODEL.DEVICE), None
+    if device.type == "cuda":
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+    pipeline = Pipeline(batch_size, max(1, cfg.DATALOADER.NUM_WORKERS), device_id=gpu)
+    with pipeline:
+        encoded, start, shape, flip = fn.external_source(source, num_outputs=4)
+        images = fn.decoders.image_slice(
+            encoded,
+            start=start,
+            shape=shape,
+            axes=(0, 1),
+            device="cpu" if gpu is None else "mixed",
+            output_type={"RGB": types.RGB, "BGR": types.BGR}[cfg.INPUT.FORMAT],
+            # As Pillow does both:
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+        )
+        size = [cfg.INPUT.CLASSIFICATION.SIZE] * 2
+        images = fn.resize(images, size=size, interp_type=types.INTERP_TRIANGULAR)
+        upside_down = cfg.INPUT.RANDOM_FLIP == "vertical"
+        flips = {"horizontal": 0, "vertical": flip} if upside_down else {"horizontal": flip}
+        pipeline.set_outputs(fn.transpose(fn.flip(images, **flips), perm=[2, 0, 1]))
+    return pipeline

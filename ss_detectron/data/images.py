@@ -66,8 +66,8 @@ def skips_unreadable_images(cfg: CfgNode) -> bool:
 def reading(name: str) -> Iterator[None]:
     """Raise whatever goes wrong within as an :class:`UnreadableImageError` that names the file.
 
-    It belongs around nothing but opening and decoding that file: an image that cannot be read may
-    be skipped, an error in a mapper or a lack of memory may not.
+    It belongs around nothing but opening and decoding that file: such an image may be skipped, an
+    error in a mapper or a lack of memory may not.
     """
     try:
         yield
@@ -137,16 +137,11 @@ class RandomResizedCrop:
     """torchvision's RandomResizedCrop of an image that is not decoded yet.
 
     A JPEG can be decoded at a half, a quarter or an eighth of its size for a fraction of the time.
-    The crop is drawn first, so that the smallest of these is taken that leaves the crop at least
-    ``size`` pixels wide and high. The draws are the same with and without, the pixels nearly.
+    With ``reduced_decoding``, the smallest of these is taken that leaves the crop at least ``size``
+    pixels wide and high. The draws are the same with and without; without, so are the pixels.
     """
 
     def __init__(self, size: int, reduced_decoding: bool) -> None:
-        """
-        Args:
-            size: of the result, in pixels.
-            reduced_decoding: without, results are torchvision's to the bit.
-        """
         self.crop = v2.RandomResizedCrop(size)
         self.size = size
         self.reduced_decoding = reduced_decoding
@@ -184,18 +179,13 @@ def build_image_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image
     They use Pillow's antialiased bilinear filter, as torchvision's reference training and the
     transforms of its weights do.
 
-    Args:
-        cfg: the config.
-        training: random crops and flips, or what evaluation does.
-
     Returns:
-        of an image of :func:`open_image`, the image that is SIZE x SIZE, 8-bit RGB.
+        what makes of an image of :func:`open_image` one of 8-bit RGB, SIZE x SIZE.
 
     Raises:
         ValueError: a value that is unknown or out of range.
     """
-    options = cfg.INPUT.CLASSIFICATION
-    size = options.SIZE
+    options, size = cfg.INPUT.CLASSIFICATION, cfg.INPUT.CLASSIFICATION.SIZE
     kind = choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop", "pad_crop", "resize")
     flip = choose(cfg, "INPUT.RANDOM_FLIP", *FLIPS, "none")
     if size < 1:
@@ -223,17 +213,12 @@ def build_image_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image
 
 
 class ClassificationMapper:
-    """Make of a dataset dict for classification what a batch is made of."""
+    """Make of a dataset dict for classification what a batch is made of.
+
+    INPUT.FORMAT is one of Detectron2's; for the rest see :func:`build_image_transform`.
+    """
 
     def __init__(self, cfg: CfgNode, training: bool) -> None:
-        """
-        Args:
-            cfg: see :func:`build_image_transform`; INPUT.FORMAT is one of Detectron2's.
-            training: whether to augment.
-
-        Raises:
-            ValueError: a value that is unknown or out of range.
-        """
         self.transform = build_image_transform(cfg, training)
         self.format = choose(cfg, "INPUT.FORMAT", "RGB", "BGR", "L", "YUV-BT.601")
 

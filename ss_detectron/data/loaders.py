@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 from numbers import Integral
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.data import Sampler, default_collate
 
 from ss_detectron.utils.random_state import seeded
 
+from .dali import DaliLoader, EncodedImageMapper
 from .detection import DetectionMapper, load_detection_dicts
 from .images import ClassificationMapper, choose, skips_unreadable_images
 from .stream import EvaluationLoader, ImageDataset, TrainingLoader
@@ -50,8 +50,7 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("there are no images: DATASETS.TRAIN names no data set")
     if cfg.DATALOADER.DECODER == "dali":
-        dali = _import_dali()
-        mapper, loader = dali.EncodedImageMapper(cfg), partial(dali.DaliLoader, cfg)
+        mapper, loader = EncodedImageMapper(cfg), partial(DaliLoader, cfg)
     else:
         mapper = ClassificationMapper(cfg, training=True)
         loader = partial(TrainingLoader, pin_memory=_pins_memory(cfg))
@@ -190,19 +189,14 @@ def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
             raise ValueError(
                 f"with DATALOADER.DECODER 'dali', {error}, or the decoder 'pillow'"
             ) from None
-        _import_dali()
-
-
-def _import_dali() -> ModuleType:
-    try:
-        from . import dali
-    except ImportError as error:
-        raise ImportError(
-            "DATALOADER.DECODER is 'dali', and NVIDIA DALI cannot be imported: install it by "
-            "`pip install ss-detectron[dali]`, or set DATALOADER.DECODER to 'pillow'. "
-            f"({error})"
-        ) from error
-    return dali
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "DATALOADER.DECODER is 'dali', and NVIDIA DALI cannot be imported: install it by "
+                "`pip install ss-detectron[dali]`, or set DATALOADER.DECODER to 'pillow'. "
+                f"({error})"
+            ) from error
 
 
 def _images_per_pass(cfg: CfgNode) -> int:
