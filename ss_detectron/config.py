@@ -1,19 +1,31 @@
 """The config keys this package adds to Detectron2's, and where its config files are found."""
 
+import contextlib
 import difflib
 import logging
-import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from .utils.trust import is_url
 
-__all__ = ["add_ss_config", "find_config", "merge_config_file", "runs_on_cpu"]
+__all__ = [
+    "add_ss_config",
+    "check_config",
+    "feedback_seed",
+    "find_config",
+    "flatten_config",
+    "merge_config_file",
+    "runs_on_cpu",
+    "settle_feedback_seed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +51,9 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.MODEL.FEEDBACK.SCALE = "mean_abs"
     # ... times this.
     _C.MODEL.FEEDBACK.GAIN = 1.0
-    # Determines all random feedback, together with the layers' names.
-    _C.MODEL.FEEDBACK.SEED = 0
+    # Determines all random feedback, together with the layers' names. -1 stands for SEED, or where
+    # that is -1 too, for a number that is drawn for the run and stands in its config.yaml.
+    _C.MODEL.FEEDBACK.SEED = -1
     # Layers that stay on backpropagation: shell-style patterns of module names in the whole model,
     # such as "backbone.fpn_*".
     _C.MODEL.FEEDBACK.EXCLUDE = []
@@ -85,8 +98,6 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.SOLVER.LAST_LAYER.BASE_LR = 0.0
     _C.SOLVER.LAST_LAYER.BATCH_MANHATTAN = False
     _C.SOLVER.LAST_LAYER.NO_SIGN_CHANGE = False
-    # Compiles SGD's step (torch.compile).
-    _C.SOLVER.COMPILED = False
     # One step on SOLVER.IMS_PER_BATCH images takes this many passes over a part of them each, to
     # save memory: their gradients are averaged. Batch statistics are those of a part.
     _C.SOLVER.ACCUMULATION_STEPS = 1
@@ -147,13 +158,20 @@ def add_ss_config(cfg: CfgNode) -> None:
 RENAMED_KEYS = {"SOLVER.SKIP_NOT_FINITE": "SOLVER.MAX_SKIPPED_STEPS"}
 """Keys that are still read: former name -> name, in the same group."""
 
+REMOVED_KEYS = frozenset({"SOLVER.COMPILED"})
+"""Keys that may still be set, to no effect."""
+
+_ALLOW = "or let tools/train_net.py have it with --allow-unsafe-config"
+
 
 class _Config(CfgNode):
-    """Detectron2's config, which reads keys by their former names as well."""
+    """Detectron2's config, which knows former keys and downloads nothing where it is to be safe."""
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         # Also called for each file that this one builds on.
+        if not allow_unsafe:
+            _refuse_download(filename)
         content = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
         for old in RENAMED_KEYS:
             *groups, name = old.split(".")
@@ -168,6 +186,11 @@ class _Config(CfgNode):
         words = [word if i % 2 else _current_name(word) for i, word in enumerate(cfg_list)]
         super().merge_from_list(words)
 
+    def key_is_deprecated(self, full_key: str) -> bool:
+        if full_key in REMOVED_KEYS:
+            logger.warning("The key %s does nothing any more.", full_key)
+        return full_key in REMOVED_KEYS or super().key_is_deprecated(full_key)
+
     @classmethod
     def _decode_cfg_value(cls, value: Any) -> Any:
         return CfgNode._decode_cfg_value(value)  # whose class the groups have
@@ -180,12 +203,19 @@ def _current_name(key: str) -> str:
     return name
 
 
+def _refuse_download(file: str) -> None:
+    if is_url(file):
+        raise ValueError(
+            f"the config {file} would be downloaded: do so by hand and look at it, {_ALLOW}"
+        )
+
+
 def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) -> str:
     """
     Merges a config file and those it builds on (``_BASE_``) into ``cfg``. No code in them runs.
 
     Args:
-        cfg: it is changed.
+        cfg: of :func:`add_ss_config`; it is changed.
         name: see :func:`find_config`.
         allow_unsafe: runs the Python in YAML's tags, as Detectron2 does, and downloads files.
 
@@ -198,58 +228,91 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
         ValueError: the file, or one it builds on, has tags of Python or is a URL, or is no YAML of
             keys and values; or a value does not fit.
     """
+    path = name if is_url(name) else find_config(name)
     if allow_unsafe:
         logger.warning(
             "The Python in the tags of %s and of what it builds on is run, and what is a URL is "
             "downloaded.",
             name,
         )
-        path = PathManager.get_local_path(name) if is_url(name) else find_config(name)
+        path = PathManager.get_local_path(path)
     else:
-        path = name if is_url(name) else find_config(name)
-        _check_plain(path)
+        _refuse_download(path)
     try:
         cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
-    except (AssertionError, AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"the config {path} does not fit: {str(error) or repr(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"the config {path} builds on itself (_BASE_)") from error
+    except (AssertionError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) or repr(error)
+        if isinstance(error, (AttributeError, TypeError)):
+            reason = f"it does not consist of keys and values ({reason})"
+        if "for the tag" in reason:
+            reason += f". Tags of Python would run code: write out what they stand for, {_ALLOW}"
+        raise ValueError(f"the config {path} does not fit: {reason}") from error
     return path
 
 
-def _check_plain(file: str, builders: tuple[str, ...] = ()) -> None:
+def check_config(cfg: CfgNode) -> None:
     """
-    Raises as :func:`merge_config_file` does, for a file or one it builds on.
+    Refuses what would fail in silence or late, of values that no other place looks at: keys
+    without a value, which Detectron2 lets pass, and keys of this package.
+
+    Raises:
+        ValueError: names the key, its value and what to choose.
+    """
+    defaults = get_cfg()
+    add_ss_config(defaults)
+    values = flatten_config(cfg)
+    for key, default in flatten_config(defaults).items():
+        if values[key] is None and default is not None:
+            raise ValueError(f"{key} is None; choose a value such as its default, {default!r}")
+    for key in ("MODEL.FEEDBACK.EXCLUDE", "MODEL.WEIGHTS_EXCEPT", "MODEL.TRUSTED_WEIGHTS"):
+        if not all(isinstance(pattern, str) for pattern in values[key]):
+            raise ValueError(f"{key} is {values[key]!r}; choose a list of texts")
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR is '', where nothing is saved; choose a folder")
+    if cfg.SOLVER.ACCUMULATION_STEPS < 1:
+        raise ValueError(
+            f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}; choose at least 1"
+        )
+
+
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes keys as on a command line: {"SOLVER": {"MAX_ITER": 4}} as {"SOLVER.MAX_ITER": 4}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{inner}": v for inner, v in flatten_config(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def feedback_seed(cfg: CfgNode) -> int:
+    """Returns MODEL.FEEDBACK.SEED; where that is -1, SEED; where that is -1 too, 0."""
+    seed = cfg.MODEL.FEEDBACK.SEED
+    return seed if seed >= 0 else max(cfg.SEED, 0)
+
+
+def settle_feedback_seed(cfg: CfgNode, *, goes_on: bool) -> None:
+    """
+    Replaces a MODEL.FEEDBACK.SEED of -1 for a run, on all ranks alike: by that of the run which
+    goes on, else by SEED, else by a number that is drawn. All ranks have to call it.
 
     Args:
-        file: a path, or a URL.
-        builders: the files that build on it, one on the other.
+        cfg: of the run; it is changed.
+        goes_on: whether the run in OUTPUT_DIR goes on, whose config.yaml tells its seed.
     """
-    allow = "or let tools/train_net.py have it with --allow-unsafe-config"
-    where = f"the config {' <- '.join((file, *reversed(builders)))}"
-    if is_url(file):
-        raise ValueError(f"{where} would be downloaded: do so by hand and look at it, {allow}")
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{where} is not there")
-    if any(os.path.samefile(file, builder) for builder in builders):
-        raise ValueError(f"{where} builds on itself (_BASE_)")
-    try:
-        with open(file, "rb") as stream:
-            content = yaml.safe_load(stream)
-    except yaml.constructor.ConstructorError as error:
-        said = f"{where} is not plain YAML: line {error.problem_mark.line + 1}, {error.problem}"
-        if "tag" in error.problem:
-            said += f". Tags of Python would run code: write out what they stand for, {allow}"
-        raise ValueError(said) from error
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where} is not valid YAML: {reason}") from error
-    bases = content.get("_BASE_", []) if isinstance(content, dict) else None
-    if isinstance(bases, str):
-        bases = [bases]
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ValueError(f"{where} does not consist of keys and values, with files as _BASE_")
-    for base in bases:
-        beside = os.path.join(os.path.dirname(file), os.path.expanduser(base))
-        _check_plain(beside, (*builders, file))
+    seed = cfg.MODEL.FEEDBACK.SEED
+    if seed >= 0:
+        return
+    if goes_on:
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            earlier = yaml.safe_load(Path(cfg.OUTPUT_DIR, "config.yaml").read_text())
+            seed = flatten_config(earlier or {}).get("MODEL.FEEDBACK.SEED", seed)
+    if seed < 0:
+        seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(1 << 31)
+    cfg.MODEL.FEEDBACK.SEED = comm.all_gather(seed)[0]
 
 
 def runs_on_cpu(cfg: CfgNode) -> bool:

@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from group_utils import run_ranks
 from modeling_utils import load_config, rules
 
 from ss_detectron import add_ss_config, find_config
-from ss_detectron.config import merge_config_file
+from ss_detectron.config import check_config, merge_config_file, settle_feedback_seed
+from ss_detectron.layers import AsymmetricLayer
 from ss_detectron.solver.build import build_optimizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -260,6 +263,74 @@ def test_a_renamed_key_is_read_on_command_lines(caplog):
     assert "SOLVER.SKIP_NOT_FINITE is now called SOLVER.MAX_SKIPPED_STEPS" in caplog.text
     with pytest.raises(AssertionError, match="odd length"):
         cfg.merge_from_list(["SOLVER.SKIP_NOT_FINITE"])
+
+
+def test_a_removed_key_is_named_and_ignored(tmp_path, caplog):
+    cfg = config("quick/shapes_retinanet_ss.yaml")
+    (tmp_path / "my.yaml").write_text("SOLVER: {COMPILED: True}")
+    cfg.merge_from_file(str(tmp_path / "my.yaml"))
+    cfg.merge_from_list(["SOLVER.COMPILED", "True"])
+    assert caplog.text.count("The key SOLVER.COMPILED does nothing any more.") == 2
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("SOLVER.BASE_LR", None),  # Detectron2's, which lets it pass
+        ("MODEL.FEEDBACK.GAIN", None),
+        ("MODEL.FEEDBACK.EXCLUDE", [3]),
+        ("OUTPUT_DIR", ""),
+        ("SOLVER.ACCUMULATION_STEPS", 0),
+    ],
+)
+def test_a_value_that_would_fail_in_silence_or_late_is_named(key, value):
+    cfg = config("quick/shapes_retinanet_ss.yaml")
+    check_config(cfg)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=rf"^{key} is {re.escape(repr(value))}"):
+        check_config(cfg)
+
+
+@pytest.mark.parametrize("seed, own, expected", [(-1, -1, 0), (7, -1, 7), (7, 0, 0), (-1, 3, 3)])
+def test_feedback_is_drawn_by_the_runs_seed(seed, own, expected):
+    words = "SEED", seed, "MODEL.FEEDBACK.SEED", own
+    cfg = load_config("quick/shapes_resnet18_fa.yaml", *words)
+    seeds = {m.rule.seed for m in build_model(cfg).modules() if isinstance(m, AsymmetricLayer)}
+    assert seeds == {expected}
+
+
+def settled(folder: Path, seed: int, goes_on: bool, own: int = -1) -> int:
+    words = "SEED", seed, "MODEL.FEEDBACK.SEED", own, "OUTPUT_DIR", str(folder)
+    cfg = load_config("quick/shapes_resnet18_fa.yaml", *words)
+    settle_feedback_seed(cfg, goes_on=goes_on)
+    (folder / "config.yaml").write_text(cfg.dump())
+    return cfg.MODEL.FEEDBACK.SEED
+
+
+def test_a_run_draws_a_seed_of_feedback_and_keeps_it(tmp_path):
+    drawn = settled(tmp_path, seed=-1, goes_on=False)
+    assert drawn >= 0
+    assert settled(tmp_path, seed=-1, goes_on=True) == drawn
+    assert settled(tmp_path, seed=5, goes_on=True) == drawn
+    assert settled(tmp_path, seed=-1, goes_on=True, own=3) == 3
+    assert settled(tmp_path, seed=-1, goes_on=False) not in (drawn, 3)
+    assert settled(tmp_path, seed=5, goes_on=False) == 5
+    (tmp_path / "config.yaml").write_text("MODEL: [")
+    assert settled(tmp_path, seed=6, goes_on=True) == 6
+
+
+def _settle_on(rank: int, folder: str) -> None:
+    own = Path(folder, str(rank))
+    own.mkdir()
+    Path(folder, f"{rank}.txt").write_text(str(settled(own, seed=-1, goes_on=False)))
+
+
+def test_the_ranks_draw_one_seed_of_feedback(tmp_path):
+    run_ranks(_settle_on, tmp_path, start_method="fork")
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
 
 
 # find_config

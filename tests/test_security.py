@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from detectron2.config import get_cfg
-from run_utils import ROOT, end, start
+from run_utils import ROOT
 from torch import nn
 
 from ss_detectron import add_ss_config
@@ -80,39 +80,33 @@ READERS = {
     "demo.py": lambda name: demo.load_config(name),
     "compare_rules.py": lambda name: plan_runs(name, {"bp": [1]}, Path("out")),
 }
-read_by = pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
 
 
-@read_by
-@pytest.mark.parametrize(
-    "form",
-    ["MODEL: {WEIGHTS: TAG}", "OUTPUT_DIR: TAG", "NO_KEY: [1, {a: TAG}]", "{TAG : 1}", "TAG"],
-)
-def test_code_in_a_config_does_not_run(reader, form, harmed):
-    Path("my.yaml").write_text("\n" + form.replace("TAG", TAG))
-    with pytest.raises(ValueError) as error:
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+@pytest.mark.parametrize("form", ["sub/base.yaml", "[plain.yaml, sub/base.yaml]", "ABSOLUTE"])
+def test_code_in_a_config_does_not_run(reader, form, harmed, tmp_path):
+    Path("sub").mkdir()
+    Path("plain.yaml").write_text("SEED: 1")
+    Path("sub/base.yaml").write_text("_BASE_: ../sub/deep.yaml")
+    Path("sub/deep.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
+    Path("my.yaml").write_text(f"_BASE_: {form.replace('ABSOLUTE', f'{tmp_path}/sub/base.yaml')}")
+    with pytest.raises(ValueError, match="the config my.yaml does not fit") as error:
         reader("my.yaml")
     for part in (
-        "the config my.yaml is not plain YAML: line 2, could not determine a constructor for the "
-        "tag 'tag:yaml.org,2002:python/object/apply:os.mkdir'",
+        "could not determine a constructor for the tag",
+        "python/object/apply:os.mkdir",
+        'sub/deep.yaml", line 2',
         "--allow-unsafe-config",
     ):
         assert part in str(error.value)
     assert not harmed()
 
 
-@read_by
-@pytest.mark.parametrize("form", ["sub/base.yaml", "[plain.yaml, sub/base.yaml]", "ABSOLUTE"])
-def test_nor_in_one_that_it_builds_on(reader, form, harmed, tmp_path):
-    Path("sub").mkdir()
-    Path("plain.yaml").write_text("SEED: 1")
-    Path("sub/base.yaml").write_text("_BASE_: ../sub/deep.yaml")
-    Path("sub/deep.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
-    Path("my.yaml").write_text(f"_BASE_: {form.replace('ABSOLUTE', f'{tmp_path}/sub/base.yaml')}")
-    with pytest.raises(ValueError) as error:
-        reader("my.yaml")
-    assert "sub/deep.yaml <- " in str(error.value) and " <- my.yaml is not" in str(error.value)
-    assert "line 2, could not" in str(error.value)
+@pytest.mark.parametrize("form", ["OUTPUT_DIR: TAG", "NO_KEY: [1, {a: TAG}]", "{TAG : 1}", "TAG"])
+def test_nor_anywhere_in_it(form, harmed):
+    Path("my.yaml").write_text(form.replace("TAG", TAG))
+    with pytest.raises(ValueError, match=r"my.yaml does not fit: .*constructor.*Tags of Python"):
+        merge_config_file(empty_config(), "my.yaml")
     assert not harmed()
 
 
@@ -122,18 +116,18 @@ def test_it_runs_where_the_flag_allows_it(harmed, caplog):
     cfg = empty_config()
     assert merge_config_file(cfg, "my.yaml", allow_unsafe=True) == "my.yaml"
     assert cfg.SEED == 12 and harmed()
-    assert caplog.messages[0].startswith("The Python in the tags of my.yaml and of what it builds")
+    assert "The Python in the tags of my.yaml" in caplog.text
 
 
-@read_by
-@pytest.mark.parametrize("way", ["itself", "a base", "a base of a base"])
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
+@pytest.mark.parametrize("way", ["itself", "a base of a base"])
 def test_a_config_is_not_downloaded(reader, way, web):
     folder, address, requests = web
     (folder / "base.yaml").write_text("SEED: 12")
     Path("my.yaml").write_text(f"_BASE_: [{address}/base.yaml]")
     Path("upon.yaml").write_text("_BASE_: my.yaml")
-    name = {"itself": f"{address}/base.yaml", "a base": "my.yaml"}.get(way, "upon.yaml")
-    with pytest.raises(ValueError, match=f"{address}/base.yaml.* would be downloaded") as error:
+    name = f"{address}/base.yaml" if way == "itself" else "upon.yaml"
+    with pytest.raises(ValueError, match=f"{address}/base.yaml would be downloaded") as error:
         reader(name)
     assert "--allow-unsafe-config" in str(error.value)
     assert not requests
@@ -145,42 +139,35 @@ def test_a_config_is_not_downloaded(reader, way, web):
 @pytest.mark.parametrize("base", ["detectron2://a.yaml", "catalog://a", "s3://b/a.yaml", "ftp://a"])
 def test_nor_by_any_other_protocol(base):
     Path("my.yaml").write_text(f"_BASE_: {base}")
-    with pytest.raises(ValueError, match=f"{base} <- my.yaml would be downloaded"):
+    with pytest.raises(ValueError, match=f"my.yaml does not fit: .*{base} would be downloaded"):
         merge_config_file(empty_config(), "my.yaml")
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "does not consist of keys and values"),
-        ("- SEED", "does not consist of keys and values"),
-        ("_BASE_: 3", "does not consist of keys and values, with files as _BASE_"),
-        ("_BASE_: [[a]]", "does not consist of keys and values, with files as _BASE_"),
-        ("A: [1,", "my.yaml is not valid YAML: .*line 1"),
-        ("A: \x00", "my.yaml is not valid YAML: "),
-        ("? [1, 2]\n: 3", "my.yaml is not plain YAML: line 1, found unhashable key$"),
-        ("MODEL: 3", "the config my.yaml does not fit: "),
-        ("MODEL:", "the config my.yaml does not fit: "),
-        ("1: 2", "the config my.yaml does not fit: "),
-        ("VERSION: [1]", "the config my.yaml does not fit: "),
-        ("VERSION: 7", "the config my.yaml does not fit: "),
-        ("SEED: 2020-01-01", "the config my.yaml does not fit: "),
-        ("MODEL: &a {MODEL: *a}", "the config my.yaml does not fit: "),
-        ("[" * 3000, "my.yaml is not valid YAML: "),
-        ("_BASE_: my.yaml", "my.yaml <- my.yaml builds on itself"),
-        ("_BASE_: sub/../my.yaml", "my.yaml builds on itself"),
+        ("", "does not fit: it does not consist of keys and values"),
+        ("- SEED", "does not fit: it does not consist of keys and values"),
+        ("_BASE_: 3", "does not fit: it does not consist of keys and values"),
+        ("A: [1,", 'does not fit: .*my.yaml", line 1'),
+        ("SOLVER: 3", "does not fit: .*SOLVER"),
+        ("MODEL:", "does not fit: "),
+        ("1: 2", "does not fit: "),
+        ("VERSION: 7", "does not fit: "),
+        ("SEED: 2020-01-01", "does not fit: .*SEED"),
+        ("_BASE_: sub/../my.yaml", "builds on itself"),
     ],
 )
 def test_a_file_that_is_no_config_is_named(content, message):
     Path("sub").mkdir()
     Path("my.yaml").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"the config my.yaml {message}"):
         merge_config_file(empty_config(), "my.yaml")
 
 
 def test_a_base_that_is_not_there_is_named():
     Path("my.yaml").write_text("_BASE_: base.yaml")
-    with pytest.raises(FileNotFoundError, match="the config base.yaml <- my.yaml is not there"):
+    with pytest.raises(FileNotFoundError, match="base.yaml"):
         merge_config_file(empty_config(), "my.yaml")
 
 
@@ -403,30 +390,3 @@ def test_nothing_in_the_package_reads_files_in_another_way():
             assert name not in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load")
             assert name != "torch.load" or "weights_only" in keywords, file
             assert not name.endswith(".merge_from_file") or file.name == "config.py", file
-
-
-TOOLS = {
-    "train_net.py": ["--config-file", "my.yaml"],
-    "compare_rules.py": ["--config-file", "my.yaml", "--rules", "bp", "--output", "out"],
-    "demo.py": ["--config-file", "my.yaml", "--input", "a.png", "--output", "out"],
-    "export.py": ["--config-file", "my.yaml", "--output", "out"],
-    "report_run.py": ["run"],
-}
-
-
-@pytest.mark.parametrize(
-    "tool", ["train_net.py", *(pytest.param(t, marks=pytest.mark.slow) for t in list(TOOLS)[1:])]
-)
-def test_no_tool_runs_code_in_a_config(tool, tmp_path, harmed):
-    (tmp_path / "my.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
-    run = tmp_path / "run"
-    (run / "inference").mkdir(parents=True)
-    (run / "config.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
-    for file in ("metrics.json", "inference/coco_instances_results.json", "../a.png"):
-        (run / file).touch()
-    process = start(*TOOLS[tool], cwd=tmp_path, script=ROOT / "tools" / tool)
-    output, _ = process.communicate()
-    end(process)
-    assert process.returncode != 0
-    assert "is not plain YAML: line 2, could not determine a constructor" in output, output
-    assert not harmed()

@@ -14,7 +14,6 @@ from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
 from ss_detectron.modeling.compilation import check_compiler
-from ss_detectron.solver.build import check_solver
 from ss_detectron.utils.trust import check_download, check_pickle, needs_pickle
 
 __all__ = ["check_conversion", "check_options", "check_proposals", "check_weights"]
@@ -29,14 +28,13 @@ def check_options(cfg: CfgNode) -> None:
             "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
             "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
         )
-    check_solver(cfg)
     if cfg.TEST.ALIGNMENT_PERIOD and cfg.MODEL.COMPILED:
         raise ValueError(
             f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True, but "
             "a compiled model cannot give backpropagation's gradients beside its own: set "
             "MODEL.COMPILED False to measure the alignment, or TEST.ALIGNMENT_PERIOD 0"
         )
-    if runs_on_cpu(cfg) and (cfg.MODEL.COMPILED or cfg.SOLVER.COMPILED):
+    if runs_on_cpu(cfg) and cfg.MODEL.COMPILED:
         check_compiler()
     if runs_on_cpu(cfg) and cfg.SOLVER.AMP.ENABLED and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         logger.warning(

@@ -16,13 +16,18 @@ from detectron2.utils.logger import setup_logger
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
 from ss_detectron.checkpoint.files import has_checkpoint
-from ss_detectron.config import add_ss_config, merge_config_file, runs_on_cpu
+from ss_detectron.config import (
+    add_ss_config,
+    check_config,
+    merge_config_file,
+    runs_on_cpu,
+    settle_feedback_seed,
+)
 from ss_detectron.data import (
     check_datasets,
     register_coco_from_config,
     register_image_folders_from_config,
 )
-from ss_detectron.values import check_values
 
 from .checks import check_options, check_proposals, check_weights
 from .defaults import Trainer
@@ -122,22 +127,24 @@ def setup(args: argparse.Namespace) -> CfgNode:
             cfg, args.config_file, allow_unsafe=args.allow_unsafe_config
         )
     cfg.merge_from_list(args.opts)
-    check_values(cfg)
+    check_config(cfg)
+    starts_anew = not (args.resume or args.eval_only)
     on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if on_cpu:
         cfg.MODEL.DEVICE = "cpu"
     register_coco_from_config(cfg)
     register_image_folders_from_config(cfg)
+    found = has_checkpoint(cfg.OUTPUT_DIR)
+    settle_feedback_seed(cfg, goes_on=found and not starts_anew)
     cfg.freeze()
     # Checked before default_setup, which overwrites the config.yaml of an earlier run.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
     check_options(cfg)
     check_datasets(cfg, training=not args.eval_only)
     check_proposals(cfg)
-    found = has_checkpoint(cfg.OUTPUT_DIR)
     if not (args.resume and found):
         check_weights(cfg, training=not args.eval_only)
-    if found and not args.resume and not args.eval_only:
+    if found and starts_anew:
         logger.warning(
             "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew; --resume "
             "would have gone on from it.",

@@ -10,11 +10,11 @@ from detectron2.config import CfgNode, get_cfg
 from tabulate import tabulate
 
 from ss_detectron.checkpoint.files import has_checkpoint
-from ss_detectron.config import add_ss_config, find_config, merge_config_file
+from ss_detectron.config import add_ss_config, find_config, flatten_config, merge_config_file
 from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 
 from .metrics import ERRORS, SCORES, matching, read_metrics
-from .runs import differences, flatten_config, read_config, rule_of_config
+from .runs import differences, read_config, rule_of_config
 
 __all__ = ["PlannedRun", "describe_plan", "plan_runs", "starting_config"]
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ss_detectron.config import flatten_config
 from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 
 from .metrics import read_metrics
@@ -20,7 +21,6 @@ __all__ = [
     "Run",
     "RunGroup",
     "differences",
-    "flatten_config",
     "group_runs",
     "read_run",
     "read_runs",
@@ -146,17 +146,6 @@ def read_config(path: Path) -> dict[str, Any]:
         logger.warning("%s cannot be read (%s)", path, str(error).partition("\n")[0])
         return {}
     return flatten_config(config) if isinstance(config, dict) else {}
-
-
-def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """{"SOLVER": {"MAX_ITER": 4}} as {"SOLVER.MAX_ITER": 4}."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{inner}": v for inner, v in flatten_config(value).items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 def rule_of_config(config: Mapping[str, Any]) -> str | None:

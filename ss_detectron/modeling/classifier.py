@@ -97,7 +97,7 @@ class ImageClassifier(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "last_layer_rule": feedback.LAST_LAYER_RULE,
-            **common_options(feedback),
+            **common_options(cfg),
         }
 
     @property

@@ -71,7 +71,6 @@ def check_compiler() -> None:
     command = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if shutil.which(command) is None:
         raise ValueError(
-            f"MODEL.COMPILED and SOLVER.COMPILED need a C++ compiler on the CPU, and there is no "
-            f"{command!r} here: install one, name it in the environment variable CXX, or set both "
-            "keys False"
+            f"MODEL.COMPILED needs a C++ compiler on the CPU, and there is no {command!r} here: "
+            "install one, name it in the environment variable CXX, or set the key False"
         )

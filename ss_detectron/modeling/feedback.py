@@ -4,6 +4,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from ss_detectron.config import feedback_seed
 from ss_detectron.layers import get_rule
 
 __all__ = ["common_options", "feedback_config", "feedback_options"]
@@ -25,13 +26,14 @@ def feedback_config(cfg: CfgNode, builder: str) -> CfgNode:
     return cfg.MODEL.FEEDBACK
 
 
-def common_options(feedback: CfgNode) -> dict[str, Any]:
+def common_options(cfg: CfgNode) -> dict[str, Any]:
     """Return MODEL.FEEDBACK's arguments of a conversion that do not depend on the rule."""
+    feedback = cfg.MODEL.FEEDBACK
     return {
         "scale": feedback.SCALE,
         "gain": feedback.GAIN,
         "exclude": tuple(feedback.EXCLUDE),
-        "seed": feedback.SEED,
+        "seed": feedback_seed(cfg),
     }
 
 
@@ -57,4 +59,4 @@ def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict
             f"{options.RULE!r}: change one of them, or use the generic build_feedback_* and "
             "FeedbackRetinaNetHead, which follow MODEL.FEEDBACK.RULE"
         )
-    return {"rule": rule, **common_options(options)}
+    return {"rule": rule, **common_options(cfg)}

@@ -1,4 +1,4 @@
-"""The authors' optimiser options and parameter groups ; :mod:`.build` reads a config."""
+"""The authors' optimiser options and parameter groups; :mod:`.build` reads a config."""
 
 from .groups import match_feedback_groups
 from .sgd import SGD

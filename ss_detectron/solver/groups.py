@@ -12,9 +12,9 @@ __all__ = ["match_feedback_groups"]
 
 def match_feedback_groups(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[dict]:
     """
-    Parameter groups in which each learned feedback weight (Kolen-Pollack) is in the group of its
-    weight: with one learning rate and weight decay for both, the two converge (Akrout et al.
-    2019, arXiv:1904.05391). For any optimiser::
+    Moves each learned feedback weight (Kolen-Pollack) into the parameter group of its weight: with
+    one learning rate and weight decay for both, the two converge (Akrout et al. 2019,
+    arXiv:1904.05391). For any optimiser::
 
         groups = match_feedback_groups(my_parameter_groups(model), model)
         optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=1e-4)
@@ -30,8 +30,7 @@ def match_feedback_groups(groups: Iterable[dict[str, Any]], model: nn.Module) ->
         ValueError: of a weight and its feedback weight, only one is in ``groups``.
     """
     groups = [{**group, "params": _as_list(group["params"])} for group in groups]
-    members = [(member, i) for i, group in enumerate(groups) for member in group["params"]]
-    group_of = {_parameter(member): i for member, i in members}
+    group_of = {_parameter(m): group for group in groups for m in group["params"]}
     for name, layer in model.named_modules():
         if not (isinstance(layer, AsymmetricLayer) and layer.rule.learned):
             continue
@@ -46,10 +45,9 @@ def match_feedback_groups(groups: Iterable[dict[str, Any]], model: nn.Module) ->
             )
         if found:
             group_of[layer.feedback_state] = group_of[layer.weight]
-    for i, group in enumerate(groups):
-        stay = [m for m, before in members if before == i == group_of[_parameter(m)]]
-        come = [m for m, before in members if before != i == group_of[_parameter(m)]]
-        group["params"] = stay + come
+    members = [member for group in groups for member in group["params"]]
+    for group in groups:
+        group["params"] = [m for m in members if group_of[_parameter(m)] is group]
     return groups
 
 

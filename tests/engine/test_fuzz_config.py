@@ -1,6 +1,6 @@
-"""Random values for every key of this package, and for the keys of Detectron2 that users change.
+"""Random values for every key of this package.
 
-A run either refuses them, by an error that names a key and a value, or trains a step with finite
+A run either refuses them, by an error that names a key or a value, or trains a step with finite
 losses and evaluates. Keys that are added later are covered by themselves.
 """
 
@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from time_limit import within
 
 from ss_detectron import FEEDBACK_REGISTRY, add_ss_config
+from ss_detectron.config import flatten_config
 from ss_detectron.data import generate_shapes, generate_shapes_cls
 from ss_detectron.engine import Trainer, argument_parser, setup
 from ss_detectron.engine import command_line as engine
@@ -50,21 +51,12 @@ ALWAYS = {
 }
 
 
-def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 def _keys() -> dict[str, Any]:
-    """Every key that is tried, with its default."""
-    stock, cfg = get_cfg(), get_cfg()
+    """Every key of this package, with its default."""
+    cfg = get_cfg()
     add_ss_config(cfg)
-    known = dict(leaves(stock))
-    groups = ("SOLVER.", "DATALOADER.", "INPUT.", "TEST.", "MODEL.RETINANET.")
-    return {k: v for k, v in leaves(cfg) if k not in known or k.startswith(groups)}
+    stock = flatten_config(get_cfg())
+    return {key: value for key, value in flatten_config(cfg).items() if key not in stock}
 
 
 KEYS = _keys()
@@ -72,41 +64,21 @@ KEYS = _keys()
 # Names that are known somewhere, which chance would not find.
 NAMES = [
     *(rule.short_name for _, rule in FEEDBACK_REGISTRY),
-    *("mean_abs", "rms", "kaiming", "xavier", "SGD", "AdamW", "linear", "constant"),
-    *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "value", "norm"),
-    *("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
-    *("horizontal", "vertical", "none", "choice", "range", "RGB", "BGR", "L", "YUV-BT.601"),
-    *("relative", "relative_range", "absolute", "absolute_range", "polygon", "bitmask"),
+    *("mean_abs", "rms", "kaiming", "xavier", "SGD", "AdamW", "backpropagation"),
     *("resized_crop", "pad_crop", "resize", "pillow", "dali", "error", "skip"),
-    *("RetinaNetHead", "FARetinaNetHead", "smooth_l1", "giou", "diou", "ciou"),
-    *("BN", "GN", "SyncBN", "FrozenBN", "LN", "res5", "p3", "p7", "shapes_train", "backbone*"),
+    *("RetinaNetHead", "FARetinaNetHead", "res5", "shapes_train", "backbone*", "linear"),
 ]
-
 SCALARS = {
     bool: st.booleans(),
     int: st.sampled_from([-1, 0, 1, 2, 3, 48, 10**9, 10**30]),
-    float: st.sampled_from(
-        [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 0.3, 0.9, 1.0, 1.5, 2.0, 1e308]
-    ),
+    float: st.sampled_from([math.nan, math.inf, -1.0, 0.0, 1e-300, 0.3, 1.0, 2.0, 1e308]),
     str: st.sampled_from(["", "nope", "../nope", "no\npe", "nöpe", *NAMES]),
     type(None): st.none(),
 }
-ANY_SCALAR = st.one_of(*SCALARS.values())
-ANYTHING = st.recursive(ANY_SCALAR, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
-
-
-@st.composite
-def alike(draw: Any, value: Any) -> Any:
-    """Values that are built as this one is."""
-    if isinstance(value, (list, tuple)):
-        elements = [draw(st.just(v) | alike(v)) for v in value if draw(st.integers(0, 5))]
-        more = alike(value[0]) if value else ANYTHING
-        return elements + draw(st.lists(more, max_size=2))
-    return draw(SCALARS[type(value)])
-
-
-# What takes long: compiling half a minute (test_compile.py has it), processes a second each.
-LEFT_OUT = {"MODEL.COMPILED": [True], "SOLVER.COMPILED": [True], "DATALOADER.NUM_WORKERS": [48]}
+ANYTHING = st.recursive(
+    st.one_of(*SCALARS.values()), lambda inner: st.lists(inner, max_size=3), max_leaves=5
+)
+LEFT_OUT = {"MODEL.COMPILED": [True]}  # compiling takes half a minute; test_compile.py has it
 
 
 @st.composite
@@ -115,7 +87,9 @@ def changes(draw: Any, most: int) -> dict[str, Any]:
     keys = draw(st.lists(st.sampled_from(list(KEYS)), min_size=1, max_size=most, unique=True))
     return {
         key: draw(
-            (alike(KEYS[key]) | ANYTHING).filter(lambda v, k=key: v not in LEFT_OUT.get(k, []))
+            (SCALARS.get(type(KEYS[key]), ANYTHING) | ANYTHING).filter(
+                lambda value, key=key: value not in LEFT_OUT.get(key, [])
+            )
         )
         for key in keys
     }
@@ -166,35 +140,25 @@ def train(cfg: CfgNode) -> None:
 
 def parts(value: Any) -> Iterator[str]:
     """The texts of a value and of what it is made of."""
-    yield str(value)
-    yield repr(value)
-    if value is True:
-        yield ""  # the key says it all
+    yield from {str(value), repr(value)}
     for element in value if isinstance(value, (list, tuple)) else ():
         yield from parts(element)
-
-
-def plain(text: str) -> str:
-    """Without what differs between lists and tuples."""
-    return re.sub(r"[][(), ]", "", text)
 
 
 def assert_clear(error: BaseException, changes: dict[str, Any]) -> None:
     message = str(error)
     if isinstance(error, FloatingPointError):  # of a run that has begun: it reports
         assert message.startswith("Loss or gradient not finite")
-    elif isinstance(error, SystemExit):  # Detectron2's verdict
-        assert error.code == 1 and "TEST.EXPECTED_RESULTS" in changes
-    elif not message.startswith("Expected more than 1 value per channel when training"):
-        # (Which is torch on a single image of a single pixel.)
-        assert isinstance(error, (ValueError, FileNotFoundError, ImportError)), repr(error)
-        names = [r"[A-Z]+(\.[A-Z0-9_]+)+", *(key.split(".")[-1] for key in changes)]
-        assert re.search(rf"\b({'|'.join(names)})\b", message), message
-        given = [text for value in changes.values() for text in parts(value)]
-        assert any(plain(text) in plain(message) for text in given), message
+        return
+    assert isinstance(error, (ValueError, KeyError, FileNotFoundError, ImportError)), repr(error)
+    named = [key.rpartition(".")[2] for key in changes]
+    given = [part for value in changes.values() for part in parts(value)]
+    assert any(re.search(rf"\b{name}\b", message) for name in named) or any(
+        part in message for part in given
+    ), message
 
 
-def fuzz(task: str, examples: int, most: int, whole: bool) -> Counter:
+def fuzz(task: str, examples: int, most: int, whole: bool) -> None:
     """
     Args:
         task: one of TASKS.
@@ -220,7 +184,7 @@ def fuzz(task: str, examples: int, most: int, whole: bool) -> Counter:
                 if whole:
                     train(cfg)
             counts["taken"] += 1
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             if isinstance(error, AssertionError):
                 raise
             assert_clear(error, changes)
@@ -228,25 +192,15 @@ def fuzz(task: str, examples: int, most: int, whole: bool) -> Counter:
 
     run()
     assert min(counts["taken"], counts["refused"]) > examples / 20, counts
-    return counts
 
 
-each_task = pytest.mark.parametrize("task", TASKS)
-
-
-@each_task
-def test_values_are_taken_or_refused_by_name(task, monkeypatch):
+@pytest.mark.parametrize("task", TASKS)
+def test_values_are_refused_by_name_or_train(task, monkeypatch):
     monkeypatch.setattr(engine, "default_setup", lambda cfg, args: None)
-    fuzz(task, 100, most=2, whole=False)
-
-
-@each_task
-def test_values_that_are_taken_train(task, monkeypatch):
-    monkeypatch.setattr(engine, "default_setup", lambda cfg, args: None)
-    fuzz(task, 10, most=1, whole=True)
+    fuzz(task, 15, most=1, whole=True)
 
 
 @pytest.mark.slow
-@each_task
+@pytest.mark.parametrize("task", TASKS)
 def test_many_values_are_refused_by_name_or_train(task):
-    fuzz(task, 250, most=2, whole=True)
+    fuzz(task, 200, most=2, whole=True)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from output_folders import CLASSIFICATION, write_rows, write_run
 
+from ss_detectron.config import flatten_config
 from ss_detectron.experiments.metrics import label_of, losses_of, main_metric, read_metrics
 from ss_detectron.experiments.runs import (
     differences,
-    flatten_config,
     group_runs,
     read_run,
     read_runs,

@@ -372,11 +372,10 @@ def test_the_alignment_of_a_compiled_model_is_refused(compiler):
         check_options(cfg)
 
 
-@pytest.mark.parametrize("key", ["MODEL.COMPILED", "SOLVER.COMPILED"])
-def test_without_a_compiler_on_the_cpu_compilation_is_refused(key, monkeypatch):
-    cfg = config("classifier", key, True)
+def test_without_a_compiler_on_the_cpu_compilation_is_refused(monkeypatch):
+    cfg = config("classifier", *COMPILED)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="need a C.. compiler.*'no-such-compiler'.*CXX"):
+    with pytest.raises(ValueError, match="needs a C.. compiler.*'no-such-compiler'.*CXX"):
         check_options(cfg)
     check_options(config("classifier"))
 

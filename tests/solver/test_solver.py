@@ -1,7 +1,6 @@
 import copy
 import itertools
 import pickle
-import shutil
 
 import pytest
 import torch
@@ -10,16 +9,12 @@ from detectron2.solver import LRMultiplier
 from detectron2.solver import build_optimizer as detectron2_build_optimizer
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
-from torch._dynamo.utils import counters
 
-from ss_detectron import AsymmetricLinear, add_ss_config, backpropagation, convert_feedback
+from ss_detectron import add_ss_config, convert_feedback
 from ss_detectron.solver import SGD, match_feedback_groups
-from ss_detectron.solver.build import build_optimizer, check_solver
+from ss_detectron.solver.build import build_optimizer
 
 SHAPES = [(4, 3, 3, 3), (4,), (5, 4), ()]
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="inductor needs a C++ compiler"
-)
 
 
 def reference_step(
@@ -59,12 +54,9 @@ def set_gradients(params, step) -> None:
             p.grad[torch.rand(p.shape, generator=generator) < 0.2] = 0.0
 
 
-def run(optimizer, steps=6, start=0, lrs=None) -> None:
+def run(optimizer, steps=6, start=0) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(start, start + steps):
-        if lrs is not None:
-            for group in optimizer.param_groups:
-                group["lr"] = lrs[step]
         set_gradients(params, step)
         optimizer.step()
 
@@ -81,12 +73,6 @@ def assert_close(actual, expected, dtype) -> None:
     """Within the roundings of some steps."""
     rtol, atol = {torch.float64: (1e-12, 1e-15), torch.float32: (1e-5, 1e-6)}[dtype]
     torch.testing.assert_close(list(actual), list(expected), rtol=rtol, atol=atol)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
 
 
 # One step --------------------------------------------------------------------------------------
@@ -144,7 +130,7 @@ def test_every_step_is_the_definition(
 def test_without_the_options_it_is_torchs_own_bit_for_bit(options):
     ours, theirs = some_params(torch.float32), some_params(torch.float32)
     run(SGD(ours, lr=0.07, **options))
-    run(torch.optim.SGD(theirs, lr=0.07, foreach=True, **options))
+    run(torch.optim.SGD(theirs, lr=0.07, fused=True, **options))
     assert_equal(ours, theirs)
 
 
@@ -162,16 +148,9 @@ def test_no_weight_ever_changes_its_sign(dtype, batch_manhattan):
     assert any((b.sign() != s).any() for b, s in zip(biases, free, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bound"),
-    [
-        (torch.float64, 1e-10),
-        (torch.float32, 1e-10),
-        (torch.bfloat16, 1e-10),
-        (torch.float16, 2.0**-14),
-    ],
-)
-def test_what_becomes_of_weights_near_zero(dtype, bound):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_becomes_of_weights_near_zero(dtype):
+    bound = 1e-10 if dtype != torch.float16 else 2.0**-14
     tiny = 3e-11 if dtype != torch.float16 else 2.0**-20
     before = torch.tensor([1, -1, 1, -1, 0, 0, -0.0, 0, 2, -2], dtype=dtype)
     update = torch.tensor([-1, 1, -3, 3, -1, 0, 0, 1, -2, 2], dtype=dtype)
@@ -207,11 +186,10 @@ def test_types_are_mixed_freely_in_one_group():
     assert_equal(mixed, apart)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_gradients_and_parameters_without_them_are_left_as_they_are(compiled):
+def test_gradients_and_parameters_without_them_are_left_as_they_are():
     params = some_params()
     options = {"batch_manhattan": True, "no_sign_change": True, "weight_decay": 0.1}
-    optimizer = SGD(params, lr=0.1, momentum=0.9, compiled=compiled, **options)
+    optimizer = SGD(params, lr=0.1, momentum=0.9, **options)
     run(optimizer, steps=1)
     set_gradients(params, 1)
     params[1].grad = None
@@ -228,38 +206,32 @@ def test_gradients_and_parameters_without_them_are_left_as_they_are(compiled):
 def test_what_it_cannot_do_is_refused():
     embedding = nn.Embedding(3, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="takes no sparse gradients"):
+    with pytest.raises(RuntimeError, match="sparse gradients"):
         SGD(embedding.parameters(), lr=0.1).step()
-    with pytest.raises(TypeError, match="differentiable"):
-        SGD(some_params(), lr=0.1, differentiable=True)
     with pytest.raises(ValueError, match="Nesterov"):
         SGD(some_params(), lr=0.1, nesterov=True)
+
+
+def test_a_parameter_that_learns_later_begins_its_momentum_then():
+    ours, theirs = some_params(), some_params()
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3}
+    optimizers = SGD(ours, **options), torch.optim.SGD(theirs, foreach=False, **options)
+    for step in range(4):
+        for params, optimizer in zip((ours, theirs), optimizers, strict=True):
+            set_gradients(params, step)
+            if step < 2:
+                params[1].grad = None
+            optimizer.step()
+    assert_close(ours, theirs, torch.float64)
 
 
 # An ordinary optimizer -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_batchwise_magnitude_notices_each_update(compiled):
-    layer = AsymmetricLinear(3, 2, rule="brsf", scale="kaiming")
-    options = {"batch_manhattan": True, "no_sign_change": True}
-    optimizer = SGD(layer.parameters(), lr=0.1, momentum=0.9, compiled=compiled, **options)
-    seen = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        layer(torch.ones(1, 3)).sum().backward()
-        seen.append(layer.current_feedback().abs())
-        layer(torch.ones(1, 3))
-        assert torch.equal(layer.current_feedback().abs(), seen[-1])
-        optimizer.step()
-    for a, b in itertools.combinations(seen, 2):
-        assert not torch.equal(a, b)
-
-
 def test_state_goes_from_torchs_own_and_back():
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
     params = some_params()
-    theirs = torch.optim.SGD(params, foreach=True, **options)
+    theirs = torch.optim.SGD(params, fused=True, **options)
     run(theirs, steps=3)
     mine = [nn.Parameter(p.detach().clone()) for p in params]
     ours = SGD(mine, lr=1.0, no_sign_change=True)
@@ -279,25 +251,23 @@ def test_state_goes_from_torchs_own_and_back():
 
 
 @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_training_goes_on_from_a_saved_optimizer(way, compiled):
+def test_training_goes_on_from_a_saved_optimizer(way):
     params = some_params()
     groups = [
         {"params": params[:2], "batch_manhattan": True, "lr": 0.05},
         {"params": params[2:], "no_sign_change": True},
     ]
-    optimizer = SGD(groups, lr=0.1, momentum=0.9, compiled=compiled)
+    optimizer = SGD(groups, lr=0.1, momentum=0.9)
     run(optimizer, steps=2)
     if way == "state_dict":
         other = [nn.Parameter(p.detach().clone()) for p in params]
         groups = [{"params": other[:2]}, {"params": other[2:]}]
-        resumed = SGD(groups, lr=1.0, compiled=compiled)
+        resumed = SGD(groups, lr=1.0)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     else:
         copied = {"pickle": lambda o: pickle.loads(pickle.dumps(o)), "deepcopy": copy.deepcopy}
         resumed = copied[way](optimizer)
         other = [p for group in resumed.param_groups for p in group["params"]]
-    assert resumed.compiled == compiled
     for o in optimizer, resumed:
         run(o, start=2, steps=2)
     assert_equal(other, params)
@@ -341,47 +311,6 @@ def test_gradient_scaling_skips_steps_that_overflow():
         scaler.step(optimizer)
         scaler.update()
         assert weight.tolist() == expected
-
-
-# Compiled --------------------------------------------------------------------------------------
-
-
-@needs_compiler
-@pytest.mark.parametrize("momentum", [*MOMENTA[:1], *MOMENTA[2:]])
-def test_compiled_steps_are_uncompiled_ones_and_compile_once(momentum):
-    def make(dtype, compiled):
-        params = some_params(dtype)
-        groups = [
-            {"params": params[:1], "batch_manhattan": True, "no_sign_change": True},
-            {"params": params[1:2], "batch_manhattan": True},
-            {"params": params[2:3], "no_sign_change": True},
-            {"params": params[3:]},
-        ]
-        return params, SGD(groups, lr=0.1, weight_decay=0.1, compiled=compiled, **momentum)
-
-    lrs = [0.01 * (step + 1) for step in range(8)]  # a warm-up
-    for count, dtype in enumerate((torch.float64, torch.float32), start=1):
-        expected, eager = make(dtype, compiled=False)
-        actual, compiled = make(dtype, compiled=True)
-        for step in range(len(lrs)):
-            run(eager, steps=1, start=step, lrs=lrs)
-            run(compiled, steps=1, start=step, lrs=lrs)
-            assert_close(actual, expected, dtype)
-            assert_equal([p.sign() for p in actual], [p.sign() for p in expected])
-        assert counters["stats"]["unique_graphs"] == count
-        assert not counters["graph_break"]
-        assert compiled.param_groups[0]["lr"] == lrs[-1]
-        assert isinstance(compiled.param_groups[0]["lr"], float)
-
-
-@needs_compiler
-def test_narrow_types_are_left_to_uncompiled_steps():
-    options = {"lr": 0.1, "momentum": 0.9, "batch_manhattan": True, "no_sign_change": True}
-    expected, actual = some_params(torch.float16), some_params(torch.float16)
-    run(SGD(expected, **options))
-    run(SGD(actual, compiled=True, **options))
-    assert_equal(actual, expected)
-    assert counters["stats"]["unique_graphs"] == 0
 
 
 # From the config -------------------------------------------------------------------------------
@@ -453,27 +382,10 @@ def test_without_options_it_is_detectron2s_optimizer(solver, clip):
     model = make_model("kp")
     other = copy.deepcopy(model)
     ours, theirs = build_optimizer(cfg, model), detectron2_build_optimizer(cfg, other)
-    assert type(ours).__mro__[1 if clip else 0] is torch.optim.SGD
-    for group in theirs.param_groups:
-        assert group["foreach"]
-        group.update(foreach=None, fused=True)  # the one difference: a faster kernel
-    assert ours.state_dict() == theirs.state_dict()
-    assert list(settings_by_name(ours, model)) == list(settings_by_name(theirs, other))
-    train(model, ours)
-    train(other, theirs)
-    assert_equal(model.parameters(), other.parameters())
-
-
-def test_a_parameter_that_learns_later_begins_its_momentum_then():
-    """As by torch's own SGD, after a checkpoint as well."""
-    cfg = make_cfg(WEIGHT_DECAY=0.1)
-    model = make_model("kp")
-    other = copy.deepcopy(model)
-    ours, theirs = build_optimizer(cfg, model), detectron2_build_optimizer(cfg, other)
-    for each, optimizer in ((model, ours), (other, theirs)):
-        with backpropagation(each):  # no gradient for the feedback weights
-            train(each, optimizer, steps=1)
-    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    settings, expected = settings_by_name(ours, model), settings_by_name(theirs, other)
+    assert list(settings) == list(expected)
+    for name, setting in expected.items():
+        assert settings[name].items() >= (setting | {"foreach": None}).items(), name
     train(model, ours)
     train(other, theirs)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -485,7 +397,7 @@ def test_the_last_layer_has_a_learning_rate_of_its_own_under_the_schedule(optimi
     model = make_model()
     cfg = make_cfg(OPTIMIZER=optimizer, LAST_LAYER_BASE_LR=0.03125, BIAS_LR_FACTOR=2.0)
     built = build_optimizer(cfg, model)
-    assert type(built) is getattr(torch.optim, optimizer)
+    assert isinstance(built, getattr(torch.optim, optimizer))
     # weights, norm weights (no weight decay), biases, norm biases, and the last layer's two
     assert len(built.param_groups) == 6
 
@@ -522,21 +434,6 @@ def test_the_options_hold_for_the_layers_that_the_keys_say(last):
         assert setting["no_sign_change"] == (held and not name.endswith("bias")), name
 
 
-@pytest.mark.parametrize("held", ["hidden.weight", "score.weight"])
-def test_weights_keep_their_signs_where_the_keys_say(held):
-    key = "LAST_LAYER_NO_SIGN_CHANGE" if held == "score.weight" else "NO_SIGN_CHANGE"
-    kept = {}
-    for on in (False, True):
-        model = make_model()
-        before = {name: p.detach().sign() for name, p in model.named_parameters()}
-        train(model, build_optimizer(make_cfg(BASE_LR=4.0, **{key: on}), model))
-        after = dict(model.named_parameters())
-        kept[on] = {name for name in before if torch.equal(after[name].sign(), before[name])}
-    assert held in kept[True]
-    assert not {"hidden.weight", "score.weight", "hidden.bias"} & (kept[True] - {held})
-    assert held not in kept[False]
-
-
 def test_options_without_last_layers_hold_for_all_and_say_so(caplog):
     model = nn.Sequential(nn.Linear(2, 2))
     optimizer = build_optimizer(make_cfg(BATCH_MANHATTAN=True), model)
@@ -544,24 +441,9 @@ def test_options_without_last_layers_hold_for_all_and_say_so(caplog):
     assert "SOLVER.BATCH_MANHATTAN holds for all layers: Sequential" in caplog.text
 
 
-@needs_compiler
-def test_the_compiled_step_is_asked_for_by_a_key():
-    model, other = make_model(), make_model()
-    options = {"BATCH_MANHATTAN": True, "LAST_LAYER_NO_SIGN_CHANGE": True}
-    train(model, build_optimizer(make_cfg(COMPILED=True, **options), model))
-    assert counters["stats"]["unique_graphs"] == 1
-    train(other, build_optimizer(make_cfg(**options), other))
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert_close([a], [b], torch.float32)
-    optimizer = build_optimizer(make_cfg(COMPILED=True), model)
-    assert type(optimizer) is SGD
-    assert optimizer.compiled
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_gradients_are_clipped_before_the_options_apply(compiled):
+def test_gradients_are_clipped_before_the_options_apply():
     model = make_model()
-    cfg = make_cfg(BATCH_MANHATTAN=True, MOMENTUM=0.0, WEIGHT_DECAY=0.0, COMPILED=compiled)
+    cfg = make_cfg(BATCH_MANHATTAN=True, MOMENTUM=0.0, WEIGHT_DECAY=0.0)
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-4
     optimizer = build_optimizer(cfg, model)
@@ -580,31 +462,17 @@ def test_gradients_are_clipped_before_the_options_apply(compiled):
     ("solver", "message"),
     [
         ({"OPTIMIZER": "Adam"}, "OPTIMIZER is 'Adam'; choose 'SGD' or 'AdamW'"),
-        ({"LAST_LAYER_BASE_LR": -0.1}, "LAST_LAYER.BASE_LR is -0.1"),
-        ({"LAST_LAYER_BASE_LR": float("nan")}, "LAST_LAYER.BASE_LR is nan"),
-        ({"ACCUMULATION_STEPS": 0}, "ACCUMULATION_STEPS is 0"),
+        ({"LAST_LAYER_BASE_LR": -0.1}, "LAST_LAYER.BASE_LR is -0.1; choose 0 or more"),
         *(
             ({"OPTIMIZER": "AdamW", key: True}, f"{key.replace('LAYER_', 'LAYER.')} is an option")
-            for key in (
-                "BATCH_MANHATTAN",
-                "NO_SIGN_CHANGE",
-                "COMPILED",
-                "LAST_LAYER_BATCH_MANHATTAN",
-                "LAST_LAYER_NO_SIGN_CHANGE",
-            )
+            for option in ("BATCH_MANHATTAN", "NO_SIGN_CHANGE")
+            for key in (option, f"LAST_LAYER_{option}")
         ),
     ],
 )
 def test_a_key_that_does_not_fit_is_named(solver, message):
     with pytest.raises(ValueError, match=f"SOLVER.{message}"):
-        check_solver(make_cfg(**solver))
-    with pytest.raises(ValueError, match=f"SOLVER.{message}"):
         build_optimizer(make_cfg(**solver), make_model())
-
-
-def test_the_defaults_fit():
-    check_solver(make_cfg())
-    check_solver(make_cfg(OPTIMIZER="AdamW", LAST_LAYER_BASE_LR=0.1, ACCUMULATION_STEPS=2))
 
 
 @pytest.mark.parametrize(
@@ -622,7 +490,7 @@ def test_last_layers_that_the_model_does_not_have_are_named(solver):
         build_optimizer(make_cfg(**solver), nn.Sequential(nn.Linear(2, 2)))
     model = make_model()
     model.last_layers = ("score", "skore")
-    with pytest.raises(ValueError, match="Net.last_layers names 'skore'"):
+    with pytest.raises(AttributeError, match="skore"):
         build_optimizer(make_cfg(**solver), model)
 
 
@@ -681,7 +549,7 @@ def test_feedback_is_moved_into_its_weights_group_whatever_the_groups():
         {},
     ]
     assert [len(g["params"]) for g in matched] == [0, len(rest) + 3, 2, 1]
-    assert matched[1]["params"][: len(rest)] == rest
+    assert [m for m in matched[1]["params"] if isinstance(m, tuple)] == rest
     for layer, i in ((model.conv, 1), (model.hidden, 1), (model.frozen, 1), (model.score, 2)):
         assert any(p is layer.feedback_weight for p in matched[i]["params"])
     # Nothing is left to be moved.
