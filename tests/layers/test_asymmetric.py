@@ -7,10 +7,11 @@ import pickle
 
 import pytest
 import torch
+from core_utils import RULES, each_rule
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ss_detectron import FEEDBACK_REGISTRY, FeedbackRule
+from ss_detectron import FeedbackRule
 from ss_detectron.layers import (
     AsymmetricConv2d,
     AsymmetricConvTranspose2d,
@@ -19,7 +20,6 @@ from ss_detectron.layers import (
     convert_feedback,
 )
 
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 STATE = {
     "frsf": ["feedback_magnitude"],
     "brsf": ["feedback_updates"],
@@ -27,7 +27,6 @@ STATE = {
     "fasi": ["feedback_weight"],
     "kp": ["feedback_weight"],
 }
-each_rule = pytest.mark.parametrize("rule", RULES)
 each_rule_with_state = pytest.mark.parametrize("rule", STATE)
 each_rule_with_a_state_tensor = pytest.mark.parametrize("rule", [r for r in STATE if r != "brsf"])
 
@@ -71,41 +70,6 @@ def _train(model, steps=2):
 
 
 # Forward.
-
-CONVS = {
-    "zeros": {"padding": 1},
-    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
-    "replicate": {"padding": 2, "padding_mode": "replicate", "stride": 2},
-    "circular": {"padding": (2, 1), "padding_mode": "circular", "dilation": 2},
-    "reflect-same": {"padding": "same", "padding_mode": "reflect"},
-    "circular-valid": {"padding": "valid", "padding_mode": "circular"},
-    "same": {"padding": "same", "groups": 2},
-}
-
-
-@pytest.mark.parametrize("options", CONVS.values(), ids=CONVS)
-@pytest.mark.parametrize("kernel", [(3, 3), (2, 3)], ids=["odd", "even"])
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-def test_convolution_in_every_padding_mode(options, kernel):
-    torch.manual_seed(0)
-    stock = nn.Conv2d(4, 6, kernel, **options).double()
-    layer = AsymmetricConv2d(4, 6, kernel, rule="bp", **options).double()
-    layer.load_state_dict(stock.state_dict())
-    x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
-    assert torch.equal(layer(x), stock(x))
-    for actual, expected in zip(_gradients(layer, x), _gradients(stock, x), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    convert_feedback(layer, "fa")
-    actual, feedback = _gradients(layer, x), layer.current_feedback()
-    y = stock(x)
-    with torch.no_grad():
-        bias = stock.bias.clone()
-        stock.weight.copy_(feedback)
-        stock.bias.add_(1)
-    assert torch.equal(bias, layer.bias)
-    leaf = x.clone().requires_grad_()
-    expected = torch.autograd.grad(stock(leaf), leaf, 2 * y.detach())[0]
-    torch.testing.assert_close(actual[0], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("output_size", [None, [9, 10]])

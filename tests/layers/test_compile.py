@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from core_utils import each_rule
 from torch import nn
 
 from ss_detectron import FEEDBACK_REGISTRY
@@ -16,7 +17,6 @@ from ss_detectron.layers import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 
 
 class Net(nn.Module):
@@ -59,7 +59,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_compiled_training_is_eager_training(rule):
     eager = _model(rule)
     compiled = copy.deepcopy(eager)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from core_utils import each_rule
 from torch import nn
 
 detectron2_layers = pytest.importorskip("detectron2.layers")
@@ -17,10 +18,8 @@ from detectron2.config import instantiate  # noqa: E402
 from detectron2.modeling.backbone import FPN  # noqa: E402
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet  # noqa: E402
 
-from ss_detectron.layers import FEEDBACK_REGISTRY, convert_feedback, feedback_report  # noqa: E402
+from ss_detectron.layers import convert_feedback, feedback_report  # noqa: E402
 from ss_detectron.layers.detectron2 import AsymmetricDetectron2Conv2d  # noqa: E402
-
-each_rule = pytest.mark.parametrize("rule", [rule.short_name for _, rule in FEEDBACK_REGISTRY])
 
 
 @pytest.mark.parametrize("kind", ["fused", "norm", "activation", "neither"])

@@ -5,16 +5,15 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from group_utils import run_ranks
+import torch.multiprocessing as mp
+from core_utils import RULES
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.layers import AsymmetricLayer, advance_feedback, convert_feedback
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 STEPS = 3
 BATCH = 4
 
@@ -54,6 +53,8 @@ def _images():
 
 
 def _worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     half = BATCH // 2
     results = {}
     for rule in RULES:
@@ -70,12 +71,14 @@ def _worker(rank, folder):
         torch.manual_seed(200 + rank)
         results[rule] = start, _train(wrapped, _images()[:, rank * half : (rank + 1) * half])
     torch.save(results, f"{folder}/{rank}.pth")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    run_ranks(_worker, folder)
+    mp.spawn(_worker, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
 

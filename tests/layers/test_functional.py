@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from ss_detectron.layers import (
     asymmetric_conv2d,
@@ -75,46 +74,25 @@ def _linear(input, weight):
 
 X = (2, 4, 7, 6)
 CONVS = {
-    "plain": _conv(X, (6, 4, 3, 3)),
-    "1x1": _conv(X, (6, 4, 1, 1)),
-    "1x1-strided": _conv(X, (6, 4, 1, 1), stride=2),
     "strided": _conv(X, (6, 4, 3, 3), stride=2, padding=1),
-    "pairs": _conv(X, (6, 4, 3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
     "lists": _conv(X, (6, 4, 3, 2), stride=[1, 2], padding=[1, 0], dilation=[2, 1]),
-    "valid": _conv(X, (6, 4, 3, 3), padding="valid", stride=2),
-    "same": _conv(X, (6, 4, 3, 3), padding="same"),
     "same-even": _conv(X, (6, 4, 2, 4), padding="same"),
-    "same-one-side-even": _conv(X, (6, 4, 4, 3), padding="same"),
-    "same-dilated": _conv(X, (6, 4, 2, 3), padding="same", dilation=(3, 2)),
-    "groups": _conv(X, (6, 2, 3, 3), groups=2, padding=1),
-    "depthwise": _conv(X, (4, 1, 3, 3), groups=4, padding=1),
     "depthwise-multiplied": _conv(X, (8, 1, 3, 3), groups=4, stride=2, dilation=2, padding=2),
-    "unbatched": _conv(X[1:], (6, 4, 3, 3), padding=1),
     "unbatched-same-even": _conv(X[1:], (6, 4, 2, 2), padding="same"),
     "empty": _conv((0, *X[1:]), (6, 4, 3, 3), padding=1),
-    "empty-grouped": _conv((0, *X[1:]), (6, 2, 3, 3), groups=2, stride=2),
 }
 TRANSPOSED = {
-    "plain": _transposed(X, (4, 3, 3, 3)),
     "strided": _transposed(X, (4, 3, 2, 2), stride=2),
     "output-padding": _transposed(
-        X, (4, 3, 3, 3), stride=(2, 3), padding=(1, 0), output_padding=(1, 2)
+        X, (4, 3, 3, 3), stride=(2, 3), padding=(1, 0), output_padding=(1, 2), groups=2
     ),
-    "dilated": _transposed(X, (4, 3, 3, 2), dilation=(2, 1), padding=1),
-    "groups": _transposed(X, (4, 3, 3, 3), groups=2, stride=2, padding=1),
-    "depthwise": _transposed(X, (4, 1, 3, 3), groups=4, padding=1),
     "unbatched": _transposed(X[1:], (4, 3, 3, 3), stride=2),
-    "empty": _transposed((0, *X[1:]), (4, 3, 3, 3)),
 }
 LINEARS = {
     "no-leading": _linear((5,), (3, 5)),
     "one-leading": _linear((4, 5), (3, 5)),
-    "two-leading": _linear((2, 4, 5), (3, 5)),
     "three-leading": _linear((2, 3, 2, 5), (3, 5)),
-    "four-leading": _linear((2, 1, 3, 2, 5), (3, 5)),
-    "empty": _linear((0, 5), (3, 5)),
     "empty-inside": _linear((2, 0, 5), (3, 5)),
-    "one-feature": _linear((4, 1), (1, 1)),
     "no-features": _linear((4, 0), (3, 0)),
 }
 
@@ -254,31 +232,6 @@ def test_backward_inside_autocast_as_stock(case, forward_inside):
         torch.testing.assert_close(a, e, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["strided", "same-even", "groups"])
-def test_channels_last_matches_stock_and_keeps_the_format(name):
-    case = CONVS[name]
-    x, w, b, fb, grad = (
-        t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in case.tensors()
-    )
-    y, _, dw, db = case.run_stock(x, w, b, grad)
-    dx = case.run_stock(x, fb, b, grad)[1]
-    actual = case.run(x, w, b, grad, feedback=fb)
-    _assert_same(actual, (y, dx, dw, db), exact=False)
-    for a, e in zip(actual[:3], (y, dx, dw), strict=True):
-        assert a.stride() == e.stride()
-
-
-@each_case
-def test_expanded_and_transposed_output_gradients(case):
-    x, w, b, fb, grad = case.tensors()
-    expanded = torch.ones((), dtype=grad.dtype).expand(grad.shape)  # what y.sum() sends back
-    reversed_strides = grad.permute(*reversed(range(grad.dim()))).contiguous()
-    reversed_strides = reversed_strides.permute(*reversed(range(grad.dim())))
-    for strange in (expanded, reversed_strides):
-        expected = case.run(x, w, b, strange.contiguous(), feedback=fb)
-        _assert_same(case.run(x, w, b, strange, feedback=fb), expected, exact=False)
-
-
 @each_operation
 def test_feedback_is_made_in_backward_only_and_only_for_an_input_gradient(case):
     x, w, b, fb, grad = case.tensors()
@@ -311,20 +264,6 @@ def test_feedback_is_made_in_backward_only_and_only_for_an_input_gradient(case):
 
 
 @each_operation
-@pytest.mark.parametrize("needs", [(0, 1, 1), (1, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 0)], ids=str)
-def test_frozen_tensors_get_no_gradient_and_change_no_other(case, needs):
-    x, w, b, fb, grad = case.tensors()
-    everything = case.run(x, w, b, grad, feedback=fb)[1:]
-    leaves = [t.detach().requires_grad_(bool(n)) for t, n in zip((x, w, b), needs, strict=True)]
-    case.asymmetric(*leaves, **case.options, feedback=fb).backward(grad)
-    for leaf, need, expected in zip(leaves, needs, everything, strict=True):
-        if need:
-            torch.testing.assert_close(leaf.grad, expected, rtol=1e-12, atol=1e-12)
-        else:
-            assert leaf.grad is None
-
-
-@each_operation
 def test_learned_feedback_receives_a_copy_of_the_weight_gradient(case):
     x, w, b, fb, grad = case.tensors()
     w.requires_grad_()
@@ -334,15 +273,6 @@ def test_learned_feedback_receives_a_copy_of_the_weight_gradient(case):
     of_weight, of_feedback = torch.autograd.grad(y, (w, fb), grad)
     assert torch.equal(of_feedback, of_weight)
     assert of_feedback.data_ptr() != of_weight.data_ptr()
-
-
-@each_operation
-def test_learned_feedback_of_a_frozen_weight_stays(case):
-    x, w, b, fb, grad = case.tensors()
-    fb.requires_grad_()
-    x.requires_grad_()
-    case.asymmetric(x, w, b, **case.options, feedback=fb).backward(grad)
-    assert fb.grad is None and x.grad is not None
 
 
 @each_operation
@@ -389,25 +319,6 @@ def test_a_torch_that_does_not_tell_of_hooks_takes_the_function(monkeypatch):
 
 
 @each_operation
-def test_feedback_is_made_once_a_backward_pass_and_only_for_an_input_that_wants_it(case):
-    x, w, b, fb, grad = case.tensors()
-    made = []
-
-    def feedback(weight, state):
-        made.append(weight)
-        return fb
-
-    for leaves in ((w, b), (x, w, b), (x,)):
-        for t in (x, w, b):
-            t.requires_grad_(any(t is leaf for leaf in leaves))
-        y = case.asymmetric(x, w, b, **case.options, feedback=feedback)
-        for _ in range(2):
-            torch.autograd.grad(y, leaves, grad, retain_graph=True)
-        assert len(made) == (0 if leaves[0] is w else 2)
-        made.clear()
-
-
-@each_operation
 def test_derivatives_other_than_a_backward_passs_are_refused(case):
     x, w, b, fb, _ = case.tensors()
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -445,7 +356,7 @@ def test_wrong_feedback_is_refused(case):
 
 
 def test_wrong_padding_is_refused():
-    x, w, b, fb, _ = CONVS["plain"].tensors()
+    x, w, b, fb, _ = CONVS["strided"].tensors()
     with pytest.raises(ValueError, match="padding is 'full'"):
         asymmetric_conv2d(x, w, b, padding="full", feedback=fb)
     with pytest.raises(ValueError, match="stride 1"):
@@ -473,33 +384,6 @@ def test_weight_changed_between_forward_and_backward_is_refused_as_by_stock(case
             w.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward(grad)
-
-
-@each_operation
-def test_output_may_be_changed_in_place(case):
-    x, w, b, fb, grad = case.tensors()
-    x.requires_grad_()
-    results = []
-    for activation in (F.relu, F.relu_):
-        y = activation(case.asymmetric(x, w, b, **case.options, feedback=fb))
-        results.append(torch.autograd.grad(y, x, grad)[0])
-    assert torch.equal(*results)
-
-
-@each_operation
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not-reentrant"])
-def test_activation_checkpointing_changes_no_gradient(case, use_reentrant):
-    x, w, b, fb, grad = case.tensors()
-    expected = case.run(x, w, b, grad, feedback=fb)
-
-    leaves = [t.detach().requires_grad_() for t in (x, w, b)]
-    y = checkpoint(
-        lambda *t: case.asymmetric(*t, **case.options, feedback=fb),
-        *leaves,
-        use_reentrant=use_reentrant,
-    )
-    y.backward(grad)
-    _assert_same((y.detach(), *(t.grad for t in leaves)), expected)
 
 
 def test_complex_weights_and_feedback_that_is_none_are_refused():

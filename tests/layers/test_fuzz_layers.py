@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from core_utils import RULES, each_rule
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.layers import (
     FEEDBACK_SCALES,
     AsymmetricConv2d,
@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
 ]
 
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 ASYMMETRIC = {
     nn.Conv2d: AsymmetricConv2d,
     nn.ConvTranspose2d: AsymmetricConvTranspose2d,
@@ -385,7 +384,7 @@ def test_a_linear_layer_of_other_than_a_matrix_may_be_changed_in_place(shape):
 
 
 @pytest.mark.parametrize("scale", FEEDBACK_SCALES)
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_a_layer_without_weights(rule, scale):
     for sizes in [(0, 3), (3, 0), (0, 0)]:
         layer = AsymmetricLinear(*sizes, rule=rule, scale=scale)

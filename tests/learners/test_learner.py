@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from core_utils import each_rule
 from torch import nn
 
-from ss_detectron import FEEDBACK_REGISTRY, advance_feedback, convert_feedback
+from ss_detectron import advance_feedback, convert_feedback
 from ss_detectron.alignment import backpropagation_gradients
 from ss_detectron.learners import LEARNER_REGISTRY, Backpropagation, Learner, build_learner
-
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 
 
 def _model(rule):
@@ -25,7 +24,7 @@ def _batches(count=3):
         yield torch.randn(5, 2, 4, 4, generator=generator), torch.arange(5) % 4
 
 
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_the_default_learner_is_a_plain_training_loop(rule):
     model = _model(rule)
     expected = copy.deepcopy(model)

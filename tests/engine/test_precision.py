@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from core_utils import each_rule
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
@@ -21,7 +22,6 @@ from run_utils import finish, rows, start
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.alignment import backpropagation_gradients, compiled_parts
 from ss_detectron.data import generate_shapes
 from ss_detectron.engine import defaults as engine
@@ -30,7 +30,6 @@ from ss_detectron.layers import AsymmetricLayer, convert_part, reset_feedback
 from ss_detectron.modeling.compilation import compile_parts
 from ss_detectron.modeling.feedback import feedback_options
 
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 NETWORKS = ["classifier", "detector"]
 AMP, CHANNELS_LAST, COMPILED = (
     (key, True) for key in ("SOLVER.AMP.ENABLED", "MODEL.CHANNELS_LAST", "MODEL.COMPILED")
@@ -187,7 +186,7 @@ def quiet(caplog, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_bfloat16_gives_float32s_gradients_but_for_its_roundings(network, rule):
     expected, state = plain(network, rule)
     trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *AMP))
@@ -215,7 +214,7 @@ def test_bfloat16_gives_float32s_gradients_but_for_its_roundings(network, rule):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_channels_last_gives_float32s_gradients(network, rule):
     expected, state = plain(network, rule)
     trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *CHANNELS_LAST))
@@ -225,7 +224,7 @@ def test_channels_last_gives_float32s_gradients(network, rule):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_compilation_gives_float32s_gradients(network, rule, compiler):
     expected, state = plain(network, rule)
     trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *COMPILED))
