@@ -235,7 +235,7 @@ class ClassificationMapper:
             UnreadableImageError: see :func:`open_image` and :func:`decode`.
         """
         image = convert_PIL_to_numpy(self.transform(open_image(record)), self.format)
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        pixels = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
         return {
             "image": pixels.float() if pixels.is_floating_point() else pixels,
             "label": int(record["label"]),

@@ -40,7 +40,6 @@ def pets(*, images=(4, 3), batch=2, workers=0, unreadable="error", names=("own_p
 
 
 def train_batches(cfg, number):
-    torch.manual_seed(1)
     return list(islice(build_classification_train_loader(cfg), number))
 
 
@@ -97,23 +96,22 @@ def test_every_image_once_per_epoch_over_all_processes(workers, processes, monke
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_seed_determines_all_batches(workers):
-    Path("pets").mkdir()
-    for name in ("cat", "dog"):
-        Path("pets", name).mkdir()
-        for i in range(4):
-            pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(f"pets/{name}/{i}.png")
+    write_images(Path("pets"), cat=4, dog=4)
+    for i, file in enumerate(Path("pets").rglob("*.png")):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
 
-    def batches(seed):
+    def batches(seed, disturbance):
         cfg = pets(workers=workers, TRANSFORM="resized_crop", SIZE=12)
         cfg.SEED = seed
+        torch.manual_seed(disturbance)
         found = train_batches(cfg, 8)
         return [b["file_name"] for b in found], torch.cat([b["image"] for b in found])
 
-    names, images = batches(3)
-    again, images_again = batches(3)
+    names, images = batches(3, 0)
+    again, images_again = batches(3, 1)
     assert names == again and (images == images_again).all()
-    other_names, other_images = batches(4)
+    other_names, other_images = batches(4, 0)
     assert names != other_names and (images != other_images).any()
     # An image is augmented anew in every epoch.
     by_name = {}
@@ -123,30 +121,7 @@ def test_seed_determines_all_batches(workers):
     assert all((first != second).any() for first, second in by_name.values())
 
 
-def test_workers_do_not_depend_on_other_random_numbers():
-    cfg = pets(workers=1, TRANSFORM="resized_crop", SIZE=4)
-    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save("pets/cat/0000.png")
-    found = []
-    for seed in (1, 2):
-        loader = build_classification_train_loader(cfg)
-        torch.manual_seed(seed)
-        found.append(torch.cat([batch["image"] for batch in islice(loader, 8)]))
-    assert (found[0] == found[1]).all()
-
-
-def test_processes_augment_differently(monkeypatch):
-    cfg = pets(images=(1, 1), batch=2, workers=1, TRANSFORM="resized_crop")
-    pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    for name in ("cat", "dog"):  # which of them comes when is to make no difference
-        Image.fromarray(pixels).save(f"pets/{name}/0000.png")
-    found = [
-        torch.cat([batch["image"] for batch in train_batches(cfg, 4)])
-        for _ in pretend_processes(monkeypatch, 2)
-    ]
-    assert (found[0] != found[1]).any()
-
-
-def test_without_a_seed_runs_differ(monkeypatch):
+def test_without_a_seed_runs_differ():
     cfg = pets(images=(30, 30), batch=60)
     cfg.SEED = -1
     first, second = (greys(train_batches(cfg, 1)) for _ in range(2))
@@ -162,7 +137,7 @@ def test_batches_are_those_of_one_pass(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("images", "processes", "passes"), [(5, 2, 1), (8, 2, 3), (4, 8, 1), (0, 1, 1), (4, 1, 0)]
+    ("images", "processes", "passes"), [(5, 2, 1), (8, 2, 3), (0, 1, 1), (4, 1, 0)]
 )
 def test_batches_that_cannot_be_shared_out_are_refused(images, processes, passes, monkeypatch):
     cfg = pets(batch=images)
@@ -186,37 +161,19 @@ def test_several_sets_are_one(caplog):
     assert "10 images for training in own_pets, own_more." in caplog.text
 
 
-def test_channels_are_in_the_order_of_the_format():
-    cfg = pets(batch=7)
-    Image.new("RGB", (5, 5), (1, 2, 3)).save("pets/cat/0000.png")
-    for cfg.INPUT.FORMAT, expected in (("RGB", [1, 2, 3]), ("BGR", [3, 2, 1])):
-        (batch,) = test_batches(cfg)
-        assert batch["image"][0, :, 0, 0].tolist() == expected
-
-
 # Evaluation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_takes_every_image_once_in_order(workers):
-    cfg = pets(images=(6, 5), batch=4, workers=workers)
-    loader = build_classification_test_loader(cfg, "own_pets")
-    assert len(loader) == 3
-    for _ in range(2):
-        batches = list(loader)
-        assert [len(b["image"]) for b in batches] == [4, 4, 3]
-        assert greys(batches) == list(range(11))
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 8])
-@pytest.mark.parametrize("images", [(1, 1), (4, 3), (5, 4)])
-def test_evaluation_over_several_processes(images, processes, monkeypatch):
-    cfg = pets(images=images, batch=2)
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0), (3, 0), (8, 0)])
+@pytest.mark.parametrize("images", [(1, 1), (5, 4)])
+def test_evaluation_takes_every_image_once_in_order(images, processes, workers, monkeypatch):
+    cfg = pets(images=images, batch=2, workers=workers)
     ranks = []
     for _ in pretend_processes(monkeypatch, processes):
         loader = build_classification_test_loader(cfg, "own_pets")
         batches = list(loader)
         assert len(batches) == len(loader)
+        assert all(len(batch["image"]) == 2 for batch in batches[:-1])
         ranks.append(greys(batches))
     assert sum(ranks, []) == list(range(sum(images)))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
@@ -234,16 +191,13 @@ def test_evaluation_leaves_random_numbers_alone():
 # Unreadable images -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_ends_the_run_with_its_name(workers):
-    cfg = pets(workers=workers)
+def test_unreadable_image_ends_the_run_with_its_name():
+    cfg = pets()
     spoil("dog/0001.png")
     message = r"dog/0001.png' cannot be read .* set DATALOADER.UNREADABLE_IMAGES to 'skip'"
-    with pytest.raises(UnreadableImageError, match=message):
-        train_batches(cfg, 7)
-    cfg.DATALOADER.NUM_WORKERS = 0
-    with pytest.raises(UnreadableImageError, match=message):
-        test_batches(cfg)
+    for use in (lambda: train_batches(cfg, 7), lambda: test_batches(cfg)):
+        with pytest.raises(UnreadableImageError, match=message):
+            use()
 
 
 def test_another_image_takes_the_place_of_an_unreadable_one(caplog):
@@ -286,11 +240,6 @@ def test_training_without_any_readable_image_ends(images):
     assert greys(test_batches(cfg)) == []
 
 
-def test_unknown_treatment_of_unreadable_images_is_refused():
-    with pytest.raises(ValueError, match="UNREADABLE_IMAGES is 'ignore'; choose 'error' or 'skip'"):
-        train_batches(pets(unreadable="ignore"), 1)
-
-
 # Data sets of one's own --------------------------------------------------------------------------
 
 
@@ -319,21 +268,16 @@ def test_images_in_memory():
     assert batch["file_name"] == [f"own/{i}" for i in range(5)]
 
 
-@pytest.mark.parametrize("label", [2, -1, 1.0, "1", None, torch.tensor(1)])
-@pytest.mark.parametrize("training", [True, False])
-def test_labels_that_do_not_fit_are_named(label, training):
+@pytest.mark.parametrize("label", [2, -1, 1.0, torch.tensor(1)])
+def test_labels_that_do_not_fit_are_named(label):
     cfg = own([{"file_name": "a.png", "label": 1}, {"file_name": "b.png", "label": label}])
-    with pytest.raises(
-        ValueError, match="'own_code': 'b.png' has the label .*from 0 to 1"
-    ) as error:
-        if training:
-            build_classification_train_loader(cfg)
-        else:
-            build_classification_test_loader(cfg, "own_code")
-    assert repr(label) in str(error.value) and "NUM_CLASSES is 2" in str(error.value)
+    message = "'own_code': 'b.png' has the label .*from 0 to 1.*NUM_CLASSES is 2"
+    with pytest.raises(ValueError, match=message) as error:
+        build_classification_train_loader(cfg)
+    assert repr(label) in str(error.value)
 
 
-@pytest.mark.parametrize("record", [{"file_name": "a.png"}, {"label": 1, "image_id": 0}, {}])
+@pytest.mark.parametrize("record", [{"file_name": "a.png"}, {"label": 1, "image_id": 0}])
 def test_images_without_name_or_label_are_refused(record):
     with pytest.raises(ValueError, match="'own_code': an image needs 'file_name' and 'label'"):
         build_classification_train_loader(own([record]))

@@ -13,6 +13,7 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 
+from ss_detectron.data import UnreadableImageError
 from ss_detectron.data.stream import ImageDataset, TrainingLoader
 from ss_detectron.utils.random_state import (
     get_random_state,
@@ -65,8 +66,7 @@ def loader(sampler="all", wide=None, workers=0, seed=3, size=4, dataset=None):
 
 
 def first(loader, number):
-    batches = iter(loader)
-    return list(islice(batches, number))
+    return list(islice(loader, number))
 
 
 WIDE = [index % 3 == 0 for index in range(IMAGES)]
@@ -100,17 +100,13 @@ def test_nothing_is_read_of_what_lies_before():
 @pytest.mark.parametrize("wide", [None, WIDE], ids=["any", "grouped"])
 def test_batches_neither_depend_on_other_random_numbers_nor_change_them(wide):
     expected = first(loader(wide=wide), 5)
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    undisturbed = [draw() for _ in range(6)]
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    drawn, batches = [draw()], iter(loader(wide=wide))
-    for batch in expected:
-        assert next(batches) == batch
-        drawn.append(draw())
+    with seeded(1):
+        undisturbed = [draw() for _ in range(6)]
+    with seeded(1):
+        drawn, batches = [draw()], iter(loader(wide=wide))
+        for batch in expected:
+            assert next(batches) == batch
+            drawn.append(draw())
     assert drawn == undisturbed
 
 
@@ -153,16 +149,13 @@ def test_another_batch_size_goes_on_after_as_many_images_and_says_so(caplog):
 
 def test_images_that_take_the_place_of_others_are_the_same_after_a_restart():
     def mapper(record):
-        from ss_detectron.data import UnreadableImageError
-
         if record["file_name"] in "bd":
             raise UnreadableImageError(record["file_name"])
         return {"name": record["file_name"], "random": draw()}
 
-    records = [{"file_name": name} for name in "abcdef"]
+    dataset = ImageDataset([{"file_name": n} for n in "abcdef"], mapper, skip=True, replace=True)
 
     def build():
-        dataset = ImageDataset(records, mapper, skip=True, replace=True)
         return TrainingLoader(
             dataset, lambda seed: TrainingSampler(6, seed=seed), 3, seed=1, collate_fn=list
         )
