@@ -5,12 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from time_limit import within
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "train_net.py"
@@ -53,24 +51,13 @@ def end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def output_after(process: subprocess.Popen, text: str, act: Callable[[], None]) -> str:
-    """
-    Acts when a run has printed a line with that text, or at once without one. Returns what it
-    prints after it, once nobody holds the other end of the pipe.
-    """
-    with process:
-        try:
-            with within(SECONDS):
-                assert not text or any(text in line for line in process.stdout)
-                act()
-                return process.communicate()[0]
-        finally:
-            end(process)
-
-
 def finish(process: subprocess.Popen) -> str:
     """What a run that succeeds has printed."""
-    output = output_after(process, "", lambda: None)
+    with process:
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        finally:
+            end(process)
     assert process.returncode == 0, output[-5000:]
     return output
 
@@ -81,3 +68,20 @@ def rows(folder: Path) -> list[dict]:
 
 def model_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return torch.load(folder / name)["model"]
+
+
+def assert_equal(a, b, where=""):
+    """Of nested dicts, lists, tensors and numbers, to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{number}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    else:
+        assert a == b, where

@@ -1,5 +1,6 @@
 """Hooks of Detectron2's trainers: checkpoints, and the alignment of feedback."""
 
+import logging
 import math
 from typing import Any
 
@@ -11,40 +12,58 @@ from torch import Tensor, nn
 from ss_detectron.alignment import (
     GradientAngles,
     WeightAlignment,
-    backpropagation_gradients,
     gradient_angles,
     weight_alignment,
 )
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.checkpoint.files import find_checkpoints
+from ss_detectron.learners import Backpropagation, Learner
 
 __all__ = ["AlignmentHook", "BestCheckpointer", "EpochLogger", "PeriodicCheckpointer"]
 
+logger = logging.getLogger(__name__)
+
 
 class EpochLogger(HookBase):
-    """Logs, as "epoch", how many times the run has been over its training images."""
+    """
+    Log, as "epoch", how many times the run has been over its training images.
 
-    def __init__(self, epochs_per_step: float) -> None:
-        self.epochs_per_step = epochs_per_step
+    Args:
+        images_per_step: SOLVER.IMS_PER_BATCH.
+        images: of the training sets.
+    """
+
+    def __init__(self, images_per_step: int, images: int) -> None:
+        self._images_per_step = images_per_step
+        self._images = images
+
+    def before_train(self) -> None:
+        steps = self.trainer.max_iter
+        logger.info(
+            "%d steps of %d images are %.4g epochs of %d images.",
+            steps,
+            self._images_per_step,
+            steps * self._images_per_step / self._images,
+            self._images,
+        )
 
     def after_step(self) -> None:
-        epoch = (self.trainer.iter + 1) * self.epochs_per_step
+        epoch = (self.trainer.iter + 1) * self._images_per_step / self._images
         self.trainer.storage.put_scalar("epoch", epoch, smoothing_hint=False)
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     """
-    Saves what every rank has of its own as well, and keeps the latest checkpoints: of a run that is
+    Save what every rank has of its own as well, and keep the latest checkpoints: of a run that is
     resumed, those before count too.
+
+    Args:
+        checkpointer: of the trainer.
+        period: in iterations.
+        keep: how many checkpoints stay, that of the end included and the best not; 0 for all.
     """
 
     def __init__(self, checkpointer: FeedbackCheckpointer, period: int, *, keep: int = 0) -> None:
-        """
-        Args:
-            checkpointer: of the trainer.
-            period: in iterations.
-            keep: how many checkpoints stay, that of the end included and the best not; 0 for all.
-        """
         super().__init__(checkpointer, period)
         self.keep = keep
 
@@ -70,7 +89,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
 
 class AlignmentHook(HookBase):
     """
-    Logs the alignment of weights and gradients every ``period`` iterations, beginning with the
+    Log the alignment of weights and gradients every ``period`` iterations, beginning with the
     first, for Detectron2's trainers: alignment/gradient_angle (of the whole model), and with the
     layer's name behind alignment/gradient_angle/, alignment/weight_angle/, alignment/norm_ratio/
     and alignment/sign_agreement/.
@@ -78,16 +97,15 @@ class AlignmentHook(HookBase):
     Such an iteration takes one more backward pass. Training stays as it is, bit for bit. The
     weights are those that the iteration begins with; the gradients those before clipping, except
     under a DefaultTrainer other than this package's, which tells its hooks only after the step.
+
+    Args:
+        period: in iterations.
+
+    Raises:
+        ValueError: it is not positive.
     """
 
     def __init__(self, period: int) -> None:
-        """
-        Args:
-            period: in iterations.
-
-        Raises:
-            ValueError: it is not positive.
-        """
         if period < 1:
             raise ValueError(f"the alignment period is {period}; it must be positive")
         self.period = period
@@ -98,17 +116,19 @@ class AlignmentHook(HookBase):
     def before_step(self) -> None:
         iteration = self.trainer.iter
         if iteration == 0 or (iteration + 1) % self.period == 0:
-            self._handle = self._model.register_forward_hook(self._after_forward)
+            module = getattr(self.trainer, "learner", self._learner.model)
+            self._handle = module.register_forward_hook(self._after_forward)
 
     def after_backward(self) -> None:
         if self._handle is None:
             return
         self._handle.remove()
         self._handle = None
-        self._average_over_processes()
-        angles = gradient_angles(self._model, self._reference)
+        if comm.get_world_size() > 1:
+            for gradient in self._reference.values():
+                torch.distributed.all_reduce(gradient)
         if comm.is_main_process():
-            self._log(angles, self._weights)
+            self._log(gradient_angles(self._learner.model, self._reference))
         self._reference, self._weights = {}, {}
 
     def after_step(self) -> None:
@@ -117,33 +137,29 @@ class AlignmentHook(HookBase):
         self.after_backward()
 
     @property
-    def _model(self) -> nn.Module:
-        # The inner model: DistributedDataParallel must not see the extra backward pass.
+    def _learner(self) -> Learner:
+        """The trainer's, not wrapped: DistributedDataParallel must not see the extra pass."""
         model = self.trainer.model
-        return getattr(model, "module", model)
+        if hasattr(self.trainer, "learner"):
+            return self.trainer.learner
+        return Backpropagation(getattr(model, "module", model))
 
-    def _after_forward(self, model: nn.Module, args: Any, losses: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: Any, losses: Any) -> None:
+        learner = self._learner
         loss = sum(losses.values()) if isinstance(losses, dict) else losses
         if comm.is_main_process():
-            self._weights = weight_alignment(model)
+            self._weights = weight_alignment(learner.model)
         # A step may have several passes, whose gradients add up.
-        for name, gradient in backpropagation_gradients(model, loss).items():
+        for name, gradient in learner.reference_gradients(loss).items():
             self._reference[name] = self._reference.get(name, 0) + gradient
 
-    def _average_over_processes(self) -> None:
-        if comm.get_world_size() > 1:
-            for gradient in self._reference.values():
-                torch.distributed.all_reduce(gradient)
-
-    def _log(self, angles: GradientAngles, weights: dict[str, WeightAlignment]) -> None:
-        values = {}
+    def _log(self, angles: GradientAngles) -> None:
+        values = {f"gradient_angle/{name}": angle for name, angle in angles.per_layer.items()}
         if math.isfinite(angles.total):
             values["gradient_angle"] = angles.total
-        for name, angle in angles.per_layer.items():
-            values[f"gradient_angle/{name}"] = angle
-        for name, alignment in weights.items():
-            values[f"weight_angle/{name}"] = alignment.angle
-            values[f"norm_ratio/{name}"] = alignment.norm_ratio
-            values[f"sign_agreement/{name}"] = alignment.sign_agreement
+        for name, (angle, norm_ratio, sign_agreement) in self._weights.items():
+            values[f"weight_angle/{name}"] = angle
+            values[f"norm_ratio/{name}"] = norm_ratio
+            values[f"sign_agreement/{name}"] = sign_agreement
         for name, value in values.items():
             self.trainer.storage.put_scalar(f"alignment/{name}", value, smoothing_hint=False)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ss_detectron.alignment import weight_alignment
+from ss_detectron.checkpoint.weights import abbreviate
+from ss_detectron.learners import Learner
 from ss_detectron.modeling.loss_normalizer import get_loss_normalizers, set_loss_normalizers
 
 __all__ = [
@@ -17,11 +19,9 @@ __all__ = [
     "check_state",
     "describe_step",
     "image_names",
+    "named_parameters",
     "not_finite",
 ]
-
-_NAMES = 5
-"""How many of many names a report gives."""
 
 
 class Pass(NamedTuple):
@@ -35,8 +35,8 @@ class Pass(NamedTuple):
 
 def image_names(batch: Any) -> list[str] | None:
     """
-    The files of a batch, which is {"file_name": names, ...} for classification and [{"file_name":
-    name, ...}, ...] for detection; None for a batch of another kind.
+    Return the files of a batch, which is {"file_name": names, ...} for classification and
+    [{"file_name": name, ...}, ...] for detection; None for a batch of another kind.
     """
     if isinstance(batch, dict):
         names = batch.get("file_name")
@@ -51,16 +51,16 @@ def image_names(batch: Any) -> list[str] | None:
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """
-    True, as a tensor, if all the numbers of one or more tensors are finite. It reads each once, on
-    its device, and waits for nothing. Numbers so large that the sum of their squares overflows make
-    it False as well: :func:`not_finite` tells.
+    Return, as a tensor, whether all the numbers of one or more tensors are finite. Each is read
+    once, on its device, and nothing is waited for. Numbers so large that the sum of their squares
+    overflows make it False as well: :func:`not_finite` tells.
     """
     norms = torch._foreach_norm([_values(tensor) for tensor in tensors])
     return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those in which not every number is finite."""
+    """Return the names of those in which not every number is finite."""
     return [name for name, tensor in tensors if not _values(tensor).isfinite().all()]
 
 
@@ -69,47 +69,46 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout == torch.strided else tensor.coalesce().values()
 
 
+def named_parameters(learner: Learner) -> dict[str, nn.Parameter]:
+    """Return the model's parameters, by their names there, and those of the learner's own."""
+    return {name.removeprefix("model."): p for name, p in learner.named_parameters()}
+
+
 class ForwardState:
     """
-    What a forward pass in training changes in a model, as it is now: its buffers, such as the
-    statistics of batch norm, but for feedback; and the loss normalisers of dense detectors.
+    Keep what a forward pass in training changes in a learner and its model: their buffers, such as
+    the statistics of batch norm, but for feedback; and the loss normalisers of dense detectors.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
         self._buffers = {name: buffer.clone() for name, buffer in self._moving_buffers()}
-        self._normalizers = get_loss_normalizers(model)
+        self._normalizers = get_loss_normalizers(learner)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Makes the model what it was."""
+        """Make the learner and its model what they were."""
         for name, buffer in self._moving_buffers():
             if name in self._buffers:
                 buffer.copy_(self._buffers[name])
-        set_loss_normalizers(self._model, self._normalizers)
+        set_loss_normalizers(self._learner, self._normalizers)
 
     def _moving_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self._learner.named_buffers():
             if not name.rpartition(".")[2].startswith("feedback"):
                 yield name, buffer
 
 
 def describe_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ranks: list[list[Pass]],
-    gradients: list[str],
-    weights: list[str],
+    learner: Learner, optimizer: torch.optim.Optimizer, ranks: list[list[Pass]]
 ) -> str:
     """
-    What is known of a step whose losses or gradients are not all finite, a line each.
+    Return what is known of a step whose losses or gradients are not all finite, a line each.
 
     Args:
-        model: not wrapped.
-        optimizer: of the model.
+        learner: after the backward pass.
+        optimizer: of the learner.
         ranks: the passes of every rank, with losses that are numbers.
-        gradients, weights: the names of the parameters whose gradient is not finite, and of those
-            that are not finite themselves.
     """
     lines = []
     for rank, passes in enumerate(ranks):
@@ -123,33 +122,35 @@ def describe_step(
         rates[float(group["lr"])] += len(group["params"])
     said = ", ".join(f"{rate:g} ({count} parameters)" for rate, count in sorted(rates.items()))
     lines.append(f"learning rate: {said}")
+    used = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    parameters = named_parameters(learner)
+    gradients = not_finite((name, p.grad) for name, p in parameters.items() if p in used)
     lines.append(f"gradients that are not finite: {_counted(gradients)}")
-    if weights:
+    if weights := not_finite(parameters.items()):
         lines.append(f"weights that are not finite: {_counted(weights)}")
-    ratios = {name: found.norm_ratio for name, found in weight_alignment(model).items()}
+    ratios = {name: found.norm_ratio for name, found in weight_alignment(learner.model).items()}
     # What is no number comes first.
     largest = sorted(ratios, key=lambda name: (ratios[name] == ratios[name], -ratios[name]))
-    said = ", ".join(f"{name} {ratios[name]:.3g}" for name in largest[:_NAMES])
+    said = ", ".join(f"{name} {ratios[name]:.3g}" for name in largest[:5])
     lines.append(f"largest norm(B)/norm(W): {said or 'no layers'}")
     return "\n".join(f"  {line}" for line in lines)
 
 
 def _counted(names: list[str]) -> str:
-    listed = ", ".join(names[:_NAMES]) + ", ..." * (len(names) > _NAMES)
-    return f"{len(names)}: {listed}" if names else "0"
+    return f"{len(names)}: {abbreviate(names, 5)}" if names else "0"
 
 
-def check_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_state(learner: Learner, optimizer: torch.optim.Optimizer) -> None:
     """
-    Refuses a state that is of no use to go on from or to evaluate.
+    Refuse a state that is of no use to go on from or to evaluate.
 
     Raises:
-        FloatingPointError: a weight, a statistic of batch norm or a tensor of the optimiser's state
-            is not finite; names some.
+        FloatingPointError: a parameter, a statistic of batch norm or a tensor of the optimiser's
+            state is not finite; names some.
     """
-    named = dict(model.named_parameters())
+    named = dict(named_parameters(learner))
     names = {parameter: name for name, parameter in named.items()}
-    for name, buffer in model.named_buffers():
+    for name, buffer in learner.model.named_buffers():
         if name.rpartition(".")[2] in ("running_mean", "running_var"):
             named[name] = buffer
     for parameter, state in optimizer.state.items():

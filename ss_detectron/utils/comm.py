@@ -92,20 +92,16 @@ def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:
     and the loss normalisers of its own images.
 
     Args:
-        model: possibly wrapped in DistributedDataParallel.
+        model: not wrapped.
         device: the model's.
     """
     return {
         "random": get_random_state(device),
-        "loss_normalizer": get_loss_normalizers(_unwrapped(model)),
+        "loss_normalizer": get_loss_normalizers(model),
     }
 
 
 def load_rank_state(model: nn.Module, device: torch.device, state: dict[str, Any]) -> None:
     """Puts :func:`rank_state` back."""
-    set_loss_normalizers(_unwrapped(model), state["loss_normalizer"])
+    set_loss_normalizers(model, state["loss_normalizer"])
     set_random_state(state["random"], device)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

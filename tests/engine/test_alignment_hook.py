@@ -20,6 +20,7 @@ from ss_detectron import convert_feedback
 from ss_detectron.alignment import backpropagation_gradients, gradient_angles, weight_alignment
 from ss_detectron.engine import AlignmentHook
 from ss_detectron.engine.train_loop import StepTrainer
+from ss_detectron.learners import Backpropagation
 
 
 def net(rule: str, **options) -> nn.Sequential:
@@ -90,7 +91,11 @@ class Run(TrainerBase):
             self._trainer = SimpleTrainer(self.model, batches, self.optimizer)
         else:
             self._trainer = StepTrainer(
-                self.model, batches, self.optimizer, passes=passes, mixed_precision=amp
+                Backpropagation(self.model),
+                batches,
+                self.optimizer,
+                passes=passes,
+                mixed_precision=amp,
             )
         self.rows = {}
         if period:

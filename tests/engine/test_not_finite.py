@@ -24,6 +24,7 @@ from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, convert_feedback
 from ss_detectron.engine import AlignmentHook, Trainer
 from ss_detectron.engine.not_finite import all_finite, image_names, not_finite
 from ss_detectron.engine.train_loop import StepTrainer
+from ss_detectron.learners import Backpropagation
 from ss_detectron.solver.build import build_optimizer
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
@@ -77,7 +78,7 @@ def make(rule: str, loader: list[dict], optimizer: str = "SGD", **options) -> St
     add_ss_config(cfg)
     cfg.merge_from_list(["SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", 0.01])
     model = Model(rule)
-    return StepTrainer(model, loader, build_optimizer(cfg, model), **options)
+    return StepTrainer(Backpropagation(model), loader, build_optimizer(cfg, model), **options)
 
 
 def train(trainer: SimpleTrainer, steps: int) -> list[dict[str, float]]:
@@ -92,8 +93,7 @@ def train(trainer: SimpleTrainer, steps: int) -> list[dict[str, float]]:
 
 
 def state(trainer: StepTrainer) -> tuple[dict, dict]:
-    model = getattr(trainer.model, "module", trainer.model)
-    return copy.deepcopy((model.state_dict(), trainer.optimizer.state_dict()))
+    return copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
 
 
 # What is found -----------------------------------------------------------------------------------
@@ -206,7 +206,9 @@ def test_frozen_parameters_and_sparse_gradients():
 
     model = Sparse()
     trainer = StepTrainer(
-        model, [torch.tensor([1, 1, 4])] * 2, torch.optim.SGD(model.parameters(), 0.1)
+        Backpropagation(model),
+        [torch.tensor([1, 1, 4])] * 2,
+        torch.optim.SGD(model.parameters(), 0.1),
     )
     before = model.table.weight.detach().clone()
     train(trainer, 1)
@@ -221,7 +223,7 @@ def test_gradients_that_no_optimiser_uses_do_not_count():
     model = Model()
     model.layers[5].weight.register_hook(lambda g: g * math.nan)
     used = [p for p in model.parameters() if p is not model.layers[5].weight]
-    train(StepTrainer(model, batches(2), torch.optim.SGD(used, 0.1)), 2)
+    train(StepTrainer(Backpropagation(model), batches(2), torch.optim.SGD(used, 0.1)), 2)
 
 
 # Skipping ----------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(capl
     resumed = make("ss", [bad, good, bad], skips=2)
     resumed.load_state_dict(saved)
     train(resumed, 2)
-    with pytest.raises(FloatingPointError, match=r"All 2 steps of SOLVER\.MAX_SKIPPED_STEPS"):
+    with pytest.raises(FloatingPointError, match=r"SOLVER\.MAX_SKIPPED_STEPS 2 steps, 2 were"):
         train(resumed, 1)
     assert resumed.skipped == 2
 
@@ -283,9 +285,8 @@ def test_weights_that_are_not_finite_are_not_skipped_over(caplog):
     trainer = make("ss", batches(3), skips=100)
     train(trainer, 1)
     trainer.model.layers[3].weight.data[0, 0, 0, 0] = math.inf
-    with pytest.raises(FloatingPointError, match=r"weights .* not finite: 1: layers\.3\.weight"):
+    with pytest.raises(FloatingPointError, match=r"weights .* not finite: 1: layers\.3\.weight\n"):
         train(trainer, 1)
-    assert "skipping it is no use" in caplog.text
 
 
 def test_a_detectors_statistics_and_normaliser_are_put_back():
@@ -294,7 +295,9 @@ def test_a_detectors_statistics_and_normaliser_are_put_back():
     bad = make_batch()
     bad[0]["image"] = torch.full_like(bad[0]["image"], math.nan, dtype=torch.float32)
     loader = [make_batch(), bad, bad]
-    trainer = StepTrainer(model, loader, Trainer.build_optimizer(cfg, model), skips=1)
+    trainer = StepTrainer(
+        Backpropagation(model), loader, Trainer.build_optimizer(cfg, model), skips=1
+    )
     train(trainer, 1)
     before, normalizer = state(trainer), model.loss_normalizer
     train(trainer, 1)
@@ -417,9 +420,9 @@ class Constant(Model):
 
 def _worker(rank: int, folder: str) -> None:
     def make_two(loader: list[dict], **options) -> StepTrainer:
-        model = DistributedDataParallel(Constant("kp"), broadcast_buffers=False)
-        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-        return StepTrainer(model, loader, optimizer, **options)
+        learner = DistributedDataParallel(Backpropagation(Constant("kp")), broadcast_buffers=False)
+        optimizer = torch.optim.SGD(learner.parameters(), 0.05, momentum=0.9)
+        return StepTrainer(learner, loader, optimizer, **options)
 
     good, result = batches(3, rank), {}
     bad = {
@@ -562,7 +565,7 @@ def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_pa
     report = report[report.index("FloatingPointError: ") :]
     iteration = int(re.search("not finite at iteration ([345]),", report)[1])
     assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", report)
-    assert "All 1 steps of SOLVER.MAX_SKIPPED_STEPS have been skipped" in report
+    assert "SOLVER.MAX_SKIPPED_STEPS 1 steps, 1 were skipped" in report
     assert (tmp_path / "out" / "last_checkpoint").read_text() == f"model_{iteration - 1:07d}.pth"
     for path in (tmp_path / "out").glob("*.pth"):
         assert not not_finite(model_of(path.parent, path.name).items())

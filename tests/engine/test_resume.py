@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_utils import SECONDS, end, finish, rows, start
+from run_utils import SECONDS, assert_equal, end, finish, rows, start
 
 from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.data import generate_shapes, generate_shapes_cls
@@ -55,23 +55,6 @@ def datasets(tmp_path_factory):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("DETECTRON2_DATASETS", str(folder))
         yield
-
-
-def assert_equal(a, b, where=""):
-    """Of nested dicts, lists, tensors and numbers, to the last bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{number}")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 def losses_of(folder):

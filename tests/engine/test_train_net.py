@@ -4,6 +4,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
-from run_utils import TOOL, end, finish, rows, start
+from run_utils import TOOL, assert_equal, end, finish, rows, start
 
 from ss_detectron import add_ss_config
-from ss_detectron.data import generate_shapes
+from ss_detectron.data import generate_shapes, generate_shapes_cls
 
 
 @pytest.fixture(scope="module")
@@ -108,46 +109,89 @@ def test_evaluation_alone_repeats_the_result_and_warns_of_another_rule(fa_run, o
     assert predicted == json.loads((folder / boxes).read_text())
 
 
-# Several processes -------------------------------------------------------------------------------
+# A learner of a user's own, and several processes ------------------------------------------------
 
-COMPARE = """
-import hashlib, json
+MODULE = """
+import torch
 from detectron2.utils import comm
-from ss_detectron.engine import Trainer, main
+from ss_detectron.learners import LEARNER_REGISTRY, Learner
 
-class Compared(Trainer):
-    def train(self):
-        super().train()
-        hashes = {
-            key: hashlib.sha256(value.numpy().tobytes()).hexdigest()
-            for key, value in self.model.module.state_dict().items()
-            if "running_" not in key  # of batch norm: each process has its own images
-        }
-        with open(f"rank{comm.get_rank()}.json", "w") as file:
-            json.dump(hashes, file)
+@LEARNER_REGISTRY.register
+class Weighted(Learner):
+    name = "weighted"
 
-main(trainer=Compared)
+    def __init__(self, model):
+        super().__init__(model)
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def backward(self, loss, target=None):
+        assert target.shape == (2,)
+        (loss * self.weight).backward()
+
+    def step(self):
+        super().step()
+        self.steps += 1
+        torch.save(self.state_dict(), f"rank{comm.get_rank()}.pth")
+"""
+SCRIPT = """
+import my_learner
+from ss_detectron.engine import main
+main()
 """
 
 
-def test_two_processes_hold_the_same_weights_and_feedback_in_two_runs_at_a_time(options, tmp_path):
-    runs = {"fa": 20, "brsf": 4}  # steps
-    script = tmp_path / "compare.py"
-    script.write_text(COMPARE)
-    words = ["--config-file", "quick/shapes_retinanet_fa.yaml", "--num-gpus", 2, *options]
-    words += ["OUTPUT_DIR", "out", "SOLVER.MAX_ITER"]
-    for rule in runs:
-        (tmp_path / rule).mkdir()
-    processes = [
-        start(*words, count, "MODEL.FEEDBACK.RULE", rule, cwd=tmp_path / rule, script=script)
-        for rule, count in runs.items()
-    ]
-    for process in processes:
+def test_a_learner_of_ones_own_trains_by_a_script_of_three_lines(tmp_path, monkeypatch):
+    """By two processes, with all that a training step has, and resumed bit for bit."""
+    generate_shapes_cls(tmp_path / "sets", train=20, val=10)
+    (tmp_path / "my_learner.py").write_text(MODULE)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    keys = {
+        "MODEL.LEARNER.NAME": "weighted",
+        "MODEL.FEEDBACK.RULE": "fa",
+        "MODEL.RESNETS.OUT_FEATURES": "['res2']",
+        "SOLVER.MAX_ITER": 4,
+        "SOLVER.IMS_PER_BATCH": 8,
+        "SOLVER.ACCUMULATION_STEPS": 2,
+        "SOLVER.AMP.ENABLED": True,
+        "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
+        "TEST.ALIGNMENT_PERIOD": 2,
+        "DATASETS.TEST": "()",
+    }
+    words = ["--config-file", "quick/shapes_resnet18_ss.yaml", "--num-gpus", 2]
+    options = [word for pair in keys.items() for word in pair]
+
+    def run(*more) -> dict:
+        process = start(
+            *words,
+            *more,
+            *options,
+            "OUTPUT_DIR",
+            "resumed" if more else "out",
+            cwd=tmp_path,
+            script=tmp_path / "script.py",
+            DETECTRON2_DATASETS=str(tmp_path / "sets"),
+        )
         finish(process)
-    for rule in runs:
-        ranks = [json.loads((tmp_path / rule / f"rank{i}.json").read_text()) for i in (0, 1)]
-        assert sum(".feedback_" in key for key in ranks[0]) == 30
-        assert ranks[0] == ranks[1]
+        return torch.load(tmp_path / ("resumed" if more else "out") / "model_final.pth")
+
+    final = run()
+    assert final["learner"].keys() == {"weight", "steps"}
+    assert final["learner"]["steps"] == 4 and final["learner"]["weight"] != 1
+    assert not any(name.startswith("model.") for name in final["model"])
+    assert any("alignment/gradient_angle" in row for row in rows(tmp_path / "out"))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pth") for rank in (0, 1)]
+    assert sum(".feedback_weight" in name for name in ranks[0]) == 5
+    for name, value in ranks[0].items():
+        if "running_" not in name:  # of batch norm: each process has its own images
+            assert torch.equal(value, ranks[1][name]), name
+
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "out" / "model_0000001.pth", tmp_path / "resumed")
+    (tmp_path / "resumed" / "last_checkpoint").write_text("model_0000001.pth")
+    assert_equal(run("--resume"), final)
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, convert_feedback
+from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, advance_feedback, convert_feedback
 from ss_detectron.engine.train_loop import StepTrainer
+from ss_detectron.learners import Backpropagation
 from ss_detectron.solver.build import build_optimizer
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
@@ -52,6 +53,13 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=1e-3)
 
 
+def stock_trainer(model: nn.Module, loader: list) -> SimpleTrainer:
+    """Detectron2's trainer, which knows of no learner."""
+    sgd = optimizer(model)
+    sgd.register_step_post_hook(lambda *_: advance_feedback(model))
+    return SimpleTrainer(model, loader, sgd)
+
+
 def train(trainer: SimpleTrainer, steps: int = STEPS) -> list[dict[str, float]]:
     """The logged losses of each step."""
     rows = []
@@ -64,7 +72,7 @@ def train(trainer: SimpleTrainer, steps: int = STEPS) -> list[dict[str, float]]:
 
 def stock(rule: str) -> tuple[nn.Module, list[dict[str, float]]]:
     model = Model(rule)
-    return model, train(SimpleTrainer(model, list(images()), optimizer(model)))
+    return model, train(stock_trainer(model, list(images())))
 
 
 def parts(batches: torch.Tensor, passes: int) -> Iterator[torch.Tensor]:
@@ -75,9 +83,13 @@ def parts(batches: torch.Tensor, passes: int) -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_of_one_batch_is_detectron2s_bit_for_bit(rule):
     trained = []
-    for kind in (SimpleTrainer, StepTrainer):
+    loader = list(images().float())
+    for make in (
+        stock_trainer,
+        lambda model, loader: StepTrainer(Backpropagation(model), loader, optimizer(model)),
+    ):
         model = Model(rule).float()
-        trainer = kind(model, list(images().float()), optimizer(model))
+        trainer = make(model, loader)
         losses = train(trainer)
         trained.append((model.state_dict(), trainer.optimizer.state_dict(), losses))
     assert_same(*trained)
@@ -89,7 +101,7 @@ def test_several_passes_train_as_one_large_batch(rule, passes):
     expected, expected_losses = stock(rule)
     model = Model(rule)
     loader = list(parts(images(), passes))
-    losses = train(StepTrainer(model, loader, optimizer(model), passes=passes))
+    losses = train(StepTrainer(Backpropagation(model), loader, optimizer(model), passes=passes))
     assert model.calls == STEPS * passes
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)
     for row, other in zip(losses, expected_losses, strict=True):
@@ -100,7 +112,9 @@ def test_several_passes_train_as_one_large_batch(rule, passes):
 @pytest.mark.parametrize("passes", [1, 2])
 def test_hooks_see_a_steps_gradients_before_the_optimizer_does(passes):
     model = Model()
-    trainer = StepTrainer(model, list(parts(images(), 2)), optimizer(model), passes=passes)
+    trainer = StepTrainer(
+        Backpropagation(model), list(parts(images(), 2)), optimizer(model), passes=passes
+    )
     seen = []
 
     def look() -> None:
@@ -122,7 +136,7 @@ def test_a_single_loss_may_be_a_tensor():
             return super().forward(images)["loss_a"]
 
     model = Single()
-    (row,) = train(StepTrainer(model, [images()[0]], optimizer(model)), 1)
+    (row,) = train(StepTrainer(Backpropagation(model), [images()[0]], optimizer(model)), 1)
     assert row["total_loss"] == pytest.approx(Single()(images()[0]).item())
 
 
@@ -144,7 +158,7 @@ class Typed(nn.Module):
 def test_mixed_precision_on_the_cpu_is_bfloat16_with_float32_weights():
     batch = torch.randn(6, 4)
     model, exact = Typed(), Typed()
-    trainer = StepTrainer(model, [batch], optimizer(model), mixed_precision=True)
+    trainer = StepTrainer(Backpropagation(model), [batch], optimizer(model), mixed_precision=True)
     train(trainer, 1)
     exact(batch)["loss"].backward()
     assert model.types == [torch.bfloat16] and exact.types == [torch.float32]
@@ -155,7 +169,7 @@ def test_mixed_precision_on_the_cpu_is_bfloat16_with_float32_weights():
 
 def test_state_goes_from_and_to_detectron2s_trainer():
     model = Model()
-    ours = StepTrainer(model, list(images()), optimizer(model))
+    ours = StepTrainer(Backpropagation(model), list(images()), optimizer(model))
     theirs = SimpleTrainer(copy.deepcopy(model), list(images()), optimizer(model))
     train(ours)
     state = ours.state_dict()
@@ -170,7 +184,12 @@ def test_mixed_precision_on_a_gpu_scales_gradients_and_keeps_the_scale():
     model = Typed().cuda()
     loader = [torch.randn(6, 4, device="cuda")] * 4
     trainer = StepTrainer(
-        model, loader, optimizer(model), passes=2, mixed_precision=True, device="cuda"
+        Backpropagation(model),
+        loader,
+        optimizer(model),
+        passes=2,
+        mixed_precision=True,
+        device="cuda",
     )
     train(trainer, 2)
     assert set(model.types) == {torch.float16}
@@ -190,7 +209,9 @@ def test_hooks_and_gradient_clipping_see_gradients_without_the_scale(fused):
     for scale in (None, 1024.0):
         model = Model().float()
         sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
-        trainer = StepTrainer(model, list(images().float()), maybe_add_gradient_clipping(cfg, sgd))
+        trainer = StepTrainer(
+            Backpropagation(model), list(images().float()), maybe_add_gradient_clipping(cfg, sgd)
+        )
         if scale is not None:
             trainer.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         gradients = []
@@ -214,7 +235,7 @@ def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
         model = Model("brsf").float()
         gradient = iter(factors)
         model.layers[0].weight.register_hook(lambda g, factor=gradient: g * next(factor))
-        trainer = StepTrainer(model, [batch] * 2, build_optimizer(cfg, model))
+        trainer = StepTrainer(Backpropagation(model), [batch] * 2, build_optimizer(cfg, model))
         trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         trainer.optimizer._step_supports_amp_scaling = False
         train(trainer, len(factors))
@@ -229,7 +250,7 @@ def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
 
 
 def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
-    wrapped = DistributedDataParallel(Model(rule))
+    wrapped = DistributedDataParallel(Backpropagation(Model(rule)))
     reductions = 0
 
     def count(state, bucket):
@@ -242,7 +263,7 @@ def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
     trainer = StepTrainer(wrapped, list(parts(mine, passes)), optimizer(wrapped), passes=passes)
     losses = train(trainer)
     if rank == 0:
-        result = {"model": wrapped.module.state_dict(), "losses": losses, "reductions": reductions}
+        result = {"model": trainer.model.state_dict(), "losses": losses, "reductions": reductions}
         torch.save(result, f"{folder}/result.pth")
 
 
