@@ -89,6 +89,15 @@ def test_a_restored_loader_goes_on_where_the_other_was(sampler, wide, workers):
     assert [next(batches) for _ in range(9)] == expected[6:]
 
 
+def test_batches_are_those_of_earlier_checkpoints():
+    """What was recorded of a seed's 12th batch: a change would break the resuming of old runs."""
+    of_seed = loader(wide=WIDE, seed=2**40 + 7)
+    of_seed.load_state_dict({**of_seed.state_dict(), "batches": 11})
+    (batch,) = first(of_seed, 1)
+    assert [image["index"] for image in batch] == [4, 2, 16, 8]
+    assert batch[0]["random"] == pytest.approx([0.8406145572, 0.8605064593, 0.7485829613])
+
+
 def test_nothing_is_read_of_what_lies_before():
     dataset = Augmented()
     restored = loader(dataset=dataset)
