@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_ss_config(cfg: CfgNode) -> None:
-    """Adds this package's keys, with their defaults, to a Detectron2 config."""
+    """Add this package's keys, with their defaults, to a Detectron2 config."""
     object.__setattr__(cfg, "__class__", _Config)  # yacs would take it for a key
     _C = cfg
 
@@ -212,7 +212,7 @@ def _refuse_download(file: str) -> None:
 
 def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) -> str:
     """
-    Merges a config file and those it builds on (``_BASE_``) into ``cfg``. No code in them runs.
+    Merge a config file and those it builds on (``_BASE_``) into ``cfg``. No code in them runs.
 
     Args:
         cfg: of :func:`add_ss_config`; it is changed.
@@ -254,7 +254,7 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
 
 def check_config(cfg: CfgNode) -> None:
     """
-    Refuses what would fail in silence or late, of values that no other place looks at: keys
+    Refuse what would fail in silence or late, of values that no other place looks at: keys
     without a value, which Detectron2 lets pass, and keys of this package.
 
     Raises:
@@ -278,7 +278,7 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes keys as on a command line: {"SOLVER": {"MAX_ITER": 4}} as {"SOLVER.MAX_ITER": 4}."""
+    """Write keys as on a command line: {"SOLVER": {"MAX_ITER": 4}} as {"SOLVER.MAX_ITER": 4}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -289,14 +289,14 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def feedback_seed(cfg: CfgNode) -> int:
-    """Returns MODEL.FEEDBACK.SEED; where that is -1, SEED; where that is -1 too, 0."""
+    """Return MODEL.FEEDBACK.SEED; where that is -1, SEED; where that is -1 too, 0."""
     seed = cfg.MODEL.FEEDBACK.SEED
     return seed if seed >= 0 else max(cfg.SEED, 0)
 
 
 def settle_feedback_seed(cfg: CfgNode, *, goes_on: bool) -> None:
     """
-    Replaces a MODEL.FEEDBACK.SEED of -1 for a run, on all ranks alike: by that of the run which
+    Replace a MODEL.FEEDBACK.SEED of -1 for a run, on all ranks alike: by that of the run which
     goes on, else by SEED, else by a number that is drawn. All ranks have to call it.
 
     Args:
@@ -316,13 +316,13 @@ def settle_feedback_seed(cfg: CfgNode, *, goes_on: bool) -> None:
 
 
 def runs_on_cpu(cfg: CfgNode) -> bool:
-    """Whether MODEL.DEVICE is the CPU."""
+    """Return whether MODEL.DEVICE is the CPU."""
     return torch.device(cfg.MODEL.DEVICE).type == "cpu"
 
 
 def find_config(name: str) -> str:
     """
-    The path of a config file: ``name`` itself where such a file is, else the file of that name
+    Find a config file: ``name`` itself where such a file is, else the file of that name
     among those that ship with this package ("retinanet_ss.yaml", "quick/shapes_retinanet_ss.yaml").
 
     Raises:

@@ -20,14 +20,7 @@ from torch.nn.parameter import is_lazy
 from ss_detectron.layers import feedback_report
 from ss_detectron.layers.names import as_patterns, first_match
 from ss_detectron.utils.comm import any_rank
-from ss_detectron.utils.trust import (
-    check_download,
-    check_pickle,
-    is_trusted,
-    is_url,
-    needs_pickle,
-    pickle_refusal,
-)
+from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
 
 from .files import (
     BEST,
@@ -214,11 +207,10 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             problems.append(f"{os.path.join(self.save_dir, 'last_checkpoint')} names no checkpoint")
         for path in find_checkpoints(self.save_dir):
             try:
-                read_checkpoint(path, mmap=True)
-            except NeedsPickleError as error:
-                if not is_trusted(path, self.trusted_weights):
-                    problems.append(pickle_refusal(path, error.why))
-                    continue
+                try:
+                    read_checkpoint(path, mmap=True)
+                except NeedsPickleError as error:
+                    check_pickle(path, self.trusted_weights, error.why)
             except (OSError, ValueError) as error:
                 problems.append(str(error))
                 continue

@@ -9,12 +9,13 @@ from detectron2.utils import comm
 from torch import nn
 
 from ss_detectron.checkpoint.files import is_checkpoint_name
+from ss_detectron.checkpoint.weights import abbreviate
 from ss_detectron.config import runs_on_cpu
 from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
 from ss_detectron.modeling.compilation import check_compiler
-from ss_detectron.utils.trust import check_download, check_pickle, needs_pickle
+from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
 
 __all__ = ["check_conversion", "check_options", "check_proposals", "check_weights"]
 
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_options(cfg: CfgNode) -> None:
-    """Refuses options that do not go together, or not with this machine."""
-    if runs_on_cpu(cfg) and torch.cuda.is_available() and comm.get_world_size() > 1:
+    """Refuse options that do not go together, or not with this machine."""
+    on_cpu = runs_on_cpu(cfg)
+    if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(
             "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
             "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
@@ -34,9 +36,9 @@ def check_options(cfg: CfgNode) -> None:
             "a compiled model cannot give backpropagation's gradients beside its own: set "
             "MODEL.COMPILED False to measure the alignment, or TEST.ALIGNMENT_PERIOD 0"
         )
-    if runs_on_cpu(cfg) and cfg.MODEL.COMPILED:
+    if on_cpu and cfg.MODEL.COMPILED:
         check_compiler()
-    if runs_on_cpu(cfg) and cfg.SOLVER.AMP.ENABLED and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
+    if on_cpu and cfg.SOLVER.AMP.ENABLED and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         logger.warning(
             "SOLVER.AMP.ENABLED on the CPU: on a feature map of a single pixel (p7 of images of up "
             "to 128 pixels), torch's gradient in bfloat16 is now and then not finite. Use larger "
@@ -46,8 +48,8 @@ def check_options(cfg: CfgNode) -> None:
 
 def check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:
     """
-    Refuses MODEL.FEEDBACK keys to no effect at all, and warns of a model that follows them only
-    in part: stock and converting builders can be mixed.
+    Refuse MODEL.FEEDBACK keys to no effect at all, and warn of a model that follows them only in
+    part: stock and converting builders can be mixed.
     """
     feedback = cfg.MODEL.FEEDBACK
     check_exclude(model, feedback.EXCLUDE)
@@ -73,35 +75,35 @@ def check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> 
     left = [row.name for row in report if row.reason == "not converted"]
     if asymmetric and left:
         logger.warning(
-            "%d layers that no builder converted stay on backpropagation: %s%s",
+            "%d layers that no builder converted stay on backpropagation: %s",
             len(left),
-            ", ".join(left[:5]),
-            ", ..." * (len(left) > 5),
+            abbreviate(left),
         )
 
 
 def check_weights(cfg: CfgNode, *, training: bool) -> None:
     """
-    Announces weights that will be fetched; refuses a local file that is not there, what is not
-    trusted, and what a training would move.
+    Refuse weights that are not there or not trusted, or that a training would move; announce those
+    that will be fetched, and warn of a start from none where that cannot work.
     """
     weights = cfg.MODEL.WEIGHTS
+    file = weights.partition("?")[0]
     check_download(weights, cfg.MODEL.TRUSTED_WEIGHTS)
     if needs_pickle(weights):
         check_pickle(weights, cfg.MODEL.TRUSTED_WEIGHTS)
-    if "://" in weights:
+    if is_url(weights):
         logger.info(
             "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
             "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. (Those of "
             "Detectron2's model zoo were trained by backpropagation.)",
             weights,
         )
-    elif weights and not os.path.isfile(weights.partition("?")[0]):
+    elif weights and not os.path.isfile(file):
         raise FileNotFoundError(
             f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
             "another, or set MODEL.WEIGHTS '' to start from scratch"
         )
-    elif weights and training and _is_of_run(weights, cfg.OUTPUT_DIR):
+    elif weights and training and _is_of_run(file, cfg.OUTPUT_DIR):
         raise ValueError(
             f"MODEL.WEIGHTS is {weights!r}, a checkpoint of an earlier run in OUTPUT_DIR "
             f"{cfg.OUTPUT_DIR!r}, which a run that starts anew sets aside: give this run another "
@@ -119,17 +121,15 @@ def check_weights(cfg: CfgNode, *, training: bool) -> None:
         )
 
 
-def _is_of_run(weights: str, folder: str) -> bool:
-    where, name = os.path.split(os.path.realpath(weights.partition("?")[0]))
+def _is_of_run(file: str, folder: str) -> bool:
+    where, name = os.path.split(os.path.realpath(file))
     return is_checkpoint_name(name) and where == os.path.realpath(folder)
 
 
 def check_proposals(cfg: CfgNode) -> None:
-    """Refuses proposals, which Detectron2 downloads and unpickles, that are not trusted."""
-    if not cfg.MODEL.LOAD_PROPOSALS:
-        return
+    """Refuse proposals, which Detectron2 downloads and unpickles, that are not trusted."""
     for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
-        for file in cfg.DATASETS[key]:
+        for file in cfg.DATASETS[key] if cfg.MODEL.LOAD_PROPOSALS else ():
             check_download(file, cfg.MODEL.TRUSTED_WEIGHTS, f"DATASETS.{key}")
             check_pickle(file, cfg.MODEL.TRUSTED_WEIGHTS)
             logger.warning("The proposals %s are unpickled, which runs the code in them.", file)

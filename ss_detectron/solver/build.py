@@ -24,7 +24,7 @@ _OPTION_KEYS = ("BATCH_MANHATTAN", "NO_SIGN_CHANGE")
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
-    Builds SOLVER.OPTIMIZER over Detectron2's parameter groups, with the options of cfg.SOLVER, for
+    Build SOLVER.OPTIMIZER over Detectron2's parameter groups, with the options of cfg.SOLVER, for
     the last layers those of SOLVER.LAST_LAYER, and gradient clipping as SOLVER.CLIP_GRADIENTS has
     it. Without any option, its steps are those of Detectron2's optimiser, by torch's fused kernel,
     which takes a third of the time on a CPU. Learned feedback weights have the settings of their

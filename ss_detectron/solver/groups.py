@@ -12,7 +12,7 @@ __all__ = ["match_feedback_groups"]
 
 def match_feedback_groups(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[dict]:
     """
-    Moves each learned feedback weight (Kolen-Pollack) into the parameter group of its weight: with
+    Move each learned feedback weight (Kolen-Pollack) into the parameter group of its weight: with
     one learning rate and weight decay for both, the two converge (Akrout et al. 2019,
     arXiv:1904.05391). For any optimiser::
 

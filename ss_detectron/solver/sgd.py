@@ -21,7 +21,7 @@ _SETTINGS = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximiz
 
 class SGD(torch.optim.SGD):
     """
-    Takes the steps of :class:`torch.optim.SGD`, by its fused kernel, with the options of Xiao et
+    Take the steps of :class:`torch.optim.SGD`, by its fused kernel, with the options of Xiao et
     al. (2019), arXiv:1811.03567, as settings of parameter groups. A step is:
 
     1. batch Manhattan: the gradient's sign stands for the gradient (a zero stays zero);
@@ -76,7 +76,7 @@ class SGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
-        Takes one step on the gradients as they are.
+        Take one step on the gradients as they are.
 
         Args:
             closure: computes the loss again, and the gradients.

@@ -31,8 +31,7 @@ def is_trusted(path: str, trusted: str | Iterable[str]) -> bool:
     """
     parts = _parts(_without_query(path))
     return any(
-        parts == pattern
-        or (len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern)))
+        parts == pattern or (len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern)))
         for pattern in map(_parts, as_patterns(trusted))
     )
 
