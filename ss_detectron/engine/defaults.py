@@ -32,12 +32,13 @@ from ss_detectron.layers import feedback_report, reset_feedback
 from ss_detectron.learners import Learner, build_learner
 from ss_detectron.modeling.compilation import compile_parts
 from ss_detectron.solver.build import build_optimizer
-from ss_detectron.utils.comm import load_rank_state, rank_state, share_buffers
+from ss_detectron.utils.comm import share_buffers
 from ss_detectron.utils.random_state import kept_random_state
 
 from .checks import check_conversion
 from .hooks import AlignmentHook, BestCheckpointer, EpochLogger, PeriodicCheckpointer
 from .preemption import PreemptionHook
+from .rank_state import load_rank_state, rank_state
 from .train_loop import StepTrainer
 
 __all__ = ["Trainer"]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ss_detectron.alignment import weight_alignment
 from ss_detectron.checkpoint.weights import abbreviate
 from ss_detectron.learners import Learner
-from ss_detectron.modeling.loss_normalizer import get_loss_normalizers, set_loss_normalizers
+
+from .rank_state import get_loss_normalizers, set_loss_normalizers
 
 __all__ = [
     "ForwardState",

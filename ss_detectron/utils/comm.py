@@ -1,25 +1,17 @@
-"""What the processes of a run (ranks) have to agree on, and what each has of its own."""
+"""What the processes of a run (ranks) have to agree on."""
 
 import gc
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor, nn
-
-from ss_detectron.modeling.loss_normalizer import get_loss_normalizers, set_loss_normalizers
-
-from .random_state import get_random_state, set_random_state
 
 __all__ = [
     "any_rank",
     "leave_group",
     "set_collective_timeout",
-    "load_rank_state",
-    "rank_state",
     "reduce_flags",
     "share_buffers",
 ]
@@ -84,24 +76,3 @@ def leave_group() -> None:
     comm._get_global_gloo_group.cache_clear()
     gc.collect()  # trainers and DistributedDataParallel, which refer to it, are in cycles
     dist.destroy_process_group()
-
-
-def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """
-    What a checkpoint has to hold of each rank, in tensors, numbers and strings: its random numbers
-    and the loss normalisers of its own images.
-
-    Args:
-        model: not wrapped.
-        device: the model's.
-    """
-    return {
-        "random": get_random_state(device),
-        "loss_normalizer": get_loss_normalizers(model),
-    }
-
-
-def load_rank_state(model: nn.Module, device: torch.device, state: dict[str, Any]) -> None:
-    """Puts :func:`rank_state` back."""
-    set_loss_normalizers(model, state["loss_normalizer"])
-    set_random_state(state["random"], device)
