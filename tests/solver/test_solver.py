@@ -1,6 +1,4 @@
 import copy
-import itertools
-import pickle
 
 import pytest
 import torch
@@ -87,11 +85,9 @@ MOMENTA = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("momentum", MOMENTA)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize(
-    ("batch_manhattan", "no_sign_change"), [*itertools.product([False, True], repeat=2)]
-)
+@pytest.mark.parametrize(("weight_decay", "maximize"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize("batch_manhattan", [False, True])
+@pytest.mark.parametrize("no_sign_change", [False, True])
 def test_every_step_is_the_definition(
     dtype, momentum, weight_decay, maximize, batch_manhattan, no_sign_change
 ):
@@ -172,20 +168,6 @@ def test_a_weight_that_is_no_number_stays_one_to_be_seen():
     assert_equal([weight], [torch.tensor([float("nan"), 1e-10, -1e-10, float("inf")])])
 
 
-def test_types_are_mixed_freely_in_one_group():
-    mixed = [p for dtype in (torch.float64, torch.float16) for p in some_params(dtype)]
-    apart = [nn.Parameter(p.detach().clone()) for p in mixed]
-    options = {"lr": 0.1, "momentum": 0.9, "no_sign_change": True, "batch_manhattan": True}
-    together, groups = SGD(mixed, **options), [{"params": [p]} for p in apart]
-    for optimizer in together, SGD(groups, **options):
-        for step in range(3):
-            for i, p in enumerate([p for g in optimizer.param_groups for p in g["params"]]):
-                generator = torch.Generator().manual_seed(10 * step + i)
-                p.grad = torch.randn(p.shape, generator=generator).to(p)
-            optimizer.step()
-    assert_equal(mixed, apart)
-
-
 def test_gradients_and_parameters_without_them_are_left_as_they_are():
     params = some_params()
     options = {"batch_manhattan": True, "no_sign_change": True, "weight_decay": 0.1}
@@ -250,8 +232,7 @@ def test_state_goes_from_torchs_own_and_back():
     assert_equal(again, params)
 
 
-@pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
-def test_training_goes_on_from_a_saved_optimizer(way):
+def test_training_goes_on_from_a_saved_optimizer():
     params = some_params()
     groups = [
         {"params": params[:2], "batch_manhattan": True, "lr": 0.05},
@@ -259,15 +240,9 @@ def test_training_goes_on_from_a_saved_optimizer(way):
     ]
     optimizer = SGD(groups, lr=0.1, momentum=0.9)
     run(optimizer, steps=2)
-    if way == "state_dict":
-        other = [nn.Parameter(p.detach().clone()) for p in params]
-        groups = [{"params": other[:2]}, {"params": other[2:]}]
-        resumed = SGD(groups, lr=1.0)
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    else:
-        copied = {"pickle": lambda o: pickle.loads(pickle.dumps(o)), "deepcopy": copy.deepcopy}
-        resumed = copied[way](optimizer)
-        other = [p for group in resumed.param_groups for p in group["params"]]
+    other = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = SGD([{"params": other[:2]}, {"params": other[2:]}], lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for o in optimizer, resumed:
         run(o, start=2, steps=2)
     assert_equal(other, params)
