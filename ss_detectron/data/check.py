@@ -93,16 +93,11 @@ def _check_download(cfg: CfgNode, name: str) -> None:
 
 def _check_kind(cfg: CfgNode, name: str, classifier: bool) -> None:
     kind = MetadataCatalog.get(name).get("evaluator_type")
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if kind == "classification" and not classifier:
+    if (kind == "classification") != classifier:
         raise ValueError(
-            f"Data set '{name}' is for classification, but MODEL.META_ARCHITECTURE is "
-            f"{architecture!r}: set it to 'ImageClassifier', or choose another data set."
-        )
-    if kind != "classification" and classifier:
-        raise ValueError(
-            f"MODEL.META_ARCHITECTURE is {architecture!r}, but data set '{name}' is not for "
-            f"classification: its evaluator_type is {kind!r}, not 'classification'."
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, but data set '{name}' is "
+            f"{'not ' * classifier}for classification (its evaluator_type is {kind!r}): "
+            "'ImageClassifier' and data sets for classification go together."
         )
 
 

@@ -1,7 +1,6 @@
 """What an annotation file in COCO's form has to hold, for Detectron2 to load and evaluate it."""
 
 import json
-import logging
 import re
 import reprlib
 from collections import Counter
@@ -9,13 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from detectron2.utils import comm
-
-from .catalog import shorten
-
 __all__ = ["read_coco_file"]
-
-logger = logging.getLogger(__name__)
 
 LARGEST = 1e9  # of a number in pixels: what lies beyond is no measure of an image
 FARTHEST = 1e6  # of a polygon's points: pycocotools takes memory for every pixel of its edges
@@ -75,7 +68,6 @@ def read_coco_file(
     """Read an annotation file and check all that Detectron2 and pycocotools take for granted.
 
     Boxes without area or outside their image are of the right form, and so are images without any.
-    Annotations of images that are not listed are counted in the log.
 
     Args:
         file: its path.
@@ -111,30 +103,17 @@ def read_coco_file(
     _check(file, "images", lists["images"], partial(_problem, _IMAGE))
     categories = {category["id"] for category in lists["categories"]}
     images = {image["id"]: image for image in lists["images"]}
-    strays = []
 
     def annotation_problem(annotation: Any) -> str | None:
         if found := _problem(_ANNOTATION, annotation):
             return found
         if annotation["category_id"] not in categories:
             return _unlike(annotation, "category_id", "one of 'categories'")
-        image = images.get(annotation["image_id"])
-        if image is None:
-            strays.append(str(annotation["id"]))
-        elif expected := _expected_mask(annotation, image, masks, polygons):
-            return _unlike(annotation, "segmentation", expected)
-        return None
+        image = images.get(annotation["image_id"])  # Detectron2 leaves out those of no image
+        expected = image and _expected_mask(annotation, image, masks, polygons)
+        return _unlike(annotation, "segmentation", expected) if expected else None
 
     _check(file, "annotations", lists["annotations"], annotation_problem)
-    if strays and comm.is_main_process():
-        logger.warning(
-            "'%s': %d of %d annotations are for images that it does not list (annotation ids %s): "
-            "they are not used.",
-            file,
-            len(strays),
-            len(lists["annotations"]),
-            shorten(strays),
-        )
     return lists
 
 
@@ -148,34 +127,29 @@ def _problem(form: Form, entry: Any) -> str | None:
     return None
 
 
-def _check(file: str, part: str, entries: list[Any], problem: Callable[[Any], str | None]) -> None:
-    problems = [(i, text) for i, entry in enumerate(entries) if (text := problem(entry))]
-    _refuse(file, part, entries, problems)
-    times = Counter(entry["id"] for entry in entries)
-    twice = [i for i, entry in enumerate(entries) if times[entry["id"]] > 1]
-    _refuse(file, part, entries, [(i, "has an id that others have") for i in twice])
-    if len(kinds := {type(i): i for i in times}) > 1:  # which cannot be sorted
-        both = " and ".join(map(repr, kinds.values()))
-        raise ValueError(f"'{file}': the ids of {part} are of different types, such as {both}.")
-
-
 def _unlike(entry: dict, key: str, expected: str) -> str:
     found = f"has the {key} {reprlib.repr(entry[key])}" if key in entry else f"has no {key}"
     return f"{found}, expected {expected}"
 
 
-def _refuse(file: str, part: str, entries: list[Any], problems: list[tuple[int, str]]) -> None:
+def _check(file: str, part: str, entries: list[Any], problem: Callable[[Any], str | None]) -> None:
+    problems = [(i, text) for i, entry in enumerate(entries) if (text := problem(entry))]
     if not problems:
-        return
-    named = []
-    for index, text in problems[:3]:
+        ids = [entry["id"] for entry in entries]
+        times, kind = Counter(ids), type(ids[0]) if ids else None
+        problems = [
+            (i, "has an id that others have" if times[id] > 1 else "has an id of another type")
+            for i, id in enumerate(ids)
+            if times[id] > 1 or type(id) is not kind
+        ]
+    if problems:
+        index, text = problems[0]
         known = isinstance(entries[index], dict) and "id" in entries[index]
         id = f" (id {reprlib.repr(entries[index]['id'])})" if known else ""
-        named.append(f"{part}[{index}]{id} {text}")
-    raise ValueError(
-        f"'{file}': {len(problems)} of {len(entries)} {part} are not in COCO's form: "
-        f"{'; '.join(named)}{'; ...' if len(problems) > 3 else ''}. Repair or remove them."
-    )
+        raise ValueError(
+            f"'{file}': {len(problems)} of {len(entries)} {part} are not in COCO's form, the first "
+            f"of them {part}[{index}]{id}, which {text}. Repair or remove them."
+        )
 
 
 # Masks -------------------------------------------------------------------------------------------

@@ -36,9 +36,6 @@ class GeneratedDataset:
     """Writes all files into an empty folder; the stamp says what to draw, and is one of them."""
     defaults: dict[str, int]
     """``train`` and ``val``, the numbers of pictures, their ``size`` and the ``seed``."""
-    min_size: int
-    multiple: int = 1
-    """The numbers of pictures are multiples of this."""
 
     def generate(
         self,
@@ -55,23 +52,16 @@ class GeneratedDataset:
 
         Args:
             root: the folder of all data sets; by default that of ``DETECTRON2_DATASETS``.
-            train, val: number of pictures; of classes that take turns, multiples of their number.
+            train, val: number of pictures.
             size: side of a picture in pixels.
             seed: another seed draws other pictures.
 
         Raises:
             FileExistsError: the folder holds something else. It is never overwritten.
-            ValueError: settings that nothing can be drawn with.
         """
         given = {"train": train, "val": val, "size": size, "seed": seed}
         given = {key: value for key, value in given.items() if value is not None}
         stamp = {**self._generator, **self.defaults, **given}
-        least = {"train": self.multiple, "val": self.multiple, "size": self.min_size, "seed": 0}
-        for key, value in given.items():
-            multiple = self.multiple if key in SPLITS else 1
-            if value < least[key] or value % multiple:
-                of = f" and a multiple of {multiple}" if multiple > 1 else ""
-                raise ValueError(f"{self.name}: {key} is {value}; choose at least {least[key]}{of}")
         folder = self._folder(root)
         if self.read_stamp(root) is None:
             with file_lock(str(folder)):

@@ -38,9 +38,9 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
     dali are those of pillow.
 
     Returns:
-        a loader of the batches of one pass, of which ACCUMULATION_STEPS make a step: "image" uint8
-        (N, C, SIZE, SIZE), with dali on the model's device; "label" int64 (N,) and "file_name"
-        list[str].
+        a loader of the batches of one pass, of which ACCUMULATION_STEPS make a step: "image"
+        (N, C, SIZE, SIZE) as of :class:`.ClassificationMapper`, with dali on the model's device;
+        "label" int64 (N,) and "file_name" list[str].
 
     Raises:
         ImportError, ValueError: see :func:`check_loader_options`; a label that does not fit.
@@ -131,26 +131,16 @@ def _which_are_wide(dicts: list[dict]) -> list[bool] | None:
 
 
 def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sampler[int]:
-    """Build Detectron2's sampler of DATALOADER.SAMPLER_TRAIN.
-
-    Raises:
-        ValueError: it has none of that name, or not by these keys.
-    """
+    """Build Detectron2's sampler of DATALOADER.SAMPLER_TRAIN."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
     # Of a loader that is not used, as Detectron2 makes samplers nowhere else. Those that take no
     # seed from the config draw one.
-    try:
-        with seeded(seed):
-            loader = build_detection_train_loader(
-                cfg, dataset=records, mapper=list, aspect_ratio_grouping=False, num_workers=0
-            )
-    except (AttributeError, ValueError) as error:
-        raise ValueError(
-            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}, which Detectron2 does "
-            f"not take: {error}"
-        ) from error
+    with seeded(seed):
+        loader = build_detection_train_loader(
+            cfg, dataset=records, mapper=list, aspect_ratio_grouping=False, num_workers=0
+        )
     return loader.dataset.sampler
 
 
@@ -179,6 +169,13 @@ def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
             f"TEST.CLASSIFICATION.IMS_PER_BATCH is {cfg.TEST.CLASSIFICATION.IMS_PER_BATCH}; choose "
             "at least 1"
         )
+    channels = 1 if cfg.INPUT.FORMAT == "L" else 3
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise ValueError(
+                f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r} and MODEL.{key} {cfg.MODEL[key]}; choose a "
+                f"list of {channels}"
+            )
     if choose(cfg, "DATALOADER.DECODER", "pillow", "dali") == "dali" and training:
         try:
             choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop")
@@ -216,18 +213,14 @@ def _load(cfg: CfgNode, name: str) -> list[dict]:
     if not records:
         raise ValueError(f"Data set '{name}' has no images.")
     for record in records:
-        if not {"file_name", "label"} <= record.keys():
-            raise ValueError(
-                f"Data set '{name}': an image needs 'file_name' and 'label', and one has only "
-                f"{sorted(record)}."
-            )
-        label = record["label"]
-        if not isinstance(label, Integral) or not 0 <= label < classes:
-            raise ValueError(
-                f"Data set '{name}': '{record['file_name']}' has the label {label!r}; the model "
-                f"takes integers from 0 to {classes - 1}, as MODEL.IMAGE_CLASSIFIER.NUM_CLASSES is "
-                f"{classes}."
-            )
+        label = record.get("label")
+        if "file_name" in record and isinstance(label, Integral) and 0 <= label < classes:
+            continue
+        raise ValueError(
+            f"Data set '{name}': an image needs a 'file_name' and a 'label', an integer from 0 to "
+            f"{classes - 1}, as MODEL.IMAGE_CLASSIFIER.NUM_CLASSES is {classes}; one has the keys "
+            f"{sorted(record)}, the name {record.get('file_name')!r} and the label {label!r}."
+        )
     return records
 
 

@@ -154,7 +154,6 @@ SHAPES = GeneratedDataset(
     stamp_file="annotations/instances_val.json",
     write=_write,
     defaults={"train": 400, "val": 100, "size": 96, "seed": 0},
-    min_size=64,
 )
 generate_shapes = SHAPES.generate
 

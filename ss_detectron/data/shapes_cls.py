@@ -87,8 +87,6 @@ SHAPES_CLS = GeneratedDataset(
     stamp_file="generated.json",
     write=_write,
     defaults={"train": 2000, "val": 500, "size": 48, "seed": 0},
-    min_size=32,
-    multiple=len(SHAPES_CLS_CLASSES),
 )
 generate_shapes_cls = SHAPES_CLS.generate
 

@@ -139,6 +139,7 @@ def _run(main: Main, args: argparse.Namespace, local_rank: int, **rendezvous: An
     )
     comm.create_local_process_group(args.num_gpus)
     set_collective_timeout(timeout)
+    comm.synchronize()
     stopped = False
     try:
         main(args)
@@ -182,11 +183,12 @@ def _launch_processes(main: Main, args: argparse.Namespace) -> None:
 
     try:
         with StopSignals(pass_on).installed():
-            failed: list[BaseProcess] = []
-            while not failed and (running := [p for p in processes if p.is_alive()]):
+            while running := [process.sentinel for process in processes if process.is_alive()]:
+                if any(process.exitcode for process in processes):
+                    break
                 # Each second, too: workers of a dead process can keep its sentinel open.
-                wait([process.sentinel for process in running], timeout=1)
-                failed = [process for process in processes if process.exitcode]
+                wait(running, timeout=1)
+            failed = [process for process in processes if process.exitcode]
             if not failed:
                 return
             terminate()

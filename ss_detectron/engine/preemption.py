@@ -102,27 +102,8 @@ def print_safely(text: str) -> None:
         os.write(2, f"{text}\n".encode())
 
 
-class _RankSignals(StopSignals):
-    """Those of a process that trains."""
-
-    def __init__(self, spawned: bool) -> None:
-        super().__init__(self._stop)
-        self.training = False
-        self._tells = not spawned  # whose parent does
-
-    def _stop(self, number: signal.Signals) -> None:
-        if self._tells and comm.is_main_process():
-            print_safely(
-                f"{number.name}: the run stops when this step is finished and a checkpoint saved; "
-                "after the last step, it finishes."
-                if self.training
-                else f"{number.name} outside training: there is nothing to save, the run stops."
-            )
-        if not self.training:
-            raise Preempted
-
-
-_rank: _RankSignals | None = None  # there is one at most in a process, with the handlers
+_rank: StopSignals | None = None  # those of this process, if it trains
+_training = False
 
 
 @contextmanager
@@ -133,13 +114,23 @@ def rank_signals(*, spawned: bool = False) -> Iterator[None]:
     out of it.
 
     Args:
-        spawned: whether a parent passes every request on as SIGTERM, and has this process ignore
-            SIGINT. Before training, SIGTERM then ends the process by its default action, even while
-            it waits for other machines, which no handler could.
+        spawned: whether a parent passes every request on as SIGTERM, tells of it, and has this
+            process ignore SIGINT. Before training, SIGTERM then ends the process by its default
+            action, even while it waits for other machines, which no handler could.
     """
-    global _rank
+
+    def answer(number: signal.Signals) -> None:
+        if comm.is_main_process() and not spawned:
+            what = "outside training, the run stops: there is nothing to save"
+            if _training:
+                what = "the run stops when this step is finished and a checkpoint saved"
+            print_safely(f"{number.name}: {what}.")
+        if not _training:
+            raise Preempted
+
+    global _rank, _training
     prepare_workers()
-    _rank = _RankSignals(spawned)
+    _rank, _training = StopSignals(answer), False
     try:
         with _rank.installed():
             if spawned:
@@ -164,8 +155,9 @@ class PreemptionHook(HookBase):
 
     def before_train(self) -> None:
         # From here on, a rank that stopped by itself would leave the others waiting.
+        global _training
+        _training = True
         if _rank is not None:
-            _rank.training = True
             _rank.install()
 
     def after_step(self) -> None:

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 class ClassificationEvaluator(DatasetEvaluator):
     """
-    The share of images, in per cent, whose class is not the most probable one (top-1 error) and,
-    with more than five classes, not among the five most probable ones (top-5 error).
+    Measure the share of images, in per cent, whose class is not the most probable one (top-1
+    error) and, with more than five classes, not among the five most probable ones (top-5 error).
 
     Counts are summed over all processes, so the result is exact however the images are shared out.
     An image whose probabilities are not finite counts as an error, and they are reported.
@@ -96,51 +96,33 @@ class ClassificationEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         seen, *wrong, broken = counts.sum(0).tolist()
+        name = self._dataset_name
         if seen != self._size:
-            logger.warning(
-                "%s: %d of %d images were evaluated; the errors leave out the rest.",
-                self._dataset_name,
-                seen,
-                self._size,
-            )
+            logger.warning("%s: %d of %d images were evaluated.", name, seen, self._size)
+        if broken:
+            lost = "%s: no finite probabilities for %d of %d images, which count as errors."
+            logger.warning(lost, name, broken, seen)
         if not seen:
-            logger.error("%s: no image was evaluated.", self._dataset_name)
             return OrderedDict(classification={})
 
-        if broken:
-            logger.warning(
-                "%s: the model gave no finite probabilities for %d of %d images; they count as "
-                "errors.",
-                self._dataset_name,
-                broken,
-                seen,
-            )
-        top1, top5 = (100 * errors / seen for errors in wrong)
-        results = {"top1_error": top1}
+        results = {"top1_error": 100 * wrong[0] / seen}
         if len(self._classes) > 5:
-            results["top5_error"] = top5
-        logger.info(
-            "%s, %d images, error in %%:\n%s",
-            self._dataset_name,
-            seen,
-            tabulate([results], headers="keys", floatfmt=".2f", tablefmt="pipe"),
-        )
+            results["top5_error"] = 100 * wrong[1] / seen
         # A class without an evaluated image has no error.
         by_class = {
-            name: 100 * errors / images
-            for name, (images, errors, *_) in zip(self._classes, counts.tolist(), strict=True)
+            label: 100 * errors / images
+            for label, (images, errors, *_) in zip(self._classes, counts.tolist(), strict=True)
             if images
         }
-        if self._per_class:
-            table = tabulate(by_class.items(), ("class", "%"), floatfmt=".2f", tablefmt="pipe")
-            logger.info("Top-1 error of each class:\n%s", table)
         if self._output_dir:
             os.makedirs(self._output_dir, exist_ok=True)
-            path = os.path.join(self._output_dir, "classification_results.json")
-            content = {"dataset": self._dataset_name, "images": seen, **results}
+            content = {"dataset": name, "images": seen, **results}
             content["top1_error_by_class"] = by_class
+            path = os.path.join(self._output_dir, "classification_results.json")
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=1)
         if self._per_class:
-            results |= {f"top1_error-{name}": error for name, error in by_class.items()}
+            results |= {f"top1_error-{label}": error for label, error in by_class.items()}
+        table = tabulate(results.items(), ("error", "%"), floatfmt=".2f", tablefmt="pipe")
+        logger.info("%s, %d images:\n%s", name, seen, table)
         return OrderedDict(classification=results)

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 class DetectionEvaluator(COCOEvaluator):
     """
-    Detectron2's, which also takes annotation files that leave out what COCO's do not, and says how
-    many images gave no prediction: their objects count as missed.
+    Evaluate as Detectron2 does, annotation files that leave out what COCO's do not as well, and say
+    how many images gave no prediction: their objects count as missed.
     """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
@@ -41,12 +41,10 @@ class DetectionEvaluator(COCOEvaluator):
             log_first_n(logging.WARNING, message, key="message", name=__name__)
 
     def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
-        """See Detectron2's."""
-        predicted = [len(self._predictions)]
-        if self._distributed:
-            predicted = comm.gather(predicted[0])
+        """Evaluate as Detectron2 does, and say how many images are missing."""
+        predicted = comm.gather(len(self._predictions)) if self._distributed else None
         images = len(self._coco_api.imgs if img_ids is None else img_ids)
-        missing = images - sum(predicted)
+        missing = images - sum(predicted or [len(self._predictions)])
         if missing > 0 and comm.is_main_process():
             logger.warning(
                 "Data set '%s': %d of %d images could not be evaluated: their objects count as "
@@ -59,7 +57,7 @@ class DetectionEvaluator(COCOEvaluator):
 
 
 def _complete(api: COCO, name: str) -> None:
-    """Gives annotations what pycocotools' evaluation takes for granted, but for their boxes.
+    """Give annotations what pycocotools' evaluation takes for granted, but for their boxes.
 
     Raises:
         ValueError: an annotation has no box, as only those of checked data sets surely have.

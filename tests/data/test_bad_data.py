@@ -422,7 +422,7 @@ DETECTION_ANNOTATIONS = [
     stops("image without file_name", without("images", "file_name"), "no file_name"),
     stops("image without width or height", without("images", "width"), "no width"),
     stops("image of zero width or height", on_image(height=0), "the height 0, expected"),
-    stops("duplicate image ids", on_image(id=3), r"images\[1\] \(id 3\) has an id th"),
+    stops("duplicate image ids", on_image(id=3), r"images\[1\] \(id 3\), which has an id th"),
     used("image without objects", lambda c: c["annotations"].pop(1), THREE, ap=HALF_RIGHT),
     used(
         "image without objects, FILTER_EMPTY_ANNOTATIONS False",
@@ -466,19 +466,19 @@ DETECTION_ANNOTATIONS = [
     stops("duplicate annotation ids", on_object(id=1), r"2 of 4 annotations.*\(id 1\)"),
     used("annotation id 0", zero_ids),
     used("ids that are strings", strings_as_ids, {str(i): found for i, found in BOXES.items()}),
-    stops("ids of both kinds", on_image(id="1"), "ids of images are of different types"),
+    stops("ids of both kinds", on_image(id="1"), "1 of 4 images.* an id of another type"),
     stops("annotation without image_id", without("annotations", "image_id"), "image_id"),
     left_out(
         "annotation of an image that is not listed",
         one_more([4, 8, 5, 9], image_id=77),
-        r"1 of 5 annotations .* does not list \(annotation ids 9\)",
+        "contains 5 annotations, but only 4 of them match to images",
     ),
     stops("category_id that is not listed", on_object(category_id=3), "category_id 3, expected"),
     used("category ids with gaps", gaps),
     stops(
         "duplicate category ids",
         lambda c: c["categories"].append({"id": 1, "name": "a"}),
-        r"categories\[0\] \(id 1\) has an id that",
+        r"categories\[0\] \(id 1\), which has an id that",
     ),
     used("iscrowd and area missing", no_areas),
     stops("iscrowd neither 0 nor 1", on_object(iscrowd="no"), "iscrowd 'no', expected 0 or 1"),
@@ -514,12 +514,7 @@ DETECTION_ANNOTATIONS = [
         POLYGONS,
         *MASKS,
     ),
-    stops(
-        "RLE, MODEL.MASK_ON with polygons",
-        rle([HEIGHT, WIDTH], [HEIGHT * WIDTH]),
-        "INPUT.MASK_FORMAT to 'bitmask'",
-        *MASKS,
-    ),
+    stops("RLE, MODEL.MASK_ON with polygons", masks("RLE"), "MASK_FORMAT to 'bitmask'", *MASKS),
     stops(
         "damaged compressed RLE, MODEL.MASK_ON with bitmasks",
         masks("RLE", segmentation={"size": [HEIGHT, WIDTH], "counts": "0oooooooooo1"}),
@@ -802,12 +797,6 @@ def test_rank_zero_speaks_for_all(monkeypatch, caplog):
     assert caplog.text.count("have no area") == 1
 
 
-def test_unknown_treatment_is_refused_for_detection():
-    write_set(lambda content: None)
-    with pytest.raises(ValueError, match="UNREADABLE_IMAGES is 'ignore'; choose 'error' or 'skip'"):
-        checked(detection_config("ignore"))
-
-
 def test_all_images_missing_are_too_many_to_skip():
     write_set(lambda content: None)
     for file in Path("sky/images").iterdir():
@@ -873,22 +862,6 @@ def test_boxes_of_both_kinds_and_none():
     assert [len(image["annotations"]) for image in found] == [1, 1, 0, 1, 1, 0]
     assert found[1]["annotations"] == [{"bbox": (5, 5, 4, 9), "bbox_mode": 1}]
     assert without_unusable_boxes(found, "here") is found
-
-
-def test_negative_box_would_be_another_to_detectron2():
-    """Why it is left out: Detectron2 takes it for the box between the same corners."""
-    write_set(one_more([40, 40, -9, -9]))
-    cfg = checked(detection_config())
-    dicts = DatasetCatalog.get("own_sky")
-    instances = DetectionMapper(cfg, True)(dicts[0])["instances"]
-    assert instances.gt_boxes.tensor[-1].tolist() == [31, 31, 40, 40]
-
-
-@pytest.mark.parametrize("spoil", [zero_ids, no_areas, gaps, crowd])
-def test_evaluation_without_what_coco_takes_for_granted(spoil):
-    """Found by an ideal detector, every object counts."""
-    write_set(spoil)
-    assert average_precision(checked(detection_config())) == pytest.approx(100)
 
 
 def test_mask_that_cannot_be_decoded_is_named():
@@ -969,7 +942,7 @@ def rle_is_taken(counts: Any, size: Any = (HEIGHT, WIDTH)) -> bool:
     try:
         read_coco_file("labels.json", annotated=True, masks=True)
     except ValueError as error:
-        assert "(id 1) has the segmentation" in str(error) and len(str(error)) < 300
+        assert "(id 1), which has the segmentation" in str(error) and len(str(error)) < 300
         return False
     return True
 
@@ -1023,11 +996,8 @@ def test_no_annotations_of_a_test_set():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"area": 9}, "has no bbox"),
         ({}, "has no bbox"),
-        ({"bbox": None}, "has the bbox None"),
         ({"bbox": None, "area": 9}, "has the bbox None"),
-        ({"bbox": [1, 2, 3]}, r"has the bbox \[1, 2, 3\]"),
         ({"bbox": [1, 2, "3", 4]}, r"has the bbox \[1, 2, '3', 4\]"),
     ],
 )

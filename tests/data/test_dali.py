@@ -209,7 +209,7 @@ def test_what_only_dali_finds_is_named(dali, records):
         ("DATALOADER.DECODER", "opencv", "is 'opencv'; choose 'pillow' or 'dali'"),
         ("INPUT.CLASSIFICATION.TRANSFORM", "pad_crop", "choose 'resized_crop', or the decoder"),
         ("DATALOADER.UNREADABLE_IMAGES", "skip", "choose 'error', or the decoder"),
-        ("INPUT.FORMAT", "L", "FORMAT is 'L'; choose 'RGB' or 'BGR', or the decoder"),
+        ("INPUT.FORMAT", "YUV-BT.601", "is 'YUV-BT.601'; choose 'RGB' or 'BGR', or the decoder"),
     ],
 )
 def test_what_dali_cannot_do_is_refused(key, value, message):

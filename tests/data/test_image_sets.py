@@ -181,6 +181,7 @@ def test_kinds_of_data_and_models_have_to_fit(root):
     [
         ("INPUT.CLASSIFICATION.TRANSFORM", "crop", "TRANSFORM is 'crop'"),
         ("INPUT.CLASSIFICATION.RESIZE", 223, "RESIZE is 223"),
+        ("INPUT.FORMAT", "L", "FORMAT is 'L' and MODEL.PIXEL_MEAN .*; choose a list of 1"),
         ("DATALOADER.UNREADABLE_IMAGES", "ignore", "'ignore'; choose 'error' or 'skip'"),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "choose 'TrainingSampler'"),
         ("TEST.CLASSIFICATION.IMS_PER_BATCH", 0, "IMS_PER_BATCH is 0; choose at least 1"),

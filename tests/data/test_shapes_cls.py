@@ -228,9 +228,3 @@ def test_train_loader_reads_it(root):
             expected = np.asarray(picture)[..., ::-1]  # INPUT.FORMAT is BGR
         np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
         assert file.startswith(str(folder / "train" / SHAPES_CLS_CLASSES[label]))
-
-
-def test_numbers_that_do_not_divide_among_the_classes_are_refused(root):
-    with pytest.raises(ValueError, match="train is 25; choose at least 10 and a multiple of 10"):
-        generate_shapes_cls(train=25)
-    assert not list(root.iterdir())

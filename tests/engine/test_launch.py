@@ -5,14 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from run_utils import ROOT, SECONDS, TOOL, end, finish, rows, start
-from time_limit import within
+from run_utils import ROOT, TOOL, finish, output_after, rows, start
 
 from ss_detectron.data import generate_shapes
 from ss_detectron.engine import argument_parser
@@ -145,18 +143,6 @@ def tiny(tmp_path_factory) -> list[str]:
     }
     words = ["--config-file", "quick/shapes_retinanet_ss.yaml"]
     return words + [str(word) for pair in changes.items() for word in pair]
-
-
-def output_after(process: subprocess.Popen, text: str, act: Callable[[], None]) -> str:
-    """Acts when a run has printed a line with that text; returns what it prints after it."""
-    with process:
-        try:
-            with within(SECONDS):
-                assert any(text in line for line in process.stdout)
-                act()
-                return process.communicate()[0]
-        finally:
-            end(process)
 
 
 def last_iteration(folder: Path) -> int:

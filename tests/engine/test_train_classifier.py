@@ -150,7 +150,7 @@ def test_classifiers_backbone_goes_on_in_a_detector(fa_run, tmp_path):
     }.items():
         words += [key, str(value)]
     output = finish(start(*words, cwd=tmp_path))
-    assert "not in the checkpoint" in output and "head" in output
+    assert "not found in the checkpoint" in output and "head" in output
 
     classifier = model_of(fa_run, "model_final.pth")
     detector = model_of(tmp_path / "out", "model_final.pth")

@@ -3,14 +3,11 @@
 Installing is done for real, by pip, into an environment of its own; no network is used.
 """
 
-import base64
-import csv
-import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
-import io
 import os
+import re
+import runpy
 import subprocess
 import sys
 import venv
@@ -21,7 +18,6 @@ import pytest
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "install_detectron2.py"
 
-CONFIG = "LabGym/detectron2/model_zoo/configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 LABGYM = {
     "LabGym/__init__.py": "GPL = True\n",
     "LabGym/detector.py": "from LabGym.detectron2 import model_zoo\n",
@@ -29,11 +25,7 @@ LABGYM = {
     "LabGym/detectron2/layers/__init__.py": "from LabGym.detectron2.utils import comm\n",
     "LabGym/detectron2/utils/__init__.py": "",
     "LabGym/detectron2/utils/comm.py": "SIZE = 1\n",
-    "LabGym/detectron2/engine/__init__.py": (
-        "import LabGym.detectron2.utils.comm as comm\nfrom LabGym import detectron2\n"
-        'TARGET = {"_target_": "LabGym.detectron2.utils.comm"}\n'
-        "VERSION = LabGym.detectron2.__version__ if False else detectron2.__version__\n"
-    ),
+    "LabGym/detectron2/engine/__init__.py": "import LabGym.detectron2.utils.comm as comm\n",
     "LabGym/detectron2/data/__init__.py": "",
     "LabGym/detectron2/data/common.py": (
         "import random\n\n\nclass MapDataset:\n    def __init__(self, candidates):\n"
@@ -46,351 +38,242 @@ LABGYM = {
         '    path = Path(__file__).parent / "configs" / name\n'
         "    if not path.is_file():\n        raise RuntimeError(name)\n    return path\n"
     ),
-    CONFIG: "_BASE_: ../Base-RetinaNet.yaml\n",
+    "LabGym/detectron2/model_zoo/configs/COCO-Detection/retinanet_R_50_FPN_1x.yaml": "A: 1\n",
     "labgym-3.1.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: labgym\nVersion: 3.1.2\n",
     "labgym-3.1.2.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
     "labgym-3.1.2.dist-info/RECORD": "",
 }
-COMMON = "LabGym/detectron2/data/common.py"
+DETECTRON2 = {
+    name.removeprefix("LabGym/"): text.replace("LabGym.", "")
+    for name, text in LABGYM.items()
+    if "/detectron2/" in name
+}
+PURE = "detectron2 0.6 in pure Python, from labgym 3.1.2, without compiled operations"
+
+
+class Environment:
+    """An environment with pip, an empty torch and torchvision, and a folder to install from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        venv.create(folder / "env", with_pip=False, symlinks=True)
+        self.python = folder / "env" / "bin" / "python"
+        self.site = next((folder / "env" / "lib").glob("python*")) / "site-packages"
+        metadata = Path(importlib.metadata.distribution("setuptools").locate_file("")).resolve()
+        packages = ("pip", "setuptools", "pkg_resources", "_distutils_hack")
+        for package in (*packages, *metadata.glob("setuptools-*.dist-info")):
+            (self.site / Path(package).name).symlink_to(metadata / package)
+        write(self.site, {"torch.py": "", "torchvision.py": ""})
+        self.constants: dict[str, object] = {}
+        self.index = folder / "index"
+        self.index.mkdir()
+        self.variables = {
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(self.index),
+            "PIP_NO_DEPS": "1",
+            "CXX": "no-such-compiler",
+        }
+
+    def offer_labgym(self, **changes: str) -> None:
+        """Let pip find the stand-in, some files of it changed, and the tool expect it."""
+        wheel = self.index / "labgym-3.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, text in {**LABGYM, **changes}.items():
+                archive.writestr(name, text)
+        self.constants["LABGYM_SHA256"] = hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+    def install(self, *words: str) -> str:
+        """Run the tool there and return what it says, with its exit status first."""
+        script = (
+            f"import sys; sys.path.append({str(TOOL.parent)!r})\n"
+            "import install_detectron2 as tool\n"
+            f"vars(tool).update({self.constants!r})\nsys.exit(tool.main({list(words)!r}))"
+        )
+        done = subprocess.run(
+            [self.python, "-c", script],
+            cwd=self.folder,
+            env={**os.environ, **self.variables, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        return f"{done.returncode} {done.stdout}{done.stderr}"
+
+    def files(self) -> set[str]:
+        """Return what lies in site-packages, less what is linked there and compiled code."""
+        found = (path for path in self.site.rglob("*") if path.is_file())
+        return {p.relative_to(self.site).as_posix() for p in found if "__pycache__" not in p.parts}
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    """The tool as a module, loaded anew for each test."""
-    spec = importlib.util.spec_from_file_location("install_detectron2", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look it up there
-    spec.loader.exec_module(module)
-    return module
+def environment(tmp_path):
+    return Environment(tmp_path)
 
 
-def write_labgym(folder: Path, **changes: str) -> Path:
-    """Write the stand-in for the labgym wheel, with some files changed."""
-    wheel = folder / "labgym-3.1.2-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, text in {**LABGYM, **changes}.items():
-            archive.writestr(name, text)
-    return wheel
-
-
-def use_labgym(tool, monkeypatch, folder: Path, **changes: str) -> None:
-    """Let pip find the stand-in, and the tool expect it."""
-    folder.mkdir()
-    wheel = write_labgym(folder, **changes)
-    monkeypatch.setattr(tool, "LABGYM_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-
-
-@pytest.fixture
-def environment(tmp_path, monkeypatch):
-    """An environment with pip, an empty torch and torchvision, and nothing to download from."""
-    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
-    python = tmp_path / "env" / "bin" / "python"
-    site = next((tmp_path / "env" / "lib").glob("python*")) / "site-packages"
-    metadata = Path(importlib.metadata.distribution("setuptools").locate_file("")).resolve()
-    packages = ("pip", "setuptools", "pkg_resources", "_distutils_hack")
-    for package in (*packages, *metadata.glob("setuptools-*.dist-info")):
-        (site / Path(package).name).symlink_to(metadata / package)
-    (site / "torch.py").touch()
-    (site / "torchvision.py").touch()
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    monkeypatch.setenv("PIP_NO_DEPS", "1")
-    return python, site
-
-
-def files_of(site: Path) -> list[str]:
-    """Return the files below a folder, less what is linked there and compiled code."""
-    return sorted(
-        path.relative_to(site).as_posix()
-        for path in site.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    )
+@pytest.fixture(scope="module")
+def tool():
+    return runpy.run_path(str(TOOL))
 
 
 def test_strip_prefix(tool):
     text = (
         "from LabGym.detectron2.layers import cat\n"
         "from LabGym import detectron2\n"
-        'logging.getLogger("LabGym.detectron2.data")\n'
         'so = importlib.util.find_spec("LabGym.detectron2._C").origin\n'
         ":class:`LabGym.detectron2.structures.Boxes`, MyLabGym.detectron2, LabGym.detector\n"
     )
-    assert tool.strip_prefix(text) == (
+    assert tool["strip_prefix"](text) == (
         "from detectron2.layers import cat\n"
         "import detectron2\n"
-        'logging.getLogger("detectron2.data")\n'
         'so = importlib.util.find_spec("detectron2._C").origin\n'
         ":class:`detectron2.structures.Boxes`, MyLabGym.detectron2, LabGym.detector\n"
     )
 
 
-def test_pure_wheel_holds_only_detectron2(tool, tmp_path):
-    files, prefixed = tool.extract_detectron2(write_labgym(tmp_path))
-    wheel = tool.write_wheel(files, tool.write_notice(prefixed), tmp_path)
+def test_the_pure_detectron2_is_installed_and_kept(environment):
+    before = environment.files()
+    assert environment.install("--report").startswith("1 detectron2 is not installed")
+
+    environment.offer_labgym()
+    assert f"installed: {PURE}" in environment.install("--source", "pypi")
+    assert environment.install("--report") == f"0 {PURE}\n"
     info = "detectron2-0.6+labgym3.1.2.dist-info"
-    with zipfile.ZipFile(wheel) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-
-    code = {name.removeprefix("LabGym/") for name in LABGYM if "/detectron2/" in name}
-    own = {"LICENSE", "NOTICE", "METADATA", "WHEEL", "top_level.txt", "RECORD"}
-    assert set(contents) == code | {f"{info}/{name}" for name in own}
-    assert not any(b"LabGym" in contents[name] for name in code)
-    assert prefixed == 2
-    assert b"Apache License" in contents[f"{info}/LICENSE"]
-    notice = contents[f"{info}/NOTICE"].decode()
-    assert "in 2 files" in notice
-    assert "detectron2/data/common.py" in notice
-    metadata = contents[f"{info}/METADATA"].decode()
+    new = environment.files() - before
+    assert {name for name in new if info not in name} == set(DETECTRON2)
+    for name in DETECTRON2:
+        assert "LabGym" not in (environment.site / name).read_text()
+    metadata = (environment.site / info / "METADATA").read_text()
     assert "Requires-Dist: setuptools<80\n" in metadata
-    assert "torch" not in metadata
-    assert "opencv" not in metadata
-
-
-def test_record_has_the_hash_and_size_of_every_file(tool, tmp_path):
-    files, prefixed = tool.extract_detectron2(write_labgym(tmp_path))
-    wheel = tool.write_wheel(files, tool.write_notice(prefixed), tmp_path)
-    with zipfile.ZipFile(wheel) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    record = next(name for name in contents if name.endswith("RECORD"))
-    rows = {row[0]: row[1:] for row in csv.reader(io.StringIO(contents[record].decode()))}
-    assert set(rows) == set(contents)
-    assert rows.pop(record) == ["", ""]
-    for name, (checksum, size) in rows.items():
-        expected = base64.urlsafe_b64encode(hashlib.sha256(contents[name]).digest())
-        assert checksum == "sha256=" + expected.decode().rstrip("=")
-        assert int(size) == len(contents[name])
-
-
-def test_pure_wheel_is_reproducible(tool, tmp_path):
-    wheels = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        files, prefixed = tool.extract_detectron2(write_labgym(tmp_path))
-        wheels.append(tool.write_wheel(files, tool.write_notice(prefixed), tmp_path / name))
-    assert wheels[0].read_bytes() == wheels[1].read_bytes()
-
-
-def test_fallback_of_map_dataset_is_patched(tool, tmp_path):
-    """Python 3.11 and later refuse to sample from a set."""
-    files, _ = tool.extract_detectron2(write_labgym(tmp_path))
-    namespace = {}
-    exec(files["detectron2/data/common.py"], namespace)
-    assert namespace["MapDataset"]({7}).fall_back() == 7
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"LabGym/detectron2/layers/nms.py": "import LabGym.tools\n"}, "nms.py still names LabGym"),
-        ({COMMON: "class MapDataset:\n    pass\n"}, "does not have the line to patch"),
-    ],
-)
-def test_unexpected_code_is_refused(tool, tmp_path, changes, message):
-    with pytest.raises(tool.SourceError, match=message):
-        tool.extract_detectron2(write_labgym(tmp_path, **changes))
-
-
-def test_wrong_checksum_is_refused(tool, tmp_path, monkeypatch, environment):
-    python, site = environment
-    use_labgym(tool, monkeypatch, tmp_path / "index")
-    monkeypatch.setattr(tool, "LABGYM_SHA256", "0" * 64)
-    before = files_of(site)
-    with pytest.raises(tool.SetupError, match="has sha256 [0-9a-f]{64}, expected 0{64}"):
-        tool.ensure_detectron2(str(python), "pypi", "unused")
-    assert files_of(site) == before
-
-
-def test_install_report_keep_and_uninstall(tool, tmp_path, monkeypatch, environment, capsys):
-    python, site = environment
-    use_labgym(tool, monkeypatch, tmp_path / "index")
-    before = files_of(site)
-    assert tool.main(["--python", str(python), "--report"]) == 1
-    assert "detectron2 is not installed" in capsys.readouterr().out
-
-    wheels = tmp_path / "wheels"
-    installed = tool.ensure_detectron2(str(python), "pypi", "unused", wheels)
-    assert installed.source == "pypi"
-    assert [wheel.name for wheel in wheels.iterdir()] == [
-        "detectron2-0.6+labgym3.1.2-py3-none-any.whl"
-    ]
-    assert tool.main(["--python", str(python), "--report"]) == 0
-    line = "detectron2 0.6 in pure Python, from labgym 3.1.2, without compiled operations\n"
-    assert capsys.readouterr().out == line
+    assert "torch" not in metadata and "opencv" not in metadata
+    licences = {Path(name).name: environment.site / name for name in new if "licenses" in name}
+    assert "Apache License" in licences["LICENSE"].read_text()
+    assert "detectron2/data/common.py" in licences["NOTICE"].read_text()
+    # Python 3.11 and later refuse to sample from a set.
+    common = runpy.run_path(str(environment.site / "detectron2/data/common.py"))
+    assert common["MapDataset"]({7}).fall_back() == 7
 
     # Kept from now on: there is nothing left to install from.
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
-    assert tool.ensure_detectron2(str(python), "auto", "unused").source == "pypi"
-    with pytest.raises(
-        tool.SetupError, match="remove that first: .*python -m pip uninstall detectron2"
-    ):
-        tool.ensure_detectron2(str(python), "official", "unused")
-
-    listed = installed.pip("list")
-    assert "0.6+labgym3.1.2" in listed
-    installed.pip("uninstall", "--yes", "detectron2")
-    assert files_of(site) == before
-
-
-def test_what_does_not_import_is_removed_again(tool, tmp_path, monkeypatch, environment):
-    python, site = environment
-    broken = {"LabGym/detectron2/engine/__init__.py": "import no_such_module\n"}
-    use_labgym(tool, monkeypatch, tmp_path / "index", **broken)
-    before = files_of(site)
-    with pytest.raises(tool.SetupError, match="No module named 'no_such_module'"):
-        tool.ensure_detectron2(str(python), "pypi", "unused")
-    assert files_of(site) == before
+    environment.variables["PIP_FIND_LINKS"] = ""
+    assert f"kept: {PURE}" in environment.install()
+    refused = environment.install("--source", "official")
+    assert refused.startswith("1 ")
+    assert re.search("remove that first: .*python -m pip uninstall detectron2", refused)
+    # One that this tool installed and that broke is replaced.
+    environment.variables["PIP_FIND_LINKS"] = str(environment.index)
+    (environment.site / "detectron2" / "engine" / "__init__.py").write_text("import nothing_there")
+    assert "is replaced" in environment.install("--source", "pypi")
+    assert environment.files() - before == new
 
 
-def test_interrupted_installation_is_removed_and_redone(
-    tool, tmp_path, monkeypatch, environment, caplog
-):
-    """The state a kill leaves: some files, a marker, and no record of pip's."""
-    python, site = environment
-    use_labgym(tool, monkeypatch, tmp_path / "index")
-    complete = tool.ensure_detectron2(str(python), "pypi", "unused")
-    after = files_of(site)
-    info = next(site.glob("detectron2-*.dist-info"))
-    names = [name for name in after if name.startswith("detectron2")]
-    (info / "RECORD").unlink()
-    (site / "detectron2" / "layers" / "__init__.py").unlink()
-    (site / tool.MARKER).write_text("\n".join([*names, "detectron2/layers/__init__.py"]))
+def test_what_cannot_be_used_leaves_no_trace(environment):
+    before = environment.files()
+    environment.offer_labgym(**{"LabGym/detectron2/engine/__init__.py": "import no_such_module\n"})
+    said = environment.install()
+    assert said.startswith("1 ") and environment.files() == before
+    official, pure = (said.index(f"trying the source {name}") for name in ("official", "pypi"))
+    assert official < said.index("cannot be used: there is no C++ compiler") < pure
+    assert "does not import: ModuleNotFoundError: No module named 'no_such_module'" in said
+    assert "name a copy of the repository with --repository" in said
 
-    caplog.clear()
-    redone = tool.ensure_detectron2(str(python), "auto", "unused")
-    assert "an earlier installation was interrupted" in caplog.text
-    assert redone == complete
-    assert files_of(site) == after
+    environment.constants["LABGYM_SHA256"] = "0" * 64
+    said = environment.install("--source", "pypi")
+    assert re.search("has sha256 [0-9a-f]{64}, expected 0{64}", said)
+    assert environment.files() == before
 
 
-def test_foreign_detectron2_is_kept_or_refused_never_replaced(
-    tool, tmp_path, monkeypatch, environment
-):
-    python, site = environment
-    use_labgym(tool, monkeypatch, tmp_path / "index")
-    (site / "detectron2").mkdir()
-    (site / "detectron2" / "__init__.py").write_text('__version__ = "0.5"\nraise ValueError("x")\n')
-    with pytest.raises(tool.SetupError, match="found in .* does not import: ValueError: x"):
-        tool.ensure_detectron2(str(python), "auto", "unused")
+def test_a_foreign_detectron2_is_kept_or_refused_never_replaced(environment):
+    environment.offer_labgym()
+    broken = '__version__ = "0.5"\nraise ValueError("x")\n'
+    write(environment.site, {"detectron2/__init__.py": broken})
+    said = environment.install()
+    assert said.startswith("1 ")
+    assert re.search("0.5 found in .* does not import: ValueError: x\nRepair it, or remove", said)
 
-    for name, text in LABGYM.items():
-        if "/detectron2/" in name:
-            path = site / name.removeprefix("LabGym/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(tool.strip_prefix(text))
-    before = files_of(site)
-    kept = tool.ensure_detectron2(str(python), "auto", "unused")
-    assert kept.source == "other"
-    assert "detectron2 0.6 found in" in kept.describe()
-    assert files_of(site) == before
+    write(environment.site, DETECTRON2)
+    before = environment.files()
+    said = environment.install()
+    assert said.startswith("0 ") and "kept: detectron2 0.6 found in" in said
+    assert environment.files() == before
 
 
-def test_torch_comes_first(tool, monkeypatch, environment):
-    python, site = environment
-    (site / "torch.py").unlink()
-    with pytest.raises(tool.SetupError, match="No module named 'torch'.*pip install -r"):
-        tool.ensure_detectron2(str(python), "auto", "unused")
+def test_torch_comes_first(environment):
+    (environment.site / "torch.py").unlink()
+    assert re.search("No module named 'torch'.*pip install -r", environment.install())
 
 
-def test_protected_packages_are_pinned_to_what_is_there(tool, environment):
-    python, site = environment
-    info = site / "torch-9.9.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9+local\n")
-    assert tool.Environment.of(str(python)).protected == ("torch==9.9+local",)
+def test_protected_packages_are_pinned_to_what_is_there(tool, tmp_path, monkeypatch):
+    constraints = []
+
+    def pip(command, *words, **environment):
+        if command == "wheel":
+            (tmp_path / "detectron2-0.6.whl").touch()
+        if "--constraint" in words:
+            constraints.extend(Path(words[1]).read_text().splitlines())
+
+    monkeypatch.setitem(tool["install"].__globals__, "pip", pip)
+    monkeypatch.setitem(tool["install"].__globals__, "import_error", lambda code: None)
+    tool["install"](tmp_path, tmp_path)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    assert {f"{name}=={version}" for name, version in versions.items()} <= set(constraints)
 
 
-def test_official_source_says_what_is_missing(tool, tmp_path, monkeypatch, environment):
-    found = tool.Environment.of(str(environment[0]))
+def test_what_the_official_source_needs_is_looked_for_first(tool, tmp_path, monkeypatch):
+    fetch, failure = tool["fetch_official"], tool["Failure"]
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(tool.SourceError, match="no C\\+\\+ compiler: no no-such-compiler"):
-        tool.build_official(found, tmp_path, "unused")
-
-    (tmp_path / "Python.h").touch()
-    found = dataclasses.replace(found, include=tmp_path)
+    with pytest.raises(failure, match="no C\\+\\+ compiler: no no-such-compiler"):
+        fetch(tmp_path, "unused")
     monkeypatch.setenv("CXX", "git")  # any program that is there
-    with pytest.raises(tool.SourceError, match="nowhere cannot be reached: git failed"):
-        tool.build_official(found, tmp_path, str(tmp_path / "nowhere"))
-
+    monkeypatch.setattr(tool["sysconfig"], "get_path", lambda name: str(tmp_path))
+    with pytest.raises(failure, match="there is no Python.h"):
+        fetch(tmp_path, "unused")
+    (tmp_path / "Python.h").touch()
+    with pytest.raises(failure, match="nowhere cannot be reached: git failed"):
+        fetch(tmp_path, str(tmp_path / "nowhere"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(tool.SourceError, match="git is not installed"):
-        tool.build_official(found, tmp_path, "unused")
+    with pytest.raises(failure, match="git is not installed"):
+        fetch(tmp_path, "unused")
 
 
-def test_official_source_is_built_from_the_pinned_commit(tool, tmp_path, monkeypatch, environment):
+def test_the_official_source_is_built_from_the_pinned_commit(environment, tmp_path):
     """On a repository that has gone on since, and with a setup.py in place of Detectron2's."""
-    python, site = environment
     repository = tmp_path / "repository"
-    for name, text in LABGYM.items():
-        if "/detectron2/" in name:
-            path = repository / name.removeprefix("LabGym/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(tool.strip_prefix(text))
-    (repository / "setup.py").write_text(
+    setup = (
         "import os\nfrom setuptools import find_packages, setup\n"
         "import torch\n"
         'setup(name="detectron2", version="0.6" + os.environ["D2_VERSION_SUFFIX"],\n'
         '      packages=find_packages(), package_data={"": ["**/*.yaml"]})\n'
     )
+    write(repository, {**DETECTRON2, "setup.py": setup})
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
     git = ["git", "-C", str(repository), *identity]
     subprocess.run([*git, "init", "--quiet"], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "--quiet", "-m", "pinned"], check=True)
     commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    (repository / "detectron2" / "__init__.py").write_text('__version__ = "0.7"\n')
+    write(repository, {"detectron2/__init__.py": '__version__ = "0.7"\n'})
     subprocess.run([*git, "commit", "--quiet", "-a", "-m", "later"], check=True)
 
-    monkeypatch.setattr(tool, "COMMIT", commit)
-    monkeypatch.setattr(tool, "OFFICIAL_SUFFIX", f"+git{commit[:7]}")
-    (tmp_path / "Python.h").touch()
-    found = dataclasses.replace(tool.Environment.of(str(python)), include=tmp_path)
-    monkeypatch.setattr(
-        tool.Environment,
-        "of",
-        lambda python, of=tool.Environment.of: dataclasses.replace(
-            of(python), include=found.include
-        ),
-    )
-    monkeypatch.setenv("CXX", "git")  # nothing is compiled here
-    installed = tool.ensure_detectron2(str(python), "auto", os.path.relpath(repository))
-    assert installed.source == "official"
-    assert installed.describe() == (
-        f"detectron2 0.6 from official source {commit[:7]}, without compiled operations"
-    )
+    include = Path(sys.base_prefix, "include", f"python3.{sys.version_info.minor}", "Python.h")
+    if not include.is_file():
+        pytest.skip("needs Python.h")
+    environment.constants |= {"COMMIT": commit, "OFFICIAL_SUFFIX": f"+git{commit[:7]}"}
+    environment.variables["CXX"] = "git"  # nothing is compiled here
+    said = environment.install("--repository", os.path.relpath(repository, environment.folder))
+    assert f"installed: detectron2 0.6 from official source {commit[:7]}, without" in said
 
 
-def test_auto_says_why_and_goes_on(tool, tmp_path, monkeypatch, environment, caplog):
-    python, _ = environment
-    use_labgym(tool, monkeypatch, tmp_path / "index")
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    caplog.set_level("INFO")
-    assert tool.ensure_detectron2(str(python), "auto", "unused").source == "pypi"
-    official, pure = (caplog.text.index(f"trying the source {name}") for name in tool.SOURCES)
-    reason = caplog.text.index("the source official cannot be used: there is no C++ compiler")
-    assert official < reason < pure
-
-
-def test_no_source_left_is_an_error_with_a_remedy(tool, tmp_path, monkeypatch, environment, caplog):
-    python, site = environment
-    use_labgym(tool, monkeypatch, tmp_path / "index")
-    (tmp_path / "index" / "labgym-3.1.2-py3-none-any.whl").unlink()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert tool.main(["--python", str(python)]) == 1
-    assert "official: there is no C++ compiler" in caplog.text
-    assert "pypi: pip failed (1): ERROR: No matching distribution found for labgym" in caplog.text
-    assert "name a copy of the repository with --repository" in caplog.text
-    assert not (site / "detectron2").exists()
-
-
-def test_unreachable_repository_ends_with_its_children(tool, tmp_path, monkeypatch):
-    """A command that hangs is ended in time, and so is what it started."""
+def test_a_command_that_hangs_ends_with_its_children(tool, tmp_path):
     alive = tmp_path / "alive"
     script = tmp_path / "hang"
     script.write_text(f"#!/bin/sh\n(sleep 1; touch {alive}) &\nwait\n")
     script.chmod(0o755)
-    with pytest.raises(tool.SourceError, match="hang gave no answer within 0 s"):
-        tool.run([script], timeout=0.3)
+    with pytest.raises(tool["Failure"], match="hang gave no answer within 0 s"):
+        tool["run"](script, timeout=0.3)
     subprocess.run(["sleep", "1"], check=True)
     assert not alive.exists()
