@@ -9,12 +9,11 @@ comparison.json and figures.
     tools/compare_rules.py --config-file imagenet_resnet18_ss.yaml --rules bp ss fa --jobs 8
 
 Each run has a folder of its own. What is finished is not run again, and what was interrupted goes
-on, so the same command can be given as often as needed.
+on, so the same command can be given as often as needed. Ctrl-C lets all runs save first.
 
-A rule's config is the sibling of the config file that is named after it (..._ss.yaml and
-..._fa.yaml). A rule that has none changes MODEL.FEEDBACK.RULE in the sibling of its nearest
-relative: frsf and brsf in that of ss, fasi and kp in that of fa; and if there is none, in the
-config file itself.
+A rule's config is the one beside the config file that is named after it (..._ss.yaml and
+..._fa.yaml). A rule that has none changes MODEL.FEEDBACK.RULE in that of its nearest relative: frsf
+and brsf in that of ss, fasi and kp in that of fa; and if there is none, in the config file itself.
 """
 
 import argparse
@@ -30,46 +29,38 @@ from ss_detectron.experiments import compare, plan_runs
 from ss_detectron.experiments.plan import describe_plan
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; ``rules`` becomes name -> seeds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="path or name")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="CONFIG", help="path or name")
+    add(
         "--rules",
         nargs="+",
         default=["bp", "ss", "fa"],
         metavar="RULE",
         help="bp, ss, frsf, brsf, fa, fasi, kp; with :SEEDS for other seeds (default: bp ss fa)",
     )
-    parser.add_argument(
+    add(
         "--seeds",
         default="1",
         help="how many: 3 is seeds 1, 2 and 3; or which: 4,5 or 7, (default: 1)",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="default: output/compare_<name of the config>"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        help="runs at a time (default: as many as the GPUs suffice for; without GPUs, one)",
-    )
-    parser.add_argument(
-        "--num-gpus-per-run", type=int, default=1, metavar="N", help="processes, without GPUs"
-    )
-    parser.add_argument(
+    add("--output", type=Path, metavar="DIR", help="default: output/compare_<name of the config>")
+    add("--jobs", type=int, help="runs at a time (default: as the GPUs suffice; without, one)")
+    add("--num-gpus-per-run", type=int, default=1, metavar="N", help="processes, without GPUs")
+    add(
         "--alignment-period",
         type=int,
         metavar="N",
         help="iterations between measurements of alignment, 0 for none (default: 10 to 20 in all)",
     )
-    parser.add_argument(
-        "--metric", metavar="KEY", help="of metrics.json (default: box AP or top-1 error)"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... for all runs")
-    args = parser.parse_args()
+    add("--metric", metavar="KEY", help="of metrics.json (default: box AP or top-1 error)")
+    add("--dry-run", action="store_true", help="only say what would be done")
+    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... for all runs")
+    args = parser.parse_args(words)
     # The last rule can be followed by the first KEY.
     keys = next((i for i, word in enumerate(args.rules) if "." in word), len(args.rules))
     args.rules, args.opts = args.rules[:keys], args.rules[keys:] + args.opts
@@ -92,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """ "3" is 1, 2, 3; "4,5" and "7," are what they say."""
+    """Reads "3" as 1, 2, 3; "4,5" and "7," as what they say."""
     numbers = [int(word) for word in text.split(",") if word]
     if min(numbers, default=0) < 1:
         raise ValueError(text)
@@ -101,10 +92,9 @@ def parse_seeds(text: str) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     """Plans, runs, reports; the exit code."""
+    planned = args.config_file, args.rules, args.output, args.opts, args.alignment_period
     try:
-        runs = plan_runs(
-            args.config_file, args.rules, args.output, args.opts, args.alignment_period
-        )
+        runs = plan_runs(*planned)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

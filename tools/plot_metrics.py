@@ -19,46 +19,33 @@ from ss_detectron.experiments.plots import DEFAULT_FORMATS, FORMATS, draw_figure
 from ss_detectron.experiments.runs import read_runs, warn_of_differences
 
 
-def parse_arguments() -> argparse.Namespace:
+def main(words: list[str] | None = None) -> None:
+    """Reads, warns, draws."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders")
-    parser.add_argument(
-        "--output", type=Path, default=Path("figures"), metavar="DIR", help="default: figures"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", metavar="RUN", help="output folders")
+    add("--output", type=Path, default="figures", metavar="DIR", help="default: figures")
+    add(
         "--metric",
         nargs="+",
         default=(),
         metavar="KEY",
         help="of metrics.json, such as bbox/AP50 (default: AP, or top-1 and top-5 error)",
     )
-    parser.add_argument(
-        "--format", nargs="+", default=DEFAULT_FORMATS, choices=FORMATS, help="default: png pdf"
-    )
-    parser.add_argument(
-        "--images-per-epoch",
-        type=int,
-        metavar="N",
-        help="the number of training images, where a run's folder does not say it",
-    )
-    return parser.parse_args()
-
-
-def main(args: argparse.Namespace) -> int:
-    """Reads, warns, draws; the exit code."""
+    add("--format", nargs="+", default=DEFAULT_FORMATS, choices=FORMATS, help="default: png pdf")
+    add("--images-per-epoch", type=int, metavar="N", help="for runs that log no epoch")
+    args = parser.parse_args(words)
     runs = read_runs(args.runs, args.images_per_epoch)
     warn_of_differences(runs)
     files = draw_figures(runs, args.output, metrics=args.metric, formats=args.format)
     if not files:
-        print("Nothing could be drawn.", file=sys.stderr)
-        return 1
+        sys.exit("Nothing could be drawn.")
     print("Written:", *files, sep="\n  ")
-    return 0
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("ss_detectron").setLevel(logging.INFO)
-    sys.exit(main(parse_arguments()))
+    main()

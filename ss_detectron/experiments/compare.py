@@ -4,21 +4,22 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
+from ss_detectron.layers.feedback import Backpropagation
+
 from .launch import read_launches, run_all
-from .metrics import label_of, main_metric
 from .plan import PlannedRun
 from .plots import draw_figures
-from .runs import read_runs, warn_of_differences
-from .styles import style_of
-from .summary import RuleSummary, summarise, table
+from .runs import ERRORS, SCORES, Run, group_runs, matching, read_runs, warn_of_differences
+from .styles import label_of, style_of
 
-__all__ = ["compare", "write_report"]
+__all__ = ["Summary", "compare", "summarise", "table", "write_report"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,34 +39,31 @@ def compare(
     config, this is said and nothing is run.
 
     Args:
-        runs: of :func:`~ss_detectron.experiments.plan.plan_runs`.
         train_net, jobs, gpus_per_run: see :func:`~ss_detectron.experiments.launch.run_all`.
         output, metric, command: see :func:`write_report`.
 
     Returns:
         the report's table, and whether all runs are finished.
     """
-    foreign = [run for run in runs if _has_another_config(run)]
-    own = [run for run in runs if run not in foreign]
+    own = [run for run in runs if not _has_another_config(run)]
     to_do = [run for run in own if not run.is_finished()]
     logger.info("%d of %d runs are finished already", len(own) - len(to_do), len(runs))
-    if foreign:
+    if len(own) < len(runs):
         logger.error("Because of the other config, no run is started")
     elif to_do:
         to_do = run_all(to_do, train_net, jobs=jobs, gpus_per_run=gpus_per_run)
-    return write_report(own, output, metric=metric, command=command), not (foreign or to_do)
+    complete = len(own) == len(runs) and not to_do
+    return write_report(own, output, metric=metric, command=command), complete
 
 
 def _has_another_config(run: PlannedRun) -> bool:
     conflicts = run.conflicts()
     if conflicts:
-        few = [f"{key} {there!r}, not {here!r}" for key, (there, here) in conflicts.items()]
         logger.error(
-            "%s was started with another config: %s%s. Give the options that it was started with, "
+            "%s was started with another config: %s. Give the options that it was started with, "
             "choose another output folder, or remove it",
             run.folder,
-            "; ".join(few[:5]),
-            f"; and {len(few) - 5} more" * (len(few) > 5),
+            "; ".join(f"{key} {there!r}, not {here!r}" for key, (there, here) in conflicts.items()),
         )
     return bool(conflicts)
 
@@ -78,7 +76,6 @@ def write_report(
     about those that are finished.
 
     Args:
-        runs: of :func:`~ss_detectron.experiments.plan.plan_runs`.
         output: the folder to write into.
         metric: what to compare by, a key of metrics.json; by default top-1 error or AP of the
             first test set.
@@ -89,97 +86,165 @@ def write_report(
     """
     started = {run.folder: run for run in runs if (run.folder / "metrics.json").is_file()}
     found = [
-        replace(run, rule=started[run.folder].rule, config=started[run.folder].config)
+        replace(run, label=started[run.folder].label, config=started[run.folder].config)
         for run in read_runs(started)
     ]
     warn_of_differences(found)
-    pictures = [file.name for file in draw_figures(found, output) if file.suffix == ".png"]
+    pictures = [file for file in draw_figures(found, output) if file.suffix == ".png"]
 
-    finished = [run for run in runs if run.is_finished()]
-    folders = {run.folder for run in finished}
-    results = [run for run in found if run.folder in folders]
+    finished = {run.folder: run for run in runs if run.is_finished()}
+    results = [run for run in found if run.folder in finished]
     if metric is None and finished:
-        keys = sorted({key for run in results for key in run.metrics})
-        metric = main_metric(keys, finished[0].config["DATASETS.TEST"][0])
+        metric = _main_metric(results, runs[0].config["DATASETS.TEST"][0])
     rows = summarise(results, metric) if metric else []
     if not rows:
         logger.error("No run is finished%s: there is no table", f" with {metric}" * bool(metric))
         return ""
 
-    launches = [launch for run in finished for launch in read_launches(run.folder)]
-    text = table(rows, metric)
-    about = {
+    launches = {folder: read_launches(folder) for folder in finished}
+
+    def launched(key: str) -> list[Any]:
+        values = [launch.get(key) for several in launches.values() for launch in several]
+        return list(dict.fromkeys(value for value in values if value is not None))
+
+    starts = {run.label: run for run in finished.values()}
+    content = {
         "metric": metric,
         "command": command,
-        "iterations": sorted({run.config["SOLVER.MAX_ITER"] for run in finished}),
-        "hardware": _distinct(launches, "hardware"),
-        "runs at a time": _distinct(launches, "jobs"),
-        "threads per run": _distinct(launches, "OMP_NUM_THREADS"),
-        "not finished": [run.name for run in runs if run not in finished],
-    }
-    content = about | {
-        "rules": [_describe(row, finished) for row in rows],
+        "iterations": sorted({run.config["SOLVER.MAX_ITER"] for run in finished.values()}),
+        "hardware": launched("hardware"),
+        "runs at a time": launched("jobs"),
+        "threads per run": launched("OMP_NUM_THREADS"),
+        "not finished": [run.name for run in runs if run.folder not in finished],
+        "rules": [
+            asdict(row)
+            | {"config": starts[row.label].config_file}
+            | {"overrides": " ".join(starts[row.label].overrides)}
+            for row in rows
+        ],
         "runs": [
-            {"name": run.name, "rule": run.rule, "seed": run.seed, "folder": str(run.folder)}
-            | {"launches": read_launches(run.folder)}
-            for run in finished
+            {"name": run.name, "label": run.label, "seed": run.seed, "folder": str(folder)}
+            | {"launches": launches[folder]}
+            for folder, run in finished.items()
         ],
     }
-    (output / "comparison.json").write_text(json.dumps(_without_nan(content), indent=1) + "\n")
-    (output / "comparison.md").write_text(_markdown(text, rows, about, finished, pictures))
+    # JSON has no nan.
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    (output / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
+    text = table(rows, metric)
+    configs = [
+        (style_of(row.label).label, starts[row.label].start, ", ".join(map(str, row.seeds)))
+        for row in rows
+    ]
+    facts = ("iterations", "hardware", "runs at a time", "threads per run", "not finished")
+    parts = [
+        f"# Feedback rules compared by {label_of(metric)}",
+        text,
+        f"{metric} at the end of training, mean ± sample standard deviation over the seeds. "
+        "Time per step: the median.",
+        tabulate(configs, headers=("rule", "config", "seeds"), tablefmt="pipe"),
+        "\n".join(
+            f"* {fact.capitalize()}: {', '.join(map(str, content[fact]))}"
+            for fact in facts
+            if content[fact]
+        ),
+        f"```sh\n{command}\n```" if command else "",
+        "\n".join(f"![{file.stem}]({file.name})" for file in pictures),
+    ]
+    (output / "comparison.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     return text
 
 
-def _markdown(
-    text: str,
-    rows: Sequence[RuleSummary],
-    about: dict[str, Any],
-    runs: Sequence[PlannedRun],
-    pictures: Sequence[str],
-) -> str:
-    configs = [
-        (style_of(row.rule).label, f"{start.config_file} {' '.join(start.overrides)}".strip())
-        + (", ".join(map(str, row.seeds)),)
-        for row in rows
-        for start in [_start(row, runs)]
-    ]
-    facts = {
-        "Iterations": about["iterations"],
-        "Hardware": about["hardware"],
-        "Runs at a time": about["runs at a time"],
-        "Threads per run": about["threads per run"],
-        "Not finished, and not in the table": about["not finished"],
+def _main_metric(runs: Sequence[Run], dataset: str) -> str | None:
+    """What a comparison goes by: top-1 error or AP, of ``dataset`` where it has its own."""
+    keys = sorted({key for run in runs for key in run.metrics})
+    found = matching(keys, [ERRORS[0], *SCORES])
+    return next((key for key in found if key.startswith(f"{dataset}/")), next(iter(found), None))
+
+
+@dataclass
+class Summary:
+    """One row of the table. What cannot be said is None."""
+
+    label: str
+    seeds: list[int]
+    values: list[float]
+    """The metric at the end of each run."""
+    mean: float
+    standard_deviation: float | None
+    """Of the sample (n - 1); None for one seed."""
+    seconds_per_step: float | None
+    """The median over the rows of all runs."""
+    gradient_angle: float | None
+    """To backpropagation's gradient, in degrees, where last measured; mean over the runs."""
+    ratio_to_bp: float | None = None
+    """Of the means."""
+    difference_to_bp: float | None = None
+    """Of the means, in the metric's unit."""
+    time_ratio_to_bp: float | None = None
+
+
+def summarise(runs: Sequence[Run], metric: str) -> list[Summary]:
+    """
+    Compares rules by a metric at the end of finished runs, which differ in rule and seed. Those
+    without the metric are reported and left out.
+    """
+    by_label: dict[str, list[Run]] = {}
+    for run in (run for group in group_runs(runs) for run in group.runs):
+        if metric not in run.metrics:
+            logger.warning("%s has no %s and is not in the table", run.folder, metric)
+            continue
+        if math.isnan(run.last(metric)):
+            # Detectron2's AP where nothing was detected.
+            logger.warning("%s ended with %s nan, and the mean is nan", run.folder, metric)
+        by_label.setdefault(run.label or run.folder.name, []).append(run)
+
+    rows = []
+    for label, members in by_label.items():
+        values = [run.last(metric) for run in members]
+        times = np.concatenate([run.series("time")[1] for run in members])
+        angles = [run.last("alignment/gradient_angle") for run in members]
+        angles = [angle for angle in angles if not math.isnan(angle)]
+        rows.append(
+            Summary(
+                label=label,
+                seeds=[run.config.get("SEED", -1) for run in members],
+                values=values,
+                mean=float(np.mean(values)),
+                standard_deviation=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                seconds_per_step=float(np.median(times)) if len(times) else None,
+                gradient_angle=float(np.mean(angles)) if angles else None,
+            )
+        )
+    for control in [row for row in rows if row.label == Backpropagation.name]:
+        for row in rows:
+            row.ratio_to_bp = row.mean / control.mean if control.mean else None
+            row.difference_to_bp = row.mean - control.mean
+            if row.seconds_per_step and control.seconds_per_step:
+                row.time_ratio_to_bp = row.seconds_per_step / control.seconds_per_step
+    return rows
+
+
+def table(rows: Sequence[Summary], metric: str) -> str:
+    """Writes the rows of :func:`summarise` in Markdown, without the columns that are empty."""
+
+    def column(name: str, form: str) -> list[str]:
+        values = [getattr(row, name) for row in rows]
+        return ["" if value is None else form.format(value) for value in values]
+
+    means, deviations = column("mean", "{:.1f}"), column("standard_deviation", " ± {:.1f}")
+    columns = {
+        "rule": [style_of(row.label).label for row in rows],
+        "seeds": [str(len(row.seeds)) for row in rows],
+        label_of(metric): [mean + dev for mean, dev in zip(means, deviations, strict=True)],
+        "ratio to BP": column("ratio_to_bp", "{:.2f}"),
+        "difference to BP, points": column("difference_to_bp", "{:+.1f}"),
+        "time per step, s": column("seconds_per_step", "{:.3g}"),
+        "time ratio to BP": column("time_ratio_to_bp", "{:.2f}"),
+        "gradient angle at the end, °": column("gradient_angle", "{:.1f}"),
     }
-    parts = [
-        f"# Feedback rules compared by {label_of(about['metric'])}",
-        text,
-        f"{about['metric']} at the end of training, mean ± sample standard deviation over the "
-        "seeds. Time per step: the median.",
-        tabulate(configs, headers=("rule", "config", "seeds"), tablefmt="pipe"),
-        "\n".join(f"* {k}: {', '.join(map(str, v))}" for k, v in facts.items() if v),
-        f"```sh\n{about['command']}\n```" if about["command"] else "",
-        "\n".join(f"![{Path(name).stem}]({name})" for name in pictures),
-    ]
-    return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _describe(row: RuleSummary, runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    start = _start(row, runs)
-    return asdict(row) | {"config": start.config_file, "overrides": " ".join(start.overrides)}
-
-
-def _start(row: RuleSummary, runs: Sequence[PlannedRun]) -> PlannedRun:
-    return next(run for run in runs if run.rule == row.rule)
-
-
-def _distinct(launches: Sequence[dict[str, Any]], key: str) -> list[Any]:
-    return list(dict.fromkeys(launch[key] for launch in launches if key in launch))
-
-
-def _without_nan(content: Any) -> Any:
-    """JSON has no nan."""
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
+    if not metric.endswith("error"):
+        del columns["difference to BP, points"]
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    align = ["left", *["right"] * (len(filled) - 1)]
+    return tabulate(filled, headers="keys", tablefmt="pipe", disable_numparse=True, colalign=align)

@@ -1,6 +1,5 @@
 """The runs of a comparison in processes of their own, spread over the machine."""
 
-import asyncio
 import json
 import logging
 import os
@@ -10,8 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # In a run's folder: what the runs printed, and how they were started, one JSON object a line.
 LOG, LAUNCHES = "train.log", "launches.json"
+# Seconds for runs that are asked to stop: the rest of a step and a checkpoint.
+GRACE = 300.0
 
 
 def run_all(
@@ -36,6 +37,9 @@ def run_all(
     Runs the training tool for each, in the order given, or resumes it. What a run prints goes to
     ``train.log`` in its folder.
 
+    Whatever ends this function, be it Ctrl-C, asks all runs at once to save and stop, and kills
+    what is left of them after 5 minutes, or on another Ctrl-C.
+
     Args:
         runs: that are not finished.
         train_net: the path of tools/train_net.py.
@@ -43,86 +47,89 @@ def run_all(
         gpus_per_run: GPUs of each, or processes where there are no GPUs.
 
     Returns:
-        those that failed, which are reported with the end of their log. Whatever ends this
-        function, be it Ctrl-C, ends all that it started.
+        those that failed, which are reported with the end of their log.
 
     Raises:
         ValueError: more GPUs per run than there are.
     """
-    return asyncio.run(_run_all(runs, train_net, jobs, gpus_per_run))
-
-
-async def _run_all(
-    runs: Sequence[PlannedRun], train_net: Path, jobs: int, gpus_per_run: int
-) -> list[PlannedRun]:
-    # One thread waits for each process.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(jobs))
-    free: asyncio.Queue[dict[str, str]] = asyncio.Queue()
-    for environment in environments(jobs, gpus_per_run):
-        free.put_nowait(environment)
+    free = environments(jobs, gpus_per_run)
+    waiting = list(enumerate(runs, 1))
+    running: dict[subprocess.Popen, tuple[PlannedRun, str, dict[str, str]]] = {}
     failed = []
-
-    async def run_one(number: int, run: PlannedRun) -> None:
-        environment = await free.get()
-        try:
-            place, resume = f"{number} of {len(runs)}", run.has_checkpoint()
-            logger.info("%s %s (%s)", run.name, "goes on" if resume else "starts", place)
-            words = ["--config-file", run.config_file, "--num-gpus", str(gpus_per_run)]
-            words += ["--resume"] * resume
-            command = [sys.executable, str(train_net), *words, *run.options]
-            code = await _execute(command, run.folder, environment, jobs)
-        finally:
-            free.put_nowait(environment)
-        if code == 0 and run.is_finished():
-            logger.info("%s is finished (%s)", run.name, place)
-            return
-        failed.append(run)
-        how = f"failed with exit code {code}" if code else "ended without a last evaluation"
-        log = run.folder / LOG
-        logger.error("%s %s; the end of %s:\n%s", run.name, how, log, _tail(log))
-
-    await asyncio.gather(*(run_one(number, run) for number, run in enumerate(runs, 1)))
+    try:
+        while waiting or running:
+            while waiting and free:
+                (number, run), environment = waiting.pop(0), free.pop(0)
+                place = f"{number} of {len(runs)}"
+                how = "goes on" if run.has_checkpoint() else "starts"
+                logger.info("%s %s (%s)", run.name, how, place)
+                process = _start(run, train_net, gpus_per_run, environment, jobs)
+                running[process] = run, place, environment
+            time.sleep(0.05)
+            for process in [process for process in running if process.poll() is not None]:
+                run, place, environment = running.pop(process)
+                free.append(environment)
+                if process.returncode == 0 and run.is_finished():
+                    logger.info("%s is finished (%s)", run.name, place)
+                else:
+                    failed.append(run)
+                    _report(run, process.returncode)
+    finally:
+        _end(running)
     return failed
 
 
-async def _execute(
-    command: Sequence[str], folder: Path, environment: dict[str, str], jobs: int
-) -> int:
-    """The exit code. The process, and all that it starts, ends with this coroutine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LAUNCHES).open("a") as file:
-        launch = {"command": shlex.join(command[1:]), "hardware": hardware(), "jobs": jobs}
+def _start(
+    run: PlannedRun, train_net: Path, gpus: int, environment: dict[str, str], jobs: int
+) -> subprocess.Popen:
+    words = ["--config-file", run.config_file, "--num-gpus", str(gpus)]
+    words += ["--resume"] * run.has_checkpoint()
+    command = [sys.executable, str(train_net), *words, *run.options]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    launch = {"command": shlex.join(command[1:]), "hardware": hardware(), "jobs": jobs}
+    with (run.folder / LAUNCHES).open("a") as file:
         file.write(json.dumps(launch | environment) + "\n")
-    with (folder / LOG).open("ab") as log:
-        process = subprocess.Popen(
+    with (run.folder / LOG).open("ab") as log:
+        return subprocess.Popen(
             command,
             env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C reaches it through this process alone
         )
+
+
+def _report(run: PlannedRun, code: int) -> None:
+    log = run.folder / LOG
+    how = f"failed with exit code {code}" if code else "ended without a last evaluation"
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    logger.error("%s %s; the end of %s:\n%s", run.name, how, log, end)
+
+
+def _end(processes: Iterable[subprocess.Popen]) -> None:
+    """Ends processes, and whatever they have started."""
+    processes = list(processes)
+    deadline = time.monotonic() + GRACE
     try:
-        return await asyncio.to_thread(process.wait)
+        for process in processes:
+            process.terminate()
+        if processes:
+            logger.info("Waiting for %d runs to save and stop; Ctrl-C kills them", len(processes))
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, deadline - time.monotonic()))
     finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a process, unless it has ended by itself, and whatever it has started."""
-    if process.returncode is not None:
-        return
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
-        os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def environments(jobs: int, gpus_per_run: int) -> list[dict[str, str]]:
     """
-    The environment variables of each of the runs at a time. GPUs are dealt out in turns; where
-    there are none, the runs share the cores, unless OMP_NUM_THREADS says how many each takes.
+    Makes the environment variables of each of the runs at a time. GPUs are dealt out in turns;
+    where there are none, the runs share the cores, unless OMP_NUM_THREADS says how many each takes.
 
     Raises:
         ValueError: more GPUs per run than there are.
@@ -144,11 +151,10 @@ def environments(jobs: int, gpus_per_run: int) -> list[dict[str, str]]:
 
 
 def hardware() -> str:
-    """This machine and its software, as a result should name them."""
+    """Names this machine and its software, as a result should."""
     cpu = platform.processor() or platform.machine()
     with suppress(OSError):
-        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        cpu = names[0] if names else cpu
+        cpu = re.search(r"model name\s*: (.+)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     kinds = ", ".join(f"{gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(gpus)) or "no GPU"
     return (
@@ -158,19 +164,10 @@ def hardware() -> str:
 
 
 def read_launches(folder: Path) -> list[dict[str, Any]]:
-    """How a run was started, each time: command, hardware, jobs and environment variables."""
+    """Reads how a run was started, each time: command, hardware, jobs, environment variables."""
     path = folder / LAUNCHES
-    launches = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
-            launches.append(json.loads(line))
-    return launches
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _tail(path: Path, lines: int = 15) -> str:
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    return "\n".join(text.splitlines()[-lines:])

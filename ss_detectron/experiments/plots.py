@@ -3,32 +3,31 @@
 import logging
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
-from .metrics import ERRORS, SCORES, label_of, losses_of, matching
-from .runs import Run, RunGroup, group_runs
-from .styles import COLOURS, DASHES, MARKERS, RC, style_of
+from .runs import ERRORS, SCORES, Run, RunGroup, group_runs, matching
+from .styles import DASHES, MARKERS, RC, label_of, style_of
 
 __all__ = [
+    "DEFAULT_FORMATS",
     "FORMATS",
     "depth_order",
     "draw_figures",
+    "losses_of",
     "mean_curve",
     "plot_curves",
     "plot_layers",
-    "plot_training",
-    "save_figure",
 ]
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ FORMATS = ("png", "pdf", "svg")
 DEFAULT_FORMATS = ("png", "pdf")
 
 _WIDTH = 7.0  # inches
-_GREY = "#888888"
+_REFERENCE = {"color": "#888888", "linestyle": (0, (2, 2)), "linewidth": 0.8, "zorder": 0}
 
 # What is measured in each layer, its axis' label, and the value of interest.
 _BY_LAYER = {
@@ -48,50 +47,31 @@ _BY_LAYER = {
 }
 
 
-class Curve(NamedTuple):
-    """A metric of a group of runs over time."""
-
-    x: np.ndarray
-    mean: np.ndarray
-    deviation: np.ndarray
-    """The sample standard deviation; nan where there is one run only."""
-
-
-def mean_curve(group: RunGroup, key: str, epochs: bool = False) -> Curve:
+def mean_curve(
+    group: RunGroup, key: str, epochs: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
-    The mean over the runs of a group.
-
-    Args:
-        group: of :func:`~ss_detectron.experiments.runs.group_runs`.
-        key: of the metric.
-        epochs: x is in epochs, not in iterations.
+    Averages a metric over the runs of a group. A run that ended early is not in the means after its
+    end.
 
     Returns:
-        arrays (N,) over all iterations that one of the runs logged. A run that ended early is not
-        in the means after its end.
+        the iterations, or epochs, that any of the runs logged; the means; the sample standard
+        deviations, nan where there is one run only; each (N,).
     """
-    values: dict[float, list[float]] = {}
+    values: dict[float, list[float]] = defaultdict(list)
     for run in group.runs:
         scale = run.epochs_per_iteration if epochs else 1.0
         for iteration, value in zip(*run.series(key), strict=True):
-            values.setdefault(iteration * scale, []).append(value)
+            values[iteration * scale].append(value)
     x = sorted(values)
-    return Curve(
-        np.array(x),
-        np.array([np.mean(values[i]) for i in x]),
-        np.array([np.std(values[i], ddof=1) if len(values[i]) > 1 else np.nan for i in x]),
-    )
+    deviations = [np.std(values[i], ddof=1) if len(values[i]) > 1 else np.nan for i in x]
+    return np.array(x), np.array([np.mean(values[i]) for i in x]), np.array(deviations)
 
 
 def plot_curves(groups: Sequence[RunGroup], keys: Sequence[str], *, epochs: bool = False) -> Figure:
     """
-    One panel per metric, one line per group: the mean of its runs, in a band of one standard
-    deviation where there are several.
-
-    Args:
-        groups: of :func:`~ss_detectron.experiments.runs.group_runs`.
-        keys: of the metrics.
-        epochs: against epochs, which all runs must know, not iterations.
+    Draws one panel per metric, one line per group: the mean of its runs, in a band of one standard
+    deviation where there are several; against iterations, or epochs, which all runs must know.
     """
     with matplotlib.rc_context(RC):
         columns = 2 if len(keys) == 1 else 4  # of the legend
@@ -100,7 +80,9 @@ def plot_curves(groups: Sequence[RunGroup], keys: Sequence[str], *, epochs: bool
         for panel, key in zip(panels, keys, strict=True):
             _draw_curves(panel, groups, key, epochs)
             panel.set(xlabel="epoch" if epochs else "iteration", ylabel=label_of(key))
-        _letter(panels)
+        if len(panels) > 1:
+            for letter, panel in zip("abcdefghijklmnopqrstuvwxyz", panels, strict=False):
+                panel.set_title(letter, loc="left", fontweight="bold", fontsize=9)
         figure.align_ylabels(panels)
         handles = {}
         for panel in panels:
@@ -112,11 +94,8 @@ def plot_curves(groups: Sequence[RunGroup], keys: Sequence[str], *, epochs: bool
 
 def plot_layers(groups: Sequence[RunGroup], quantity: str) -> Figure:
     """
-    One panel per group, one line per layer, coloured by its depth: the mean of the group's runs.
-
-    Args:
-        groups: of :func:`~ss_detectron.experiments.runs.group_runs`.
-        quantity: weight_angle, gradient_angle, norm_ratio or sign_agreement.
+    Draws weight_angle, gradient_angle, norm_ratio or sign_agreement: one panel per group, one line
+    per layer, coloured by its depth, the mean of the group's runs.
     """
     prefix = f"alignment/{quantity}/"
     layers = depth_order(key.removeprefix(prefix) for key in _keys(groups) if prefix in key)
@@ -124,16 +103,14 @@ def plot_layers(groups: Sequence[RunGroup], quantity: str) -> Figure:
     with matplotlib.rc_context(RC):
         figure, panels = _panels(len(groups), sharey=True)
         colours = matplotlib.colormaps["viridis"].resampled(max(len(layers), 2))
-        names = [group.name for group in groups]
         for panel, group in zip(panels, groups, strict=True):
-            panel.axhline(reference, color=_GREY, linestyle=(0, (2, 2)), linewidth=0.8)
+            panel.axhline(reference, **_REFERENCE)
             for depth, layer in enumerate(layers):
-                curve = mean_curve(group, prefix + layer)
-                if len(curve.x):
-                    marker = "." if len(curve.x) == 1 else ""
-                    look = {"color": colours(depth), "linewidth": 0.8, "marker": marker}
-                    panel.plot(curve.x, curve.mean, label=layer, **look)
-            panel.set(title=_title(group, names), xlabel="iteration")
+                x, mean, _ = mean_curve(group, prefix + layer)
+                look = {"color": colours(depth), "linewidth": 0.8}
+                if len(x):
+                    panel.plot(x, mean, label=layer, marker="." if len(x) == 1 else "", **look)
+            panel.set(title=_title(group, groups), xlabel="iteration")
             _from_zero(panel)
             if panel.get_subplotspec().is_first_col():
                 panel.set_ylabel(label)
@@ -152,23 +129,20 @@ def plot_layers(groups: Sequence[RunGroup], quantity: str) -> Figure:
 
 def depth_order(layers: Iterable[str]) -> list[str]:
     """
-    Layers from a network's input to its output, as far as Detectron2's names say it: a metrics.json
-    has them in alphabetical order.
+    Sorts layers from a network's input to its output, as far as Detectron2's names say it: a
+    metrics.json has them in alphabetical order.
     """
-    first = {"backbone": 0, "bottom_up": 0, "stem": 0}
-    last = {"cls_score": 2, "bbox_pred": 2, "linear": 2, "predictor": 2}
+    # Before and after the other parts on their level.
+    places = dict.fromkeys(("backbone", "bottom_up", "stem"), 0)
+    places |= dict.fromkeys(("cls_score", "bbox_pred", "linear", "predictor"), 2)
 
     def key(layer: str) -> list[tuple]:
+        parts = layer.split(".")
         return [
-            ((first | last).get(part, 1), [_natural(p) for p in re.findall(r"\d+|\D+", part)])
-            for part in layer.split(".")
+            (places.get(p, 1), re.sub(r"\d+", lambda number: number[0].zfill(9), p)) for p in parts
         ]
 
     return sorted(set(layers), key=key)
-
-
-def _natural(piece: str) -> tuple[int, int, str]:
-    return (0, int(piece), "") if piece.isdigit() else (1, 0, piece)
 
 
 def draw_figures(
@@ -192,67 +166,58 @@ def draw_figures(
     Classification is drawn against epochs where all runs know them, all else against iterations.
 
     Args:
-        runs: of :func:`~ss_detectron.experiments.runs.read_runs`.
         folder: to write into; it is made.
         metrics: keys of metrics.json.
-        formats: file types.
 
     Returns:
         the files.
     """
-    if not runs:
-        return []
     groups = group_runs(runs)
-    files: list[Path] = []
-
-    def draw(name: str, figure: Figure) -> None:
-        files.extend(save_figure(figure, Path(folder) / name, formats))
-
-    def curves(name: str, keys: Sequence[str]) -> None:
-        with_it = _having(groups, keys)
-        draw(name, plot_curves(with_it, keys, epochs=_by_epochs(name, with_it)))
-
     _warn_of_short_runs(groups)
     keys = _keys(groups)
     losses = losses_of(keys)
-    if losses:
-        curves("losses", losses)
-    else:
-        logger.warning("No run has a loss: no loss curves")
+    errors, scores = matching(keys, ERRORS), matching(keys, SCORES)
+    wanted = {"losses": losses, "error": errors, "detection": scores}
     if metrics:
         for key in metrics:
-            if key in keys:
-                curves(re.sub(r"\W+", "_", key), [key])
-            else:
-                _say_missing(key, groups)
-    else:
-        errors, scores = matching(keys, ERRORS), matching(keys, SCORES)
-        if errors:
-            curves("error", errors)
-        if scores:
-            detection = _having(groups, scores)
-            parts = [key for key in losses if key in _keys(detection)]
-            draw("detection", plot_curves(detection, [*scores, *parts]))
-        if not errors + scores:
-            logger.warning("No run was evaluated: no curves of AP or error")
-    if "alignment/gradient_angle" in keys:
-        curves("gradient_angle", ["alignment/gradient_angle"])
+            if key not in keys:
+                known = [k for k in keys if not k.startswith("alignment/")]
+                logger.error("No run has the metric %s; they have %s", key, ", ".join(known))
+        named = {re.sub(r"\W+", "_", key): [key] for key in metrics if key in keys}
+        wanted = {"losses": losses} | named
+    wanted["gradient_angle"] = matching(keys, ["alignment/gradient_angle"])
+    figures: dict[str, Figure] = {}
+    for name, needed in wanted.items():
+        having = _having(groups, needed)
+        if having and name == "detection":
+            parts = [key for key in losses if key in _keys(having)]
+            figures[name] = plot_curves(having, [*needed, *parts])
+        elif having:
+            figures[name] = plot_curves(having, needed, epochs=_by_epochs(name, having))
+    if keys and not metrics and not errors + scores:
+        logger.warning("No run was evaluated: no curves of AP or error")
     for quantity in _BY_LAYER:
-        with_it = [
-            group
-            for group in groups
-            if any(key.startswith(f"alignment/{quantity}/") for key in _keys([group]))
-        ]
-        if with_it:
+        prefix = f"alignment/{quantity}/"
+        having = [group for group in groups if any(prefix in key for key in _keys([group]))]
+        if having:
             name = f"layer_{quantity}" if quantity == "gradient_angle" else quantity
-            draw(name, plot_layers(with_it, quantity))
-    if not any(key.startswith("alignment/") for key in keys):
-        logger.info("No run measured its alignment (TEST.ALIGNMENT_PERIOD): no curves of it")
+            figures[name] = plot_layers(having, quantity)
+    files = []
+    for name, figure in figures.items():
+        files += _save(figure, Path(folder) / name, formats)
     return files
 
 
-def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
-    """Writes ``<path>.<format>`` for each format, whose folder is made; returns the files."""
+def losses_of(keys: Sequence[str]) -> list[str]:
+    """Selects the total loss, its parts where there are several, and the training error."""
+    parts = [key for key in keys if key.startswith("loss")]
+    total = [key for key in keys if key == "total_loss"]
+    if total and len(parts) == 1:  # which is the total
+        parts = []
+    return [*total, *parts, *(key for key in keys if key == "train_top1_error")]
+
+
+def _save(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_name(f"{path.name}.{kind}") for kind in formats]
     with matplotlib.rc_context(RC):
@@ -262,55 +227,15 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = DEFAULT_FOR
     return files
 
 
-def plot_training(metrics: Sequence[dict[str, float]], title: str = "") -> Figure:
-    """
-    One run: the losses against the iteration and, where there was an evaluation, box AP beside
-    them.
-
-    Args:
-        metrics: rows of :func:`~ss_detectron.experiments.runs.read_metrics`.
-        title: above the figure.
-    """
-    with matplotlib.rc_context(RC):
-        figure = _figure(_WIDTH, 2.8)
-        losses, scores = figure.subplots(1, 2, sharex=True)
-        every = sorted({key for row in metrics for key in row})
-        drawn = [
-            (losses, [key for key in losses_of(every) if key != "train_top1_error"], ""),
-            (scores, [key for key in every if key.endswith(("bbox/AP", "bbox/AP50"))], "o"),
-        ]
-        for panel, keys, marker in drawn:
-            for i, key in enumerate(keys):
-                points = [(row["iteration"], row[key]) for row in metrics if key in row]
-                colour = COLOURS[i % len(COLOURS)]
-                panel.plot(*zip(*points, strict=True), marker=marker, color=colour, label=key)
-            if keys:
-                panel.legend()
-        losses.set(xlabel="iteration", ylabel="training loss")
-        _logarithmic(losses)
-        scores.set(xlabel="iteration", ylabel="AP, %", ylim=(0, 100))
-        if not drawn[1][1]:
-            scores.text(0.5, 0.5, "not evaluated", ha="center", transform=scores.transAxes)
-        figure.suptitle(title)
-    return figure
-
-
 # Parts of a figure -------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _panels(
-    count: int, width: float = _WIDTH, margin: float = 0.3, sharey: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """Equal panels, as near to a square as three columns allow; sizes in inches."""
+def _panels(count: int, margin: float = 0.3, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Equal panels, as near to a square as three columns allow; ``margin`` in inches."""
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = math.ceil(count / columns)
-    figure = _figure(width if count > 1 else min(width, 4.5), rows * 2.1 + margin)
+    size = (_WIDTH if count > 1 else 4.5, rows * 2.1 + margin)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel().tolist()
     for unused in grid[count:]:
         unused.remove()
@@ -318,39 +243,33 @@ def _panels(
 
 
 def _draw_curves(panel: Axes, groups: Sequence[RunGroup], key: str, epochs: bool) -> None:
-    names = [group.name for group in groups]
     is_loss = key.rpartition("/")[2].startswith(("loss", "total_loss"))
     for place, group in enumerate(groups):
-        curve = mean_curve(group, key, epochs)
-        if not len(curve.x):
-            continue
-        style = style_of(group.name, names)
-        # Of one rule, further groups keep the colour.
-        dashes, marker = style.dashes, style.marker
-        if group.variant:
+        x, mean, deviation = mean_curve(group, key, epochs)
+        style = style_of(group.name, [group.name for group in groups])
+        if group.variant:  # of one rule, further groups keep the colour
             dashes = DASHES[group.variant % len(DASHES)]
-            marker = MARKERS[group.variant % len(MARKERS)]
+            style = style._replace(dashes=dashes, marker=MARKERS[group.variant % len(MARKERS)])
         # Few markers on a long line, and not those of all lines in one place.
-        every = max(1, len(curve.x) // 8)
-        start = place * every // max(len(groups), 1)
+        every = max(1, len(x) // 8)
         panel.plot(
-            curve.x,
-            curve.mean,
+            x,
+            mean,
             color=style.colour,
-            linestyle=dashes,
-            marker=marker,
-            markevery=(start, every),
-            label=_title(group, names),
+            linestyle=style.dashes,
+            marker=style.marker,
+            markevery=(place * every // len(groups), every),
+            label=_title(group, groups) if len(x) else None,
         )
-        low, high = curve.mean - curve.deviation, curve.mean + curve.deviation
+        low, high = mean - deviation, mean + deviation
         if is_loss:  # on a logarithmic scale, a band ends above zero
-            low = np.where(low > 0, low, curve.mean / 10)
-        if np.isfinite(curve.deviation).any():
-            panel.fill_between(curve.x, low, high, color=style.colour, alpha=0.2, linewidth=0)
+            low = np.where(low > 0, low, mean / 10)
+        if np.isfinite(deviation).any():
+            panel.fill_between(x, low, high, color=style.colour, alpha=0.2, linewidth=0)
     if is_loss:
         _logarithmic(panel)
     elif key == "alignment/gradient_angle":
-        panel.axhline(90, color=_GREY, linestyle=(0, (2, 2)), linewidth=0.8, zorder=0)
+        panel.axhline(90, **_REFERENCE)
         _in_degrees(panel)
     else:
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
@@ -378,13 +297,6 @@ def _from_zero(panel: Axes) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
-def _letter(panels: Sequence[Axes]) -> None:
-    """a, b, c at the panels' corners."""
-    if len(panels) > 1:
-        for letter, panel in zip("abcdefghijklmnopqrstuvwxyz", panels, strict=False):
-            panel.set_title(letter, loc="left", fontweight="bold", fontsize=9)
-
-
 def _depth_bar(figure: Figure, panels: Sequence[Axes], layers: Sequence[str], colours) -> None:
     """The colours of the layers; a few of them are named."""
     count = len(layers)
@@ -393,18 +305,15 @@ def _depth_bar(figure: Figure, panels: Sequence[Axes], layers: Sequence[str], co
     rows = panels[0].get_gridspec().nrows
     bar = figure.colorbar(mappable, ax=list(panels), pad=0.02, aspect=15 * rows)
     named = np.unique(np.linspace(0, count - 1, min(count, 7 * rows)).round().astype(int))
-    bar.set_ticks(named, labels=[_short(layers[i]) for i in named], fontsize=6)
+    names = [re.sub(r"^(backbone\.)?(bottom_up\.)?", "", layers[i]) for i in named]
+    bar.set_ticks(named, labels=names, fontsize=6)
     bar.ax.minorticks_off()
     bar.ax.invert_yaxis()
     bar.set_label("layer, from input to output")
 
 
-def _short(layer: str) -> str:
-    return layer.removeprefix("backbone.").removeprefix("bottom_up.")
-
-
-def _title(group: RunGroup, names: Sequence[str]) -> str:
-    parts = [style_of(group.name, names).label, group.detail]
+def _title(group: RunGroup, groups: Sequence[RunGroup]) -> str:
+    parts = [style_of(group.name, [other.name for other in groups]).label, group.detail]
     if len(group.runs) > 1:
         parts.append(f"{len(group.runs)} runs")
     return ", ".join(filter(None, parts))
@@ -419,20 +328,19 @@ def _keys(groups: Sequence[RunGroup]) -> list[str]:
 
 def _having(groups: Sequence[RunGroup], keys: Sequence[str]) -> list[RunGroup]:
     """The groups with those of their runs that have one of the metrics; the others are named."""
-    found = []
+    having, lacking = [], []
     for group in groups:
-        runs = [run for run in group.runs if any(key in run.metrics for key in keys)]
-        for run in group.runs:
-            if run not in runs:
-                logger.warning("%s has no %s; left out", run.folder, " and no ".join(keys))
+        runs = [run for run in group.runs if set(keys).intersection(run.metrics)]
+        lacking += [run for run in group.runs if run not in runs]
         if runs:
-            found.append(RunGroup(group.name, group.detail, group.variant, runs))
-    return found
+            having.append(replace(group, runs=runs))
+    if keys and lacking:
+        logger.warning("No %s in %s", " and no ".join(keys), _folders(lacking))
+    return having
 
 
-def _say_missing(key: str, groups: Sequence[RunGroup]) -> None:
-    known = [k for k in _keys(groups) if not k.startswith("alignment/") or k.count("/") == 1]
-    logger.error("No run has the metric %s; they have %s", key, ", ".join(known))
+def _folders(runs: Sequence[Run]) -> str:
+    return ", ".join(str(run.folder) for run in runs)
 
 
 def _by_epochs(name: str, groups: Sequence[RunGroup]) -> bool:
@@ -442,23 +350,22 @@ def _by_epochs(name: str, groups: Sequence[RunGroup]) -> bool:
     unknown = [run for run in runs if run.epochs_per_iteration is None]
     if unknown:
         logger.warning(
-            "%s is drawn against iterations, for what they are in epochs is not known of %s: give "
+            "%s is drawn against iterations, for the length of an epoch is not known in %s: give "
             "the number of training images",
             name,
-            ", ".join(str(run.folder) for run in unknown),
+            _folders(unknown),
         )
     return not unknown
 
 
 def _warn_of_short_runs(groups: Sequence[RunGroup]) -> None:
     for group in groups:
-        ends = [run.rows[-1]["iteration"] for run in group.runs]
-        for run, end in zip(group.runs, ends, strict=True):
-            if end + 1 < max(ends):
+        end = max(run.rows[-1]["iteration"] for run in group.runs)
+        for run in group.runs:
+            if run.rows[-1]["iteration"] + 1 < end:
                 logger.warning(
-                    "%s ends at iteration %d, others of its rule go on to %d: from there, the mean "
+                    "%s ends before iteration %d, others of its rule do not: from there, the mean "
                     "is over fewer runs",
                     run.folder,
                     end,
-                    max(ends),
                 )

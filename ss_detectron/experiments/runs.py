@@ -1,6 +1,8 @@
 """What training runs left in their output folders: metrics.json and config.yaml."""
 
+import json
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +17,16 @@ import yaml
 from ss_detectron.config import flatten_config
 from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 
-from .metrics import read_metrics
-
 __all__ = [
+    "ERRORS",
+    "SCORES",
     "Run",
     "RunGroup",
     "differences",
     "group_runs",
+    "matching",
+    "read_config",
+    "read_metrics",
     "read_run",
     "read_runs",
     "rule_of_config",
@@ -29,6 +34,10 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# What an evaluation gives. With several test sets, a set's name and a slash stand before it.
+ERRORS = ("classification/top1_error", "classification/top5_error")
+SCORES = ("bbox/AP", "segm/AP", "keypoints/AP")
 
 # Keys that repetitions of one experiment may differ in.
 PER_RUN_KEYS = frozenset(
@@ -55,31 +64,53 @@ EXPERIMENT_KEYS = (
 )
 
 
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """
+    Reads the rows of a Detectron2 metrics.json, one dict per iteration, in their order.
+
+    A row that was cut off, because the run was killed while writing, is reported and left out. Rows
+    that a resumed run wrote again count once, as it wrote them last.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    text = Path(path).read_text(errors="replace")
+    found = re.findall(r"\{[^{}]*\}", text)  # rows are flat
+    if len(found) < text.count("{"):
+        logger.warning("%s has a row that is not complete, which is left out", path)
+    rows: dict[float, dict[str, float]] = defaultdict(dict)
+    for row in map(json.loads, found):
+        rows[row["iteration"]] |= row
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def matching(keys: Iterable[str], bases: Iterable[str]) -> list[str]:
+    """Selects those of ``keys`` that are one of ``bases``, be it of a named test set."""
+    keys = list(keys)
+    return [key for base in bases for key in keys if key == base or key.endswith("/" + base)]
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One output folder."""
 
     folder: Path
     rows: list[dict[str, float]]
-    """Of :func:`~ss_detectron.experiments.metrics.read_metrics`."""
+    """Of :func:`read_metrics`."""
     config: Mapping[str, Any]
     """Of config.yaml, with dotted keys; empty where there is none."""
-    rule: str | None = None
-    """The feedback rule's full name, as far as the config says."""
+    label: str | None = None
+    """What is compared: the feedback rule's full name; None where the config does not say it."""
     epochs_per_iteration: float | None = None
-    """None where the folder does not say."""
 
     @cached_property
     def metrics(self) -> list[str]:
         """The names of all metrics, in alphabetical order."""
-        return sorted({key for row in self.rows for key in row} - {"iteration"})
+        return sorted({key for row in self.rows for key in row} - {"iteration", "epoch"})
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """
-        One metric over time.
-
-        Returns:
-            iterations and values, both (N,); empty where the run does not have the metric.
+        Returns a metric's iterations and values, both (N,); empty where the run does not have it.
         """
         # A run that was resumed only for its last evaluation logs it one iteration late.
         end = self.config.get("SOLVER.MAX_ITER", np.inf)
@@ -87,45 +118,37 @@ class Run:
         return tuple(np.array(points, dtype=float).reshape(-1, 2).T)
 
     def last(self, key: str) -> float:
-        """A metric's last value; nan where the run does not have it."""
-        values = self.series(key)[1]
-        return float(values[-1]) if len(values) else float("nan")
+        """Returns a metric's last value; nan where the run does not have it."""
+        return next((row[key] for row in reversed(self.rows) if key in row), float("nan"))
 
 
 def read_run(folder: str | Path, images_per_epoch: int | None = None) -> Run:
     """
-    A run of tools/train_net.py, or of anything else that writes Detectron2's metrics.json.
+    Reads a run of tools/train_net.py, or of anything else that writes Detectron2's metrics.json.
 
     Args:
         folder: OUTPUT_DIR.
-        images_per_epoch: the number of training images. By default it is known from the run: from
-            "epoch" in its metrics or from its log.txt.
+        images_per_epoch: the number of training images, for runs that log no "epoch".
 
     Raises:
-        FileNotFoundError: no such folder, or no metrics.json in it.
+        FileNotFoundError: no metrics.json is there.
         ValueError: metrics.json holds no complete row.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there, or no folder")
-    path = folder / "metrics.json"
-    if not path.is_file():
+    if not (folder / "metrics.json").is_file():
         raise FileNotFoundError(f"{folder} is no output folder of a training: no metrics.json")
-    rows = read_metrics(path)
+    rows = read_metrics(folder / "metrics.json")
     if not rows:
-        raise ValueError(f"{path} is empty: the run logged nothing, at least so far")
+        raise ValueError(f"{folder}/metrics.json is empty: the run logged nothing, at least so far")
     config = read_config(folder / "config.yaml")
-    return Run(
-        folder,
-        rows,
-        config,
-        rule_of_config(config),
-        _epochs_per_iteration(folder, rows, config, images_per_epoch),
-    )
+    epochs = [row["epoch"] / (row["iteration"] + 1) for row in rows if "epoch" in row]
+    if images_per_epoch and "SOLVER.IMS_PER_BATCH" in config:
+        epochs = [config["SOLVER.IMS_PER_BATCH"] / images_per_epoch]
+    return Run(folder, rows, config, rule_of_config(config), epochs[-1] if epochs else None)
 
 
 def read_runs(folders: Iterable[str | Path], images_per_epoch: int | None = None) -> list[Run]:
-    """:func:`read_run` of each folder, once. Those that cannot be read are reported, left out."""
+    """Reads each folder once. Those that cannot be read are reported and left out."""
     runs = []
     for folder in {Path(folder).resolve(): folder for folder in folders}.values():
         try:
@@ -136,39 +159,34 @@ def read_runs(folders: Iterable[str | Path], images_per_epoch: int | None = None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A config.yaml by dotted keys; empty, and reported, where there is none or it is no YAML."""
+    """Reads a config.yaml as dotted keys; one that cannot be read is reported, and empty."""
     try:
-        config = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        logger.info("%s is not there: what the run trained with is not known", path)
+        return flatten_config(yaml.safe_load(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning("What %s trained with is not known: %s", path.parent, reason)
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        logger.warning("%s cannot be read (%s)", path, str(error).partition("\n")[0])
-        return {}
-    return flatten_config(config) if isinstance(config, dict) else {}
 
 
 def rule_of_config(config: Mapping[str, Any]) -> str | None:
     """
-    The full name of the rule that a config with dotted keys trains by: MODEL.FEEDBACK.RULE, or
-    that of a builder of sign-symmetry or feedback alignment; None where it names none.
+    Tells the full name of the rule that a config with dotted keys trains by: MODEL.FEEDBACK.RULE,
+    or that of a builder of sign-symmetry or feedback alignment; None where it names none.
     """
-    if rule := config.get("MODEL.FEEDBACK.RULE"):
-        try:
-            return get_rule(rule).name
-        except ValueError:  # one that the project of the run registered
-            return rule
-    builder = config.get("MODEL.BACKBONE.NAME", "")
-    found = re.match(r"build_(ss|fa)_", builder)
-    return get_rule(found[1]).name if found else None
+    found = re.match(r"build_(ss|fa)_", config.get("MODEL.BACKBONE.NAME", ""))
+    rule = config.get("MODEL.FEEDBACK.RULE") or (found and found[1])
+    try:
+        return get_rule(rule).name if rule else None
+    except ValueError:  # one that the project of the run registered
+        return rule
 
 
 def differences(
     one: Mapping[str, Any], other: Mapping[str, Any], ignored: Iterable[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """
-    Where two configs with dotted keys differ: key -> both values. Keys that only one of them has
-    come from another version of the software, and do not count.
+    Finds where two configs with dotted keys differ: key -> both values. Keys that only one of them
+    has come from another version of the software, and do not count.
     """
     shared = (one.keys() & other.keys()).difference(ignored)
     return {key: (one[key], other[key]) for key in sorted(shared) if one[key] != other[key]}
@@ -182,11 +200,8 @@ def warn_of_differences(runs: Sequence[Run]) -> None:
             if key in run.config:
                 values[str(run.config[key])].append(str(run.folder))
         if len(values) > 1:
-            logger.warning(
-                "The runs do not compare, for %s differs: %s",
-                key,
-                "; ".join(f"{value} in {', '.join(where)}" for value, where in values.items()),
-            )
+            said = "; ".join(f"{value} in {', '.join(where)}" for value, where in values.items())
+            logger.warning("The runs do not compare, for %s differs: %s", key, said)
 
 
 @dataclass(frozen=True)
@@ -194,32 +209,33 @@ class RunGroup:
     """Runs that differ in their seeds alone."""
 
     name: str
-    """The rule's full name; where it is not known, what tells the folder from the others."""
+    """The runs' label; where it is not known, what tells the folder from the others."""
     detail: str
-    """What tells these runs from others of that rule; empty where there are none."""
+    """What tells these runs from others of that label; empty where there are none."""
     variant: int
-    """Their place among the rule's groups: 0, 1, ..."""
+    """Their place among the label's groups: 0, 1, ..."""
     runs: list[Run]
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     """
-    The runs by rule, in the order of the registry, then those whose rule is not known, each by
-    itself. Runs of one rule with different configs are different groups.
+    Groups runs by label, in the order of the registry, then those without one, each by itself.
+    Runs of one label with different configs are different groups.
     """
     by_name: dict[str, list[list[Run]]] = defaultdict(list)
-    unknown = _distinct_names([run.folder for run in runs if run.rule is None])
+    folders = _short_names([run.folder for run in runs if run.label is None])
     for run in runs:
-        alike = by_name[run.rule or unknown[run.folder]]
+        alike = by_name[run.label or folders[run.folder]]
         for group in alike:
-            if run.rule and not differences(group[0].config, run.config, PER_RUN_KEYS):
+            differ = differences(group[0].config, run.config, PER_RUN_KEYS)
+            if run.label and group[0].label and not differ:
                 group.append(run)
                 break
         else:
             alike.append([run])
 
-    order = {name: place for place, (name, _) in enumerate(FEEDBACK_REGISTRY)}
-    names = sorted(by_name, key=lambda name: order.get(name, len(order)))
+    order = [name for name, _ in FEEDBACK_REGISTRY]
+    names = sorted(by_name, key=lambda name: order.index(name) if name in order else len(order))
     return [
         RunGroup(name, detail, variant, group)
         for name in names
@@ -230,44 +246,19 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 
 def _details(groups: list[list[Run]]) -> list[str]:
-    """What tells groups of one rule from each other: one or two settings, or else the folder."""
+    """What tells groups of one label from each other: one or two settings, or else the folder."""
     if len(groups) == 1:
         return [""]
     configs = [group[0].config for group in groups]
     keys = sorted({key for c in configs for key in differences(configs[0], c, PER_RUN_KEYS)})
-    details = [
-        ", ".join(f"{key.rpartition('.')[2]} {config.get(key)}" for key in keys)
-        for config in configs
-    ]
+    details = [", ".join(f"{k.rpartition('.')[2]} {c.get(k)}" for k in keys) for c in configs]
     if len(keys) > 2 or len(set(details)) < len(details):
-        names = _distinct_names([group[0].folder for group in groups])
-        return [names[group[0].folder] for group in groups]
+        return list(_short_names([group[0].folder for group in groups]).values())
     return details
 
 
-def _distinct_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Each folder's last parts, as many as tell it from the others."""
-    names = {}
-    for folder in folders:
-        parts = folder.resolve().parts
-        others = [other.resolve().parts for other in folders if other != folder]
-        length = 1
-        while any(other[-length:] == parts[-length:] for other in others) and length < len(parts):
-            length += 1
-        names[folder] = "/".join(parts[-length:])
-    return names
-
-
-def _epochs_per_iteration(
-    folder: Path, rows: list[dict], config: Mapping[str, Any], images_per_epoch: int | None
-) -> float | None:
-    epochs = [row["epoch"] / (row["iteration"] + 1) for row in rows if "epoch" in row]
-    if epochs and images_per_epoch is None:
-        return epochs[-1]
-    if images_per_epoch is None and (folder / "log.txt").is_file():
-        # As the trainer of this package says it.
-        log = (folder / "log.txt").read_text(errors="replace")
-        said = re.findall(r"SOLVER\.MAX_ITER: .* epochs of (\d+) images", log)
-        images_per_epoch = int(said[-1]) if said else None
-    batch = config.get("SOLVER.IMS_PER_BATCH")
-    return batch / images_per_epoch if batch and images_per_epoch else None
+def _short_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder without what all of them lie in."""
+    parents = [folder.resolve().parent for folder in folders]
+    top = os.path.commonpath(parents) if parents else ""
+    return {folder: os.path.relpath(folder.resolve(), top) for folder in folders}

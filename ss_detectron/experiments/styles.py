@@ -1,10 +1,9 @@
-"""How figures look: the colour, dashes and marker of each feedback rule, and the size of text."""
+"""How figures look: colour, dashes and marker of each rule, axis labels, and the size of text."""
 
-import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["COLOURS", "DASHES", "MARKERS", "RC", "RULE_STYLES", "Style", "style_of"]
+__all__ = ["COLOURS", "DASHES", "MARKERS", "RC", "RULE_STYLES", "Style", "label_of", "style_of"]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -19,7 +18,7 @@ class Style(NamedTuple):
     marker: str
 
 
-# Okabe and Ito's colours: cool ones follow the weights' signs, warm ones do not.
+# Cool colours follow the weights' signs, warm ones do not.
 RULE_STYLES = {
     "backpropagation": Style("BP", "#000000", "-", "o"),
     "sign_symmetry": Style("SS", "#0072B2", (0, (6, 1.5)), "s"),
@@ -29,7 +28,7 @@ RULE_STYLES = {
     "feedback_alignment_signed_init": Style("FA, signed init", "#E69F00", (0, (3, 3)), "P"),
     "kolen_pollack": Style("KP", "#CC79A7", (0, (3, 1.5, 1, 1.5, 1, 1.5)), "X"),
 }
-# Further ones, of Paul Tol's "muted" scheme.
+# Of others: Paul Tol's "muted" scheme.
 _OTHER_COLOURS = ("#882255", "#117733", "#332288", "#999933", "#AA4499", "#44AA99", "#7F7F7F")
 DASHES = ("-", (0, (8, 2)), (0, (2, 1)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("h", "<", ">", "*", "p", "d", "8")
@@ -38,8 +37,6 @@ MARKERS = ("h", "<", ">", "*", "p", "d", "8")
 RC = {
     "font.size": 8,
     "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 8,
     "legend.frameon": False,
     "legend.handlelength": 3.6,
     "xtick.labelsize": 7,
@@ -47,8 +44,6 @@ RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
     "axes.grid": True,
     "grid.linewidth": 0.4,
     "grid.color": "#E0E0E0",
@@ -59,25 +54,36 @@ RC = {
     "svg.fonttype": "none",
 }
 
+_LABELS = {
+    "classification/top1_error": "top-1 error, %",
+    "classification/top5_error": "top-5 error, %",
+    "bbox/AP": "box AP, %",
+    "segm/AP": "mask AP, %",
+    "keypoints/AP": "keypoint AP, %",
+    "bbox/AP50": "box AP at IoU 0.5, %",
+    "bbox/AP75": "box AP at IoU 0.75, %",
+    "train_top1_error": "training top-1 error, %",
+    "total_loss": "total training loss",
+    "loss_cls": "training loss, classes",
+    "loss_box_reg": "training loss, boxes",
+    "alignment/gradient_angle": "gradient angle to BP, °",
+    "time": "time per step, s",
+    "lr": "learning rate",
+}
+
+
+def label_of(key: str) -> str:
+    """Labels a metric's axis, with its unit and test set; a metric not known here by its key."""
+    dataset, _, base = key.partition("/")
+    if key not in _LABELS and base in _LABELS:
+        return f"{_LABELS[base]} ({dataset})"
+    return _LABELS.get(key, key)
+
 
 def style_of(name: str, others: Iterable[str] = ()) -> Style:
-    """
-    How a rule is drawn: as :data:`RULE_STYLES` says, always. Any other name has a colour and a
-    marker that follow from the name, as far as none of ``others`` has them already.
-
-    Args:
-        name: a rule's full name, or any other.
-        others: all names of the figure.
-    """
+    """Styles a rule as :data:`RULE_STYLES` says, another name by its place among the figure's."""
     if name in RULE_STYLES:
         return RULE_STYLES[name]
-    taken: dict[str, int] = {}
-    for other in sorted({name, *others} - RULE_STYLES.keys()):
-        place = int.from_bytes(hashlib.sha256(other.encode()).digest()[:4], "big")
-        free = set(range(len(_OTHER_COLOURS))) - set(taken.values())
-        while free and place % len(_OTHER_COLOURS) not in free:
-            place += 1
-        taken[other] = place % len(_OTHER_COLOURS)
-    place, number = taken[name], sorted(taken).index(name)
-    dashes = DASHES[number % len(DASHES)]
-    return Style(name, _OTHER_COLOURS[place], dashes, MARKERS[place])
+    i = sorted({name, *others} - RULE_STYLES.keys()).index(name)
+    colour, marker = _OTHER_COLOURS[i % len(_OTHER_COLOURS)], MARKERS[i % len(MARKERS)]
+    return Style(name, colour, DASHES[i % len(DASHES)], marker)

@@ -1,20 +1,44 @@
-"""Pictures of what a detector sees: its detections beside the ground truth."""
+"""Boxes on pictures: Detectron2's visualizer with one look per class, and a run's detections."""
 
-from collections import defaultdict
 from typing import Any
 
-import matplotlib
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import Visualizer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from torch import tensor
 
 from .styles import COLOURS
 
-__all__ = ["draw_detections"]
+__all__ = ["ClassVisualizer", "draw_detections"]
+
+
+class ClassVisualizer(Visualizer):
+    """
+    Detectron2's, with a colour for each class, and opaque boxes: half transparent, they are lost on
+    a dark picture.
+    """
+
+    def __init__(self, image: np.ndarray, classes: list[str], scale: float = 1.0) -> None:
+        """
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            classes: their names.
+            scale: of the drawing.
+        """
+        colours = [to_rgb(COLOURS[i % len(COLOURS)]) for i in range(len(classes))]
+        colours = [[255 * part for part in colour] for colour in colours]
+        metadata = Metadata(thing_classes=classes, thing_colors=colours)
+        super().__init__(image, metadata, scale, ColorMode.SEGMENTATION)
+
+    def _jitter(self, color):
+        return color
+
+    def draw_box(self, box_coord, alpha=1.0, edge_color="g", line_style="-"):
+        return super().draw_box(box_coord, alpha, edge_color, line_style)
 
 
 def draw_detections(
@@ -26,7 +50,7 @@ def draw_detections(
     title: str = "",
 ) -> Figure:
     """
-    A data set's first images twice: above with the true boxes, below with the predicted ones.
+    Draws a data set's first images twice: above with the true boxes, below with the predicted ones.
 
     Args:
         dataset_name: a registered data set with boxes.
@@ -35,52 +59,37 @@ def draw_detections(
         score_threshold: detections below it are not drawn.
         title: above the figure.
     """
-    metadata = MetadataCatalog.get(dataset_name)
     records = DatasetCatalog.get(dataset_name)[:count]
-    to_class = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
-    by_image = defaultdict(list)
-    for result in results:
-        if result["score"] >= score_threshold:
-            by_image[result["image_id"]].append(result)
-
+    metadata = MetadataCatalog.get(dataset_name)
+    to_class = metadata.get("thing_dataset_id_to_contiguous_id", None)
     figure = Figure(figsize=(2.2 * len(records), 4.9), layout="constrained")
-    FigureCanvasAgg(figure)
     rows = figure.subplots(2, len(records), squeeze=False)
     for record, above, below in zip(records, *rows, strict=True):
-        truth = [
-            (_xyxy(a["bbox"], a["bbox_mode"]), a["category_id"], "") for a in record["annotations"]
-        ]
-        found = [
-            (
-                _xyxy(r["bbox"], BoxMode.XYWH_ABS),
-                to_class[r["category_id"]] if to_class else r["category_id"],
-                f" {r['score']:.0%}",
-            )
-            for r in by_image[record["image_id"]]
-        ]
         image = read_image(record["file_name"], format="RGB")
-        above.imshow(_draw(image, truth, metadata.thing_classes))
-        below.imshow(_draw(image, found, metadata.thing_classes))
-        for axes in (above, below):
+        scale = max(1, 400 / max(image.shape[:2]))
+        keys = ("bbox", "bbox_mode", "category_id")
+        true = [{key: a[key] for key in keys} for a in record["annotations"]]
+        found = [
+            result
+            for result in results
+            if result["image_id"] == record["image_id"] and result["score"] >= score_threshold
+        ]
+        classes = [to_class[r["category_id"]] if to_class else r["category_id"] for r in found]
+        boxes = tensor([result["bbox"] for result in found]).reshape(-1, 4)
+        instances = Instances(
+            image.shape[:2],
+            pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
+            pred_classes=tensor(classes),
+            scores=tensor([result["score"] for result in found]),
+        )
+        for axes, draw, what in (
+            (above, Visualizer.draw_dataset_dict, {"annotations": true}),
+            (below, Visualizer.draw_instance_predictions, instances),
+        ):
+            drawing = ClassVisualizer(image, metadata.thing_classes, scale)
+            axes.imshow(draw(drawing, what).get_image())
             axes.set(xticks=[], yticks=[])
     rows[0][0].set_ylabel("ground truth")
     rows[1][0].set_ylabel(f"predicted, score over {score_threshold:g}")
     figure.suptitle(title)
     return figure
-
-
-def _xyxy(box: list[float], mode: BoxMode) -> list[float]:
-    return BoxMode.convert(box, mode, BoxMode.XYXY_ABS)
-
-
-def _draw(image: np.ndarray, boxes: list[tuple], classes: list[str]) -> np.ndarray:
-    """The image, enlarged to about 400 pixels, with boxes [(xyxy, class, text), ...]."""
-    drawing = Visualizer(image, scale=max(1, 400 / max(image.shape[:2])))
-    colours = [matplotlib.colors.to_rgb(COLOURS[c % len(COLOURS)]) for _, c, _ in boxes]
-    if boxes:
-        drawing.overlay_instances(
-            boxes=np.array([box for box, _, _ in boxes]),
-            labels=[classes[c] + text for _, c, text in boxes],
-            assigned_colors=colours,
-        )
-    return drawing.output.get_image()

@@ -1,29 +1,28 @@
 """Comparisons: which runs they take, running them, the table, and one whole comparison."""
 
 import json
-import logging
 import os
 import runpy
-import shutil
 import signal
 import statistics
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from output_folders import CLASSIFICATION, DETECTION, write_run
-from run_utils import ROOT, finish, start
+from run_utils import ROOT, end, start
 
 from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.data import generate_shapes
 from ss_detectron.experiments import launch
-from ss_detectron.experiments.compare import compare, write_report
+from ss_detectron.experiments.compare import compare, summarise, table, write_report
 from ss_detectron.experiments.launch import environments, hardware, read_launches, run_all
 from ss_detectron.experiments.plan import describe_plan, plan_runs, starting_config
 from ss_detectron.experiments.runs import read_runs
-from ss_detectron.experiments.summary import summarise, table
 
 TOOL = ROOT / "tools" / "compare_rules.py"
 BP, SS, FA, KP = "backpropagation", "sign_symmetry", "feedback_alignment", "kolen_pollack"
@@ -32,39 +31,50 @@ BP, SS, FA, KP = "backpropagation", "sign_symmetry", "feedback_alignment", "kole
 # Which config a rule starts from -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config_file", [DETECTION, "quick/shapes_retinanet_bp.yaml"])
-def test_a_rule_starts_from_its_own_config_or_its_nearest_relatives(config_file):
-    starts = {rule: starting_config(config_file, rule) for rule, _ in FEEDBACK_REGISTRY}
-    ss, fa = "quick/shapes_retinanet_ss.yaml", "quick/shapes_retinanet_fa.yaml"
-    assert starts[BP] == ("quick/shapes_retinanet_bp.yaml", [])
-    assert starts[SS] == (ss, [])
-    assert starts[FA] == (fa, [])
-    for name in ("sign_symmetry_fixed_magnitude", "sign_symmetry_batchwise_magnitude"):
-        assert starts[name] == (ss, ["MODEL.FEEDBACK.RULE", name])
-    for name in ("feedback_alignment_signed_init", KP):
-        assert starts[name] == (fa, ["MODEL.FEEDBACK.RULE", name])
+def test_a_rule_starts_from_its_own_config_or_its_nearest_relatives():
+    starts = {rule: starting_config(DETECTION, rule) for rule, _ in FEEDBACK_REGISTRY}
+    bp, ss, fa = (f"quick/shapes_retinanet_{short}.yaml" for short in ("bp", "ss", "fa"))
+    assert starts == {
+        BP: (bp, []),
+        SS: (ss, []),
+        FA: (fa, []),
+        **{
+            name: (file, ["MODEL.FEEDBACK.RULE", name])
+            for name, file in {
+                "sign_symmetry_fixed_magnitude": ss,
+                "sign_symmetry_batchwise_magnitude": ss,
+                "feedback_alignment_signed_init": fa,
+                KP: fa,
+            }.items()
+        },
+    }
 
 
-def test_a_rule_without_relatives_starts_from_the_config_itself(tmp_path):
-    file = tmp_path / "mine_kp.yaml"
+@pytest.mark.parametrize("name", ["mine_kp.yaml", "mine.yaml", "fa_study_ss_kp.yaml"])
+def test_a_rule_without_a_config_of_its_own_changes_the_rule(name, tmp_path):
+    file = tmp_path / name
     file.write_text("MODEL: {FEEDBACK: {RULE: kp, GAIN: 2.0}}\n")
     assert starting_config(str(file), KP) == (str(file), [])
     for rule in (BP, SS, "sign_symmetry_fixed_magnitude"):
         assert starting_config(str(file), rule) == (str(file), ["MODEL.FEEDBACK.RULE", rule])
-    (tmp_path / "mine.yaml").write_text(file.read_text())
-    assert starting_config(str(tmp_path / "mine.yaml"), KP) == (
-        str(tmp_path / "mine.yaml"),
-        ["MODEL.FEEDBACK.RULE", KP],
-    )
 
 
-def test_a_last_layer_on_the_configs_rule_changes_with_it():
+def test_a_config_named_after_another_rule_than_it_learns_by_is_made_the_rules_own(tmp_path):
+    for name in ("x_ss.yaml", "x_fa.yaml"):
+        (tmp_path / name).write_text("MODEL: {FEEDBACK: {RULE: ss}}\n")
+    expected = str(tmp_path / "x_fa.yaml"), ["MODEL.FEEDBACK.RULE", FA]
+    assert starting_config(str(tmp_path / "x_ss.yaml"), FA) == expected
+
+
+def test_a_last_layer_on_the_configs_rule_changes_with_it(tmp_path):
     name = "cifar10_resnet18_ss_lastlayer.yaml"
     assert starting_config(name, FA) == ("cifar10_resnet18_fa_lastlayer.yaml", [])
-    assert starting_config(name, BP) == (
-        name,
-        ["MODEL.FEEDBACK.RULE", BP, "MODEL.FEEDBACK.LAST_LAYER_RULE", BP],
-    )
+    both = ["MODEL.FEEDBACK.RULE", BP, "MODEL.FEEDBACK.LAST_LAYER_RULE", BP]
+    assert starting_config(name, BP) == (name, both)
+    # But from backpropagation, the last layer stays on it.
+    (tmp_path / "mine.yaml").write_text("MODEL: {FEEDBACK: {RULE: bp}}\n")
+    _, overrides = starting_config(str(tmp_path / "mine.yaml"), SS)
+    assert overrides == ["MODEL.FEEDBACK.RULE", SS]
 
 
 # The plan ----------------------------------------------------------------------------------------
@@ -75,22 +85,20 @@ def test_the_plan_has_a_run_for_each_rule_and_seed(tmp_path):
     runs = plan_runs(DETECTION, {"bp": [1, 2], "kp": [7]}, tmp_path, options)
     assert [run.name for run in runs] == ["bp_seed1", "bp_seed2", "kp_seed7"]
     *_, kp = runs
-    assert (kp.rule, kp.seed, kp.folder) == (KP, 7, tmp_path / "kp_seed7")
-    assert kp.config["MODEL.FEEDBACK.RULE"] == KP
-    assert kp.config["SEED"] == kp.config["MODEL.FEEDBACK.SEED"] == 7
-    assert kp.config["OUTPUT_DIR"] == str(tmp_path / "kp_seed7")
-    assert kp.config["SOLVER.MAX_ITER"] == 1000
-    assert kp.config["TEST.ALIGNMENT_PERIOD"] == 40
+    assert (kp.label, kp.seed, kp.folder) == (KP, 7, tmp_path / "kp_seed7")
     assert kp.config["MODEL.FEEDBACK.GAIN"] == 1.0  # of the config of feedback alignment
     # The options say it all: the config file with them is the config.
-    assert dict(zip(kp.options[::2], kp.options[1::2], strict=True)) == {
+    expected = {
         "MODEL.FEEDBACK.RULE": KP,
-        "SOLVER.MAX_ITER": "1000",
-        "TEST.ALIGNMENT_PERIOD": "40",
-        "SEED": "7",
-        "MODEL.FEEDBACK.SEED": "7",
+        "SOLVER.MAX_ITER": 1000,
+        "TEST.ALIGNMENT_PERIOD": 40,
+        "SEED": 7,
+        "MODEL.FEEDBACK.SEED": 7,
         "OUTPUT_DIR": str(tmp_path / "kp_seed7"),
     }
+    options = dict(zip(kp.options[::2], kp.options[1::2], strict=True))
+    assert options == {key: str(value) for key, value in expected.items()}
+    assert {key: kp.config[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -98,7 +106,6 @@ def test_the_plan_has_a_run_for_each_rule_and_seed(tmp_path):
     [
         (["SOLVER.MAX_ITER", "4"], None, 40),
         (["SOLVER.MAX_ITER", "90000"], None, 4500),
-        ([], 7, 7),
         ([], 0, 0),
         (["TEST.ALIGNMENT_PERIOD", "5"], None, 5),
     ],
@@ -113,10 +120,8 @@ def test_alignment_is_measured_some_ten_to_twenty_times(options, period, expecte
     [
         ({"xy": [1]}, [], "unknown feedback rule 'xy'"),
         ({"bp": [1], BP: [2]}, [], "backpropagation is named twice"),
-        ({"bp": []}, [], "no seed"),
         ({"bp": [1]}, ["SOLVER.MAX_ITER"], "in pairs"),
         ({"bp": [1]}, ["SEED", "3"], "SEED: the comparison sets this itself"),
-        ({"bp": [1]}, ["MODEL.FEEDBACK.RULE", "fa"], "sets this itself"),
         ({"bp": [1]}, ["SOLVER.MAX_ITR", "3"], "SOLVER.MAX_ITR"),
         ({"bp": [1]}, ["DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
     ],
@@ -124,13 +129,6 @@ def test_alignment_is_measured_some_ten_to_twenty_times(options, period, expecte
 def test_what_does_not_fit_is_refused(rules, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         plan_runs(DETECTION, rules, tmp_path, options)
-
-
-def test_a_config_that_learns_by_another_rule_than_its_name_says_is_refused(tmp_path):
-    (tmp_path / "x_ss.yaml").write_text("MODEL: {FEEDBACK: {RULE: ss}}\n")
-    (tmp_path / "x_fa.yaml").write_text("MODEL: {FEEDBACK: {RULE: ss}}\n")
-    with pytest.raises(ValueError, match="x_fa.yaml should learn by feedback_alignment"):
-        plan_runs(str(tmp_path / "x_ss.yaml"), {"fa": [1]}, tmp_path)
     with pytest.raises(FileNotFoundError, match="no_such"):
         plan_runs("no_such.yaml", {"fa": [1]}, tmp_path)
 
@@ -199,7 +197,7 @@ def test_the_plan_is_described(tmp_path):
 # Running, with a tool that trains nothing --------------------------------------------------------
 
 FAKE = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, subprocess, sys, time
 
 words = sys.argv[1:]
 options = words[words.index("--num-gpus") + 2 :]
@@ -218,11 +216,21 @@ if behaviour == "fail":
 signal.alarm(60)  # what follows may wait, but not for ever
 if behaviour in ("r", "w"):  # two runs wait for each other
     open(folder.parent / "meeting", behaviour).close()
-if behaviour in ("INT", "TERM"):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / "asked to end").touch()))
-    (folder / "pid").write_text(str(os.getpid()))
-    os.kill(os.getppid(), getattr(signal, "SIG" + behaviour))
-    signal.pause()
+if behaviour == "save":  # when asked to stop, which takes a second
+    def save(*_):
+        asked = time.time()
+        time.sleep(1)
+        (folder / "saved").write_text(json.dumps([asked, time.time()]))
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+if behaviour == "deaf":  # and so is its child
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child").write_text(str(child.pid))
+if behaviour in ("save", "deaf"):
+    (folder / "ready").touch()
+    while True:
+        signal.pause()
 if behaviour != "nothing":
     (folder / "model_final.pth").touch()
     row = {"iteration": int(options["SOLVER.MAX_ITER"]), "bbox/AP": 10.0 * int(options["SEED"])}
@@ -285,34 +293,55 @@ def test_runs_at_a_time_share_the_cores(tmp_path, fake, no_gpu):
     assert [call["threads"] for call in calls(tmp_path)] == ["2", "2"]
 
 
-def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path, fake, no_gpu, caplog):
-    behave(fake, bp_seed1="fail", ss_seed1="nothing")
-    runs = plan(tmp_path, {"bp": [1], "ss": [1], "fa": [1]})
-    assert [run.name for run in run_all(runs, fake)] == ["bp_seed1", "ss_seed1"]
-    assert runs[2].is_finished()
-    assert "bp_seed1 failed with exit code 3" in caplog.text
-    assert "no memory left" in caplog.text
-    assert "ss_seed1 ended without a last evaluation" in caplog.text
-    assert (runs[0].folder / "train.log").read_text() == "no memory left\n"
+def interrupt(runs, fake, seconds: float = 0.0, number=signal.SIGINT) -> None:
+    """Runs all at a time until they are ready, then sends this process signals."""
 
+    def send():
+        while not all((run.folder / "ready").exists() for run in runs):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        if seconds:
+            time.sleep(seconds)
+            os.kill(os.getpid(), number)
 
-@pytest.mark.parametrize(("name", "error"), [("INT", KeyboardInterrupt), ("TERM", SystemExit)])
-def test_whatever_ends_the_comparison_ends_its_runs(name, error, tmp_path, fake, no_gpu):
-    behave(fake, bp_seed1=name)
-    runs = plan(tmp_path)
     # As the tool has them; a test run in the background of a script has SIGINT ignored.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     before_int = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=send)
+    thread.start()
     try:
-        with pytest.raises(error):
-            run_all(runs, fake)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+            run_all(runs, fake, jobs=2)
     finally:
+        thread.join()
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, before_int)
-    assert (runs[0].folder / "asked to end").exists()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((runs[0].folder / "pid").read_text()), 0)
-    assert [call["name"] for call in calls(tmp_path)] == ["bp_seed1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_whatever_ends_the_comparison_lets_its_runs_save_at_the_same_time(
+    number, tmp_path, fake, no_gpu
+):
+    behave(fake, bp_seed1="save", ss_seed1="save")
+    runs = plan(tmp_path)
+    interrupt(runs, fake, number=number)
+    times = [json.loads((run.folder / "saved").read_text()) for run in runs]
+    assert max(asked for asked, _ in times) < min(saved for _, saved in times)
+
+
+@pytest.mark.parametrize(("grace", "seconds"), [(0.2, 0.0), (60.0, 0.2)])
+def test_runs_that_do_not_stop_are_killed_at_the_deadline_or_on_another_interrupt(
+    grace, seconds, tmp_path, fake, no_gpu, monkeypatch
+):
+    monkeypatch.setattr(launch, "GRACE", grace)
+    behave(fake, bp_seed1="deaf", ss_seed1="deaf")
+    runs = plan(tmp_path)
+    start = time.monotonic()
+    interrupt(runs, fake, seconds)
+    assert time.monotonic() - start < 30
+    for run in runs:
+        state = Path("/proc", (run.folder / "child").read_text(), "stat")
+        assert not state.exists() or " Z " in state.read_text()
 
 
 def test_gpus_are_dealt_out_in_turns(monkeypatch):
@@ -335,10 +364,8 @@ def test_the_users_number_of_threads_is_kept(monkeypatch, no_gpu):
 def test_hardware_names_the_machine_and_its_software(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["A", "B", "A"][i])
-    text = hardware()
-    assert "2 x A, 1 x B" in text
-    assert f"torch {torch.__version__}" in text
-    assert " cores, " in text
+    for part in ("2 x A, 1 x B", f"torch {torch.__version__}", " cores, "):
+        assert part in hardware()
 
 
 # The table ---------------------------------------------------------------------------------------
@@ -359,7 +386,7 @@ def test_the_table_has_means_deviations_and_ratios(tmp_path):
         for seed, value in enumerate(results, 1):
             result(tmp_path, rule, seed, value, 0.5 if rule == "bp" else 0.6)
     summary = summarise(read_runs(sorted(tmp_path.iterdir())), "bbox/AP")
-    assert [row.rule for row in summary] == [BP, SS, KP]
+    assert [row.label for row in summary] == [BP, SS, KP]
     bp, ss, kp = summary
     assert (bp.values, bp.seeds) == (values["bp"], [1, 2, 3])
     assert bp.mean == pytest.approx(65)
@@ -391,7 +418,7 @@ def test_the_table_has_means_deviations_and_ratios(tmp_path):
     ]
 
 
-def test_errors_are_compared_in_points_too(tmp_path):
+def test_errors_are_compared_in_points_too_and_nothing_without_backpropagation(tmp_path):
     metric = "classification/top1_error"
     for rule, value in (("bp", 10.0), ("fa", 25.5)):
         result(tmp_path, rule, 1, value, 1.0, metric, config_file=CLASSIFICATION)
@@ -399,13 +426,9 @@ def test_errors_are_compared_in_points_too(tmp_path):
     text = table(summary, metric)
     assert "difference to BP, points" in text
     assert "+15.5" in text and "2.55" in text
-
-
-def test_without_backpropagation_there_are_no_ratios(tmp_path):
-    result(tmp_path, "ss", 1, 10.0, 1.0)
-    (row,) = summary = summarise(read_runs(tmp_path.iterdir()), "bbox/AP")
+    (row,) = summary = summarise(read_runs([tmp_path / "fa1"]), metric)
     assert (row.ratio_to_bp, row.difference_to_bp, row.time_ratio_to_bp) == (None, None, None)
-    assert "ratio" not in table(summary, "bbox/AP")
+    assert "to BP" not in table(summary, metric)
 
 
 def test_what_is_not_known_is_said(tmp_path, caplog):
@@ -423,30 +446,29 @@ def test_what_is_not_known_is_said(tmp_path, caplog):
 
 
 def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, caplog):
-    rules = {"bp": [1, 3], "ss": [1], "fa": [1]}
-    runs = plan(tmp_path, rules)
-    behave(fake, fa_seed1="fail")
+    runs = plan(tmp_path, {"bp": [1, 3], "ss": [1], "fa": [1]})
+    behave(fake, ss_seed1="nothing", fa_seed1="fail")
     text, complete = compare(runs, tmp_path / "out", fake, command="the command")
     assert not complete
     assert "| BP" in text and "20.0 ± 14.1" in text and "FA" not in text
     assert len(calls(tmp_path)) == 4
+    assert "ss_seed1 ended without a last evaluation" in caplog.text
+    assert "fa_seed1 failed with exit code 3" in caplog.text and "no memory left" in caplog.text
+    assert (runs[3].folder / "train.log").read_text() == "no memory left\n"
 
     behave(fake)
     text, complete = compare(runs, tmp_path / "out", fake, command="the command")
     assert complete and "FA" in text
-    assert [call["name"] for call in calls(tmp_path)[4:]] == ["fa_seed1"]
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "ss_detectron"):
-        assert compare(runs, tmp_path / "out", fake, command="the command") == (text, True)
-    assert len(calls(tmp_path)) == 5
-    assert "4 of 4 runs are finished already" in caplog.text
+    assert [call["name"] for call in calls(tmp_path)[4:]] == ["ss_seed1", "fa_seed1"]
+    assert compare(runs, tmp_path / "out", fake, command="the command") == (text, True)
+    assert len(calls(tmp_path)) == 6
 
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (content["metric"], content["command"]) == ("bbox/AP", "the command")
     assert content["hardware"] == [hardware()]
     assert content["not finished"] == []
     bp = content["rules"][0]
-    assert (bp["rule"], bp["seeds"], bp["values"]) == (BP, [1, 3], [10.0, 30.0])
+    assert (bp["label"], bp["seeds"], bp["values"]) == (BP, [1, 3], [10.0, 30.0])
     assert bp["config"] == "quick/shapes_retinanet_bp.yaml"
     assert len(content["runs"][3]["launches"]) == 2  # the failing one, too
     page = (tmp_path / "out" / "comparison.md").read_text()
@@ -455,31 +477,30 @@ def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, c
     assert (tmp_path / "out" / "detection.png").is_file()
 
 
-def test_a_folder_of_another_config_stops_the_comparison_but_not_the_report(
-    tmp_path, fake, no_gpu, caplog
-):
+def test_a_folder_of_another_config_stops_the_comparison_but_not_the_report(tmp_path, fake, caplog):
     runs = plan(tmp_path, {"bp": [1], "ss": [1], "fa": [1]})
-    leave(runs[0], [{"iteration": 4, "bbox/AP": 50.0}], final=True)
+    leave(runs[0], [{"iteration": 4, "bbox/AP": float("nan")}], final=True)
     leave(runs[1], [{"iteration": 4, "bbox/AP": 1.0}], final=True, **{"SOLVER.BASE_LR": 1.0})
     text, complete = compare(runs, tmp_path / "out", fake)
     assert not complete
     assert calls(tmp_path) == []
     assert f"{runs[1].folder} was started with another config: SOLVER.BASE_LR 1.0" in caplog.text
     assert "BP" in text and "SS" not in text
-    page = (tmp_path / "out" / "comparison.md").read_text()
-    assert "Not finished, and not in the table: fa_seed1" in page
+    assert "Not finished: fa_seed1" in (tmp_path / "out" / "comparison.md").read_text()
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=exit)
+    assert content["rules"][0]["mean"] is None
     # Nor is it complete with all the others finished.
     assert compare(runs[:2], tmp_path / "out", fake) == (text, False)
-
-
-def test_nothing_finished_gives_no_table(tmp_path, fake, no_gpu, caplog):
-    behave(fake, bp_seed1="fail", ss_seed1="fail")
-    runs = plan(tmp_path)
-    assert compare(runs, tmp_path / "out", fake) == ("", False)
-    assert "No run is finished" in caplog.text
-    leave(runs[0], [{"iteration": 4, "bbox/AP": 50.0}], final=True)
+    # Nothing finished gives no table.
     assert write_report(runs, tmp_path / "out", metric="bbox/AP50") == ""
-    assert "No run is finished with bbox/AP50" in caplog.text
+    assert compare(runs[1:], tmp_path / "out", fake) == ("", False)
+
+
+def test_a_comparison_goes_by_the_first_test_sets_metric(tmp_path):
+    options = ["DATASETS.TEST", "('b', 'a')", "SOLVER.MAX_ITER", "4"]
+    (run,) = plan_runs(DETECTION, {"bp": [1]}, tmp_path, options)
+    leave(run, [{"iteration": 4, "a/bbox/AP": 1.0, "b/bbox/AP": 2.0}], final=True)
+    assert "box AP, % (b)" in write_report([run], tmp_path)
 
 
 # The tool ----------------------------------------------------------------------------------------
@@ -491,9 +512,7 @@ def tool():
 
 
 def run_tool(tool, *words) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tools/compare_rules.py", *map(str, words)])
-        return tool["main"](tool["parse_arguments"]())
+    return tool["main"](tool["parse_arguments"]([*map(str, words)]))
 
 
 def test_seeds_are_a_number_or_a_list(tool):
@@ -544,61 +563,51 @@ def test_a_plan_that_does_not_fit_ends_the_tool(tool, tmp_path, capsys):
 # A real comparison -------------------------------------------------------------------------------
 
 
-def test_two_rules_are_compared_and_a_run_that_was_killed_goes_on(tmp_path, tool, capsys):
+def test_a_comparison_that_is_interrupted_saves_and_goes_on(tmp_path, tool, capsys):
     shapes = generate_shapes(tmp_path / "sets", train=4, val=2, size=64)
     sets = [
         [f"tiny_{split}", f"{shapes}/annotations/instances_{split}.json", f"{shapes}/{split}"]
         for split in ("train", "val")
     ]
     output = tmp_path / "out"
-    words = ["--config-file", DETECTION, "--rules", "bp", "fa", "--output", output]
+    words = ["--config-file", DETECTION, "--rules", "fa", "--output", output]
     for key, value in {
         "DATASETS.COCO_INSTANCES": sets,
         "DATASETS.TRAIN": ("tiny_train",),
         "DATASETS.TEST": ("tiny_val",),
         "INPUT.MIN_SIZE_TRAIN": (64,),
         "INPUT.MIN_SIZE_TEST": 64,
+        "MODEL.FPN.OUT_CHANNELS": 64,
         "MODEL.RETINANET.NUM_CONVS": 1,
         "MODEL.RETINANET.SCORE_THRESH_TEST": 0.001,
         "SOLVER.IMS_PER_BATCH": 2,
         "SOLVER.STEPS": (),
-        "SOLVER.MAX_ITER": 4,
-        "SOLVER.CHECKPOINT_PERIOD": 2,
+        "SOLVER.MAX_ITER": 12,
+        "SOLVER.CHECKPOINT_PERIOD": 3,
         "TEST.EVAL_PERIOD": 0,
     }.items():
         words += [key, str(value)]
-    said = finish(start(*words, cwd=tmp_path, script=TOOL))
-    assert "fa_seed1 is finished (2 of 2)" in said
-    assert "| BP" in said and "| FA" in said
-
-    (bp, fa) = runs = read_runs([output / "bp_seed1", output / "fa_seed1"])
-    assert [run.rule for run in runs] == [BP, FA]
-    assert [run.config["SEED"] for run in runs] == [1, 1]
-    assert fa.epochs_per_iteration == 2 / 4  # as the log says
-    assert bp.last("alignment/gradient_angle") == pytest.approx(0, abs=1e-3)
-    assert fa.last("alignment/gradient_angle") > 10
-    assert (output / "weight_angle.pdf").is_file()
-
-    # As if killed in its third step, while it wrote into the log.
     folder = output / "fa_seed1"
-    weights = torch.load(folder / "model_final.pth")["model"]
-    (folder / "model_final.pth").unlink()
-    (folder / "model_0000003.pth").unlink()
-    shutil.rmtree(folder / "inference")
-    (folder / "last_checkpoint").write_text("model_0000001.pth")
-    (folder / "metrics.json").write_text('{"iteration": 1, "total_l')
-    logs = {name: (output / name / "train.log").read_text() for name in ("bp_seed1", "fa_seed1")}
-    assert run_tool(tool, *words) == 0
-    new = (folder / "train.log").read_text().removeprefix(logs["fa_seed1"])
-    assert "Starting training from iteration 2" in new
-    assert (output / "bp_seed1" / "train.log").read_text() == logs["bp_seed1"]
-    again = torch.load(folder / "model_final.pth")["model"]
-    fixed = [name for name in weights if name.endswith("feedback_weight")]
-    assert fixed and all(torch.equal(weights[name], again[name]) for name in fixed)
-    assert any("bbox/AP" in row for row in read_runs([folder])[0].rows)
+    process = start(*words, cwd=tmp_path, script=TOOL)
+    try:
+        while not (folder / "last_checkpoint").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate()
+    finally:
+        end(process)
+    assert "interrupted; the same command goes on" in said
+    log = (folder / "train.log").read_text()
+    checkpoint = (folder / "last_checkpoint").read_text()
+    assert not (folder / "model_final.pth").exists()
 
-    logs["fa_seed1"] += new
-    capsys.readouterr()
     assert run_tool(tool, *words) == 0
+    new = (folder / "train.log").read_text().removeprefix(log)
+    iteration = int(checkpoint.removeprefix("model_").removesuffix(".pth"))
+    assert f"Starting training from iteration {iteration + 1}" in new
+    (run,) = read_runs([folder])
+    assert (run.label, run.config["SEED"], run.epochs_per_iteration) == (FA, 1, 2 / 4)
+    assert run.last("alignment/gradient_angle") > 10
+    assert "bbox/AP" in run.metrics
+    assert (output / "weight_angle.pdf").is_file()
     assert "| FA" in capsys.readouterr().out
-    assert {name: (output / name / "train.log").read_text() for name in logs} == logs

@@ -1,6 +1,5 @@
 """tools/demo.py: what is drawn is what the models see, in the order of the checkpoints."""
 
-import itertools
 import runpy
 import sys
 from pathlib import Path
@@ -32,7 +31,6 @@ from ss_detectron.experiments.demo import (
     find_files,
     output_paths,
     read_picture,
-    render,
     side_by_side,
     titles,
 )
@@ -43,6 +41,14 @@ TOOL = Path(__file__).parents[2] / "tools" / "demo.py"
 
 def picture(seed: int = 0, size: int = 96) -> np.ndarray:
     return draw_shapes(np.random.default_rng(seed), size)[0]
+
+
+def write_video(path: Path, *frames: np.ndarray) -> None:
+    size = frames[0].shape[1::-1]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 5, size)
+    for frame in frames:
+        writer.write(frame[:, :, ::-1])
+    writer.release()
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +87,28 @@ def test_detections_are_those_of_the_model_above_the_threshold(runs, form, confi
     everything = DefaultPredictor(stock)(picture()[:, :, ::-1])["instances"]
     assert len(everything) == 6
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = configured  # more or less than is asked for
-    found = Detector(cfg, everything.scores[3:5].mean().item())(picture())
+    detector = Detector(cfg, everything.scores[3:5].mean().item())
+    found = detector(picture())
     assert len(found) == 4 and found.image_size == (96, 96)
     for field in ("pred_boxes", "scores", "pred_classes"):
         ours, theirs = found.get(field), everything[:4].get(field)
         assert_same(getattr(ours, "tensor", ours), getattr(theirs, "tensor", theirs))
+    enlarged = detector(picture(), (192, 96)).pred_boxes.tensor
+    torch.testing.assert_close(enlarged, found.pred_boxes.tensor * torch.tensor([1, 2, 1, 2]))
 
 
 class _Sees(Detector):
-    """A detector that sees one given object."""
+    """A detector that sees one object, with its box given relative to the picture."""
 
     classes = ("circle", "square", "triangle")
 
     def __init__(self, *box: float):
         self.box = box
 
-    def __call__(self, image):
-        found = Instances(image.shape[:2], pred_boxes=Boxes(torch.tensor([self.box])))
+    def __call__(self, image, size):
+        height, width = size
+        box = torch.tensor([self.box]) * torch.tensor([width, height] * 2)
+        found = Instances(size, pred_boxes=Boxes(box))
         found.scores, found.pred_classes = torch.tensor([0.876]), torch.tensor([2])
         return found
 
@@ -107,18 +118,17 @@ class _Sees(Detector):
 )
 def test_a_box_is_drawn_where_it_is_with_its_class_and_score(monkeypatch, size, factor):
     written = []
-    draw_text = demo.Visualizer.draw_text
+    draw_text = demo.ClassVisualizer.draw_text
 
     def note(self, text, position, **options):
         written.append((text, position))
         return draw_text(self, text, position, **options)
 
-    monkeypatch.setattr(demo.Visualizer, "draw_text", note)
-    height, width = size
-    box = [0.2 * width, 0.1 * height, 0.9 * width, 0.8 * height]
-    drawn, caption = _Sees(*box).draw(np.full((height, width, 3), 128, np.uint8))
-    assert drawn.shape == (height * factor, width * factor, 3)
-    x0, y0, x1, y1 = (round(side * factor) for side in box)
+    monkeypatch.setattr(demo.ClassVisualizer, "draw_text", note)
+    height, width = (round(side * factor) for side in size)
+    drawn, caption = _Sees(0.2, 0.1, 0.9, 0.8).draw(np.full((*size, 3), 128, np.uint8))
+    assert drawn.shape == (height, width, 3)
+    x0, y0, x1, y1 = (round(x) for x in (0.2 * width, 0.1 * height, 0.9 * width, 0.8 * height))
     assert written == [("triangle 88%", (pytest.approx(x0), pytest.approx(y0)))]
     assert caption == ""
     colour = [round(255 * c) for c in to_rgb(COLOURS[2])]
@@ -132,7 +142,6 @@ def test_a_box_is_drawn_where_it_is_with_its_class_and_score(monkeypatch, size, 
 def test_a_classifier_s_panel_names_its_most_probable_classes(runs, tmp_path):
     Image.fromarray(picture()).save(tmp_path / "shape.png")
     predictor = build_predictor(config(runs, "cls"))
-    assert isinstance(predictor, demo.Classifier)
     seen = predictor(picture())
     record = predictor.mapper({"file_name": str(tmp_path / "shape.png"), "label": 0})
     with torch.no_grad():
@@ -171,12 +180,19 @@ def test_weights_without_feedback_do_for_every_rule(runs, tmp_path, rule):
     assert len(Detector(cfg, 0.01)(picture())) > 0
 
 
-def test_weights_of_a_backbone_alone_are_refused(runs, tmp_path):
-    model = torch.load(runs / "ss" / "model_final.pth")["model"]
-    part = {name: value for name, value in model.items() if name.startswith("backbone.bottom_up")}
-    torch.save({"model": part}, tmp_path / "backbone.pth")
-    with pytest.raises(ValueError, match=r"backbone\.pth leaves .* \(backbone\.fpn_lateral3"):
-        Detector(config(runs, "ss", "MODEL.WEIGHTS", str(tmp_path / "backbone.pth")))
+@pytest.mark.parametrize(
+    ("run", "lacks", "named"),
+    [
+        ("ss", "backbone.fpn_", r"backbone\.fpn_lateral3"),
+        ("cls", "running_mean", r"backbone\.stem\.conv1\.norm\.running_mean"),
+    ],
+)
+def test_weights_that_lack_a_part_of_the_model_are_refused(runs, tmp_path, run, lacks, named):
+    model = torch.load(runs / run / "model_final.pth")["model"]
+    part = {name: value for name, value in model.items() if lacks not in name}
+    torch.save({"model": part}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=rf"part\.pth has no numbers for .*{named}"):
+        build_predictor(config(runs, run, "MODEL.WEIGHTS", str(tmp_path / "part.pth")))
 
 
 def test_which_weights_are_taken(runs, tmp_path):
@@ -192,10 +208,6 @@ def test_which_weights_are_taken(runs, tmp_path):
     assert weights() == final
     assert weights(option) == other
     assert weights(option, str(given)) == given
-    with pytest.raises(FileNotFoundError, match=r"there are no weights 'none\.pth'"):
-        demo.load_config(file, [], "none.pth")
-    with pytest.raises(FileNotFoundError, match="quick/shapes_retinanet_ss.yaml names no trained"):
-        demo.load_config("quick/shapes_retinanet_ss.yaml")
 
 
 def test_the_classes_names_come_from_one_s_own_data_set(runs, tmp_path, monkeypatch, caplog):
@@ -205,20 +217,20 @@ def test_the_classes_names_come_from_one_s_own_data_set(runs, tmp_path, monkeypa
     for name, renamed in (("circle", "ring"), ("square", "box"), ("triangle", "wedge")):
         text = text.replace(f'"{name}"', f'"{renamed}"')
     annotations.write_text(text)
+
+    def classes(key, name, *paths):
+        keys = [f"DATASETS.{key}", [[name, *map(str, paths)]], "DATASETS.TEST", (name,)]
+        return Detector(config(runs, "ss", *keys)).classes
+
     with datasets_folder(tmp_path, monkeypatch):
-        own = ["own", str(annotations), str(shapes / "val")]
-        keys = ["DATASETS.COCO_INSTANCES", [own], "DATASETS.TEST", ("own",)]
-        assert Detector(config(runs, "ss", *keys)).classes == ["ring", "box", "wedge"]
-
-        gone = ["gone", str(tmp_path / "gone.json"), str(tmp_path)]
-        keys = ["DATASETS.COCO_INSTANCES", [gone], "DATASETS.TEST", ("gone",)]
-        assert Detector(config(runs, "ss", *keys)).classes == ["class 0", "class 1", "class 2"]
+        own = classes("COCO_INSTANCES", "own", annotations, shapes / "val")
+        assert own == ["ring", "box", "wedge"]
+        gone = classes("COCO_INSTANCES", "gone", tmp_path / "gone.json", tmp_path)
+        assert gone == ["class 0", "class 1", "class 2"]
         assert "The classes have no names here" in caplog.text
-
         write_images(tmp_path / "two", a=1, b=1)
-        keys = ["DATASETS.IMAGE_FOLDERS", [["two", str(tmp_path / "two")]]]
         with pytest.raises(ValueError, match="'two' has 2 classes, the model 3"):
-            Detector(config(runs, "ss", *keys, "DATASETS.TEST", ("two",)))
+            classes("IMAGE_FOLDERS", "two", tmp_path / "two")
         with pytest.raises(ValueError, match="No data set named 'none'"):
             Detector(config(runs, "ss", "DATASETS.TEST", ("none",)))
 
@@ -227,51 +239,36 @@ def test_models_of_other_classes_are_not_drawn_side_by_side():
     three, other, four = (Predictor.__new__(Predictor) for _ in range(3))
     three.classes, other.classes, four.classes = list("abc"), list("axc"), list("abcd")
     check_same_classes([three, three], ["a.yaml", "b.yaml"])
-    with pytest.raises(ValueError, match=r"a\.yaml and c\.yaml .* class 1 is 'b' .* 'x'"):
+    with pytest.raises(ValueError, match=r"a\.yaml and c\.yaml .* 'b' is 'x'"):
         check_same_classes([three, three, other], ["a.yaml", "b.yaml", "c.yaml"])
-    with pytest.raises(ValueError, match="class 3 is None .* 'd'"):
+    with pytest.raises(ValueError, match="None is 'd'"):
         check_same_classes([three, four], ["a.yaml", "b.yaml"])
 
 
 # Pictures ----------------------------------------------------------------------------------------
 
 
-def grey(value: int, height: int = 300, width: int = 400) -> np.ndarray:
-    return np.full((height, width, 3), value, np.uint8)
-
-
-def test_panels_stand_side_by_side_pixel_by_pixel():
+@pytest.mark.parametrize("width", [30, 403])
+def test_panels_stand_side_by_side_pixel_by_pixel_with_text_within_them(width):
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (301, 403, 3), np.uint8) for _ in range(3)]
-    figure = side_by_side([Panel(f"rule {i}", p) for i, p in enumerate(pictures)])
-    drawn = render(figure)
-    assert drawn.shape == (34 + 301 + 8, 8 + 3 * (403 + 8), 3)
+    pictures = [rng.integers(0, 256, (301, width, 3), np.uint8) for _ in range(3)]
+    title, caption = "sign symmetry (folder/model_0000199)", " 99.9%  Größe $x$ " * 9
+    texts = [("SS", "a\nb"), (title, caption), ("FA", "")]
+    drawn = side_by_side([Panel(t, p, c) for (t, c), p in zip(texts, pictures, strict=True)])
+    wide = max(width, 160)
+    above = drawn.shape[0] - 301 - 8 - 2 * 18
+    assert drawn.shape[1] == 8 + 3 * (wide + 8)
+    assert above == 16 + 18 * (3 if width == 30 else 1)  # the title's lines
     for i, expected in enumerate(pictures):
-        left = 8 + i * (403 + 8)
-        np.testing.assert_array_equal(drawn[34 : 34 + 301, left : left + 403], expected)
-    assert (drawn[34:, :8] == 255).all() and (drawn[34:, 8 + 403 : 8 + 403 + 8] == 255).all()
-    shown = [text for text in figure.texts if text.get_text()]
-    assert [text.get_text() for text in shown] == ["rule 0", "rule 1", "rule 2"]
-    for i, text in enumerate(shown):
-        extent = text.get_window_extent()
-        assert (extent.x0 + extent.x1) / 2 == pytest.approx(8 + i * 411 + 201.5, abs=2)
-        assert extent.y0 > 8 + 301
-
-
-@pytest.mark.parametrize(("width", "wide"), [(30, 160), (400, 400), (1000, 1000)])
-def test_text_stays_within_its_panel(width, wide):
-    title = "sign symmetry (the_folder_of_this_run/model_0000199) " * 2
-    caption = f" 99.9%  {'a class of a long name, ' * 10}\n  0.1%  $x$"
-    figure = side_by_side([Panel(title, grey(0, 50, width), caption)] * 2)
-    height = render(figure).shape[0]
-    headings, captions = figure.texts[::2], figure.texts[1::2]
-    for left, heading, lines in zip((8, 16 + wide), headings, captions, strict=True):
-        assert heading.get_text().replace("\n", "").replace(" ", "") == title.replace(" ", "")
-        assert lines.get_text().splitlines()[1] == "  0.1%  $x$"
-        above, below = heading.get_window_extent(), lines.get_window_extent()
-        assert left <= min(above.x0, below.x0) and max(above.x1, below.x1) <= left + wide
-        assert below.y0 >= 0 and below.y1 <= 8 + 2 * 18
-        assert above.y0 >= 8 + 2 * 18 + 50 and above.y1 <= height
+        left = 8 + i * (wide + 8)
+        inner = left + (wide - width) // 2
+        np.testing.assert_array_equal(drawn[above : above + 301, inner : inner + width], expected)
+        dark = (drawn < 128).any(2)
+        assert dark[:above, left : left + wide].any()
+        assert dark[above + 301 :, left : left + wide].any() == (i < 2)
+        assert (
+            not dark[:, left - 8 : left].any() and not dark[:, left + wide : left + wide + 8].any()
+        )
 
 
 def test_pictures_of_all_kinds_are_read_as_rgb(tmp_path):
@@ -281,19 +278,13 @@ def test_pictures_of_all_kinds_are_read_as_rgb(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # to be turned by a quarter, clockwise
     rgb.save(tmp_path / "Größe.png")
-    rgb.convert("L").save(tmp_path / "grey.png")
     transparent.save(tmp_path / "rgba.png")
     Image.fromarray(picture()[:60]).save(tmp_path / "turned.png", exif=turned)
     np.testing.assert_array_equal(read_picture(tmp_path / "Größe.png"), picture())
     np.testing.assert_array_equal(read_picture(tmp_path / "rgba.png"), picture())
-    read = read_picture(tmp_path / "grey.png")
-    assert read.shape == (96, 96, 3) and (read == read[:, :, :1]).all()
     np.testing.assert_array_equal(
         read_picture(tmp_path / "turned.png"), np.rot90(picture()[:60], -1)
     )
-    (tmp_path / "bad.png").write_bytes((tmp_path / "Größe.png").read_bytes()[:200])
-    with pytest.raises(demo.UnreadableImageError, match=r"bad\.png' cannot be read"):
-        read_picture(tmp_path / "bad.png")
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -311,36 +302,24 @@ def test_files_folders_and_patterns_are_found_once(tmp_path, monkeypatch):
     assert found("a[1].png", "b") == ["a[1].png", "b/1.JPG", "b/2.png"]
     assert found("b/*.png", "b", f"{tmp_path}/b/2.png") == ["b/2.png", "b/1.JPG"]
     assert found("**/3.*") == ["c/d/3.png"]
-    for word in ("b/3.png", "*.jpg"):
+    for word in ("b/3.png", "*.jpg", "c"):
         with pytest.raises(FileNotFoundError, match="there is no file '"):
             found(word)
-    with pytest.raises(FileNotFoundError, match="no image in the folder 'c'"):
-        found("c")
 
 
 def test_no_drawing_overwrites_another_or_its_own_picture(tmp_path):
-    files = [
-        Path("a/x.png"),
-        Path("a/x_2.png"),
-        Path("b/x.png"),
-        Path("b/X.jpg"),
-        Path("c/y.z.png"),
-    ]
-    names = ["x.png", "x_2.png", "x_3.png", "X_4.png", "y.z.png"]
+    files = [Path(name) for name in ("a/x.png", "a/x_2.png", "b/x.png", "b/X.jpg", "c/y.z.png")]
+    names = ["x.png", "x_2.png", "x_3.png", "X.png", "y.z.png"]
     assert output_paths(files, tmp_path) == [tmp_path / name for name in names]
-    with pytest.raises(ValueError, match=r"'a/x\.png' would overwrite 'a/x\.png'"):
+    with pytest.raises(ValueError, match=r"'a/x\.png' would overwrite"):
         output_paths(files, Path("a"))
     assert output_paths(files[3:4], Path("b")) == [Path("b/X.png")]
 
 
 def test_every_frame_of_a_video_is_drawn(tmp_path):
-    levels = [20, 120, 220, 60]
     source, target = tmp_path / "quelle-ü.mp4", tmp_path / "drawn.mp4"
-    codec = cv2.VideoWriter_fourcc(*"mp4v")
-    writer = cv2.VideoWriter(str(source), codec, 5, (64, 48))
-    for level in levels:
-        writer.write(np.full((48, 64, 3), (0, 0, level), np.uint8))  # red
-    writer.release()
+    levels = [20, 120, 220, 60]
+    write_video(source, *(np.full((48, 64, 3), (level, 0, 0), np.uint8) for level in levels))
     frames = []
 
     def draw(frame):
@@ -348,10 +327,9 @@ def test_every_frame_of_a_video_is_drawn(tmp_path):
         return np.pad(frame, ((0, 3), (0, 65), (0, 0)))
 
     assert draw_video(source, target, draw) == 4
-    assert [frame.shape for frame in frames] == [(48, 64, 3)] * 4
     drawn = cv2.VideoCapture(str(target))
     assert drawn.get(cv2.CAP_PROP_FPS) == 5
-    for level, seen in itertools.zip_longest(levels, frames):
+    for level, seen in zip(levels, frames, strict=True):
         read, frame = drawn.read()
         assert read and frame.shape == (50, 128, 3)
         np.testing.assert_allclose(seen.mean((0, 1)), [level, 0, 0], atol=6)
@@ -386,44 +364,34 @@ def test_the_tool_draws_one_panel_per_checkpoint(runs, tmp_path, monkeypatch, ru
         (tmp_path / name).mkdir()
     Image.fromarray(picture(1)).save(tmp_path / "a" / "ähnlich.png")
     Image.fromarray(picture(2, 128)[:80]).convert("L").save(tmp_path / "b" / "ähnlich.jpg")
-    configs = [runs / name / "config.yaml" for name in ("fa", "bp", "ss")]
+    configs = [runs / name / "config.yaml" for name in ("fa", "bp")]
     words = ["--config-file", *configs, "--input", tmp_path / "a", tmp_path / "b"]
     out, options = tmp_path / "new" / "out", ["INPUT.MIN_SIZE_TEST", 128]
-    scores = Detector(config(runs, "fa", *options), 0.0)(picture(1)).scores
-    score = scores[1:3].mean().item()  # the first panel has two boxes
-    assert len(scores) == 6
-    printed = run(*words, "--score", score, "--output", out, *options)
+    detectors = [Detector(demo.load_config(str(file), options), 0.1) for file in configs]
+    printed = run(*words, "--score", 0.1, "--output", out, *options)
     assert printed.count(" -> ") == 2
     drawn = [read_image(str(out / name), "RGB") for name in ("ähnlich.png", "ähnlich_2.png")]
-    assert [d.shape for d in drawn] == [
-        (34 + height + 8, 8 + 3 * (400 + 8), 3) for height in (400, 250)
-    ]
-    assert [panel.title for panel in panels[0]] == [
-        "feedback alignment",
-        "backpropagation",
-        "sign symmetry",
-    ]
-    for i, file in enumerate(configs):
-        expected, _ = Detector(demo.load_config(str(file), options), score).draw(picture(1))
+    assert [d.shape for d in drawn] == [(42 + height, 8 + 2 * 408, 3) for height in (400, 250)]
+    assert [panel.title for panel in panels[0]] == ["feedback alignment", "backpropagation"]
+    for i, detector in enumerate(detectors):
+        expected, _ = detector.draw(picture(1))
         left = 8 + i * 408
         np.testing.assert_array_equal(drawn[0][34 : 34 + 400, left : left + 400], expected)
-    assert len({panel.picture.tobytes() for panel in panels[0]}) == 3
+    assert len({panel.picture.tobytes() for panel in panels[0]}) == 2
 
 
-def test_one_config_does_for_several_weights_and_labels_replace_rules(
-    runs, tmp_path, monkeypatch, run
-):
+def test_one_config_does_for_several_weights_and_a_video(runs, tmp_path, monkeypatch, run):
     panels = []
     compose = demo.side_by_side
     monkeypatch.setattr(demo, "side_by_side", lambda p: panels.extend(p) or compose(p))
-    Image.fromarray(picture()).save(tmp_path / "x.png")
+    write_video(tmp_path / "v.mp4", picture())
     weights = [runs / name / "model_final.pth" for name in ("ss", "bp")]
     words = ["--config-file", runs / "bp" / "config.yaml", "--weights", *weights]
-    run(*words, "--input", tmp_path / "x.png", "--labels", "SS", "BP", "--output", tmp_path / "out")
+    words += ["--video", tmp_path / "v.mp4", "--labels", "SS", "BP", "--output", tmp_path / "out"]
+    run(*words)
     assert [panel.title for panel in panels] == ["SS", "BP"]
-    for panel, name in zip(panels, ("ss", "bp"), strict=True):
-        expected, _ = Detector(config(runs, name)).draw(picture())
-        np.testing.assert_array_equal(panel.picture, expected)
+    read, frame = cv2.VideoCapture(str(tmp_path / "out" / "v.mp4")).read()
+    assert read and frame.shape == (34 + 400 + 8, 8 + 2 * 408, 3)
 
 
 def test_unreadable_images_are_named_skipped_and_counted(runs, tmp_path, caplog, run):
@@ -437,69 +405,31 @@ def test_unreadable_images_are_named_skipped_and_counted(runs, tmp_path, caplog,
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["2.png"]
 
 
-def test_the_tool_draws_videos(runs, tmp_path, run):
-    source = tmp_path / "v.mp4"
-    writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"mp4v"), 5, (96, 96))
-    writer.write(picture())
-    writer.release()
-    words = ["--config-file", runs / "ss" / "config.yaml", runs / "bp" / "config.yaml"]
-    run(*words, "--video", source, "--output", tmp_path / "out")
-    read, frame = cv2.VideoCapture(str(tmp_path / "out" / "v.mp4")).read()
-    assert read and frame.shape == (34 + 400 + 8, 8 + 2 * 408, 3)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--config-file RUNS/ss/config.yaml --input no.png", "there is no file 'no.png'"),
-        ("--config-file RUNS/ss/config.yaml --video no.mp4", "there is no file 'no.mp4'"),
-        ("--config-file no.yaml --input x.png", "there is no config file 'no.yaml'"),
-        ("--config-file quick/shapes_retinanet_fa.yaml --input x.png", "names no trained weights"),
-        (
-            "--config-file RUNS/ss/config.yaml --weights no.pth --input x.png",
-            "there are no weights 'no.pth'",
-        ),
-        (
-            "--config-file RUNS/ss/config.yaml RUNS/cls/config.yaml --input x.png",
-            "cls/config.yaml differ in their classes: class 0 is 'circle' in the one and 'bar_fall",
-        ),
-        (
-            "--config-file RUNS/ss/config.yaml --weights RUNS/cls/model_final.pth --input x.png",
-            "cls/model_final.pth leaves",
-        ),
-        ("--config-file RUNS/ss/config.yaml --input x.png --output x.png/out", "be written to"),
-        ("--config-file RUNS/ss/config.yaml --input x.png --output x.png", "cannot be written to"),
-        ("--config-file RUNS/ss/config.yaml --input x.png --output .", "would overwrite 'x.png'"),
-        (
-            "--config-file RUNS/ss/config.yaml --input x.png --output out MODEL.NONE 1",
-            "Non-existent key: MODEL.NONE",
-        ),
+        ("RUNS/ss/config.yaml --input no.png", "there is no file 'no.png'"),
+        ("no.yaml --input x.png", "there is no config file 'no.yaml'"),
+        ("quick/shapes_retinanet_fa.yaml --input x.png", "no weights '' for quick/shapes_ret"),
+        ("RUNS/ss/config.yaml --weights no.pth --input x.png", "there are no weights 'no.pth'"),
+        ("RUNS/ss/config.yaml RUNS/cls/config.yaml --input x.png", "have not the same classes"),
+        ("RUNS/ss/config.yaml --input x.png --output x.png/out", "x.png/out"),
+        ("RUNS/ss/config.yaml --input x.png --output x.png", "x.png"),
+        ("RUNS/ss/config.yaml --input x.png --output .", "'x.png' would overwrite"),
+        ("RUNS/ss/config.yaml --input x.png --output out MODEL.NONE 1", "MODEL.NONE"),
+        ("a b --weights c --input d", "2 configs, but 1 weights"),
+        ("a --labels b c --input d", "2 labels, but 1 checkpoints"),
+        ("a --input b --score 40", "--score 40.0: choose a number from 0 to 1"),
+        ("a --input b --video c", "not allowed with argument --input"),
+        ("a --input b --output c K V --score 1", "--score: give options before"),
+        ("a --input b --output c MODEL.DEVICE", "a KEY or a VALUE is missing"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch, run, words, message):
+def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch, run, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture()).save("x.png")
-    words = words.replace("RUNS", str(runs)).split()
+    words = ["--config-file", *words.replace("RUNS", str(runs)).split()]
     with pytest.raises(SystemExit) as exit_:
         run(*words, *([] if "--output" in words else ["--output", "out"]))
-    assert message in str(exit_.value.code)
+    assert message in str(exit_.value.code) + capsys.readouterr().err
     np.testing.assert_array_equal(read_picture("x.png"), picture())
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--config-file a b --weights c --input d", "2 configs, but 1 weights"),
-        ("--config-file a --labels b c --input d", "2 labels, but 1 checkpoints"),
-        ("--config-file a --input b --score 40", "--score 40.0: choose a number from 0 to 1"),
-        ("--config-file a --input b --video c", "not allowed with argument --input"),
-        ("--config-file a --input b --output c K V --score 1", "--score: give options before"),
-        ("--config-file a --input b --output c MODEL.DEVICE", "a KEY or a VALUE is missing"),
-    ],
-)
-def test_a_command_line_that_cannot_work_is_refused(run, capsys, words, message):
-    words = words.split()
-    with pytest.raises(SystemExit) as exit_:
-        run(*words, *([] if "--output" in words else ["--output", "out"]))
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err

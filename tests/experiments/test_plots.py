@@ -1,7 +1,6 @@
 """Figures: what is drawn, how it is labelled, and what becomes of bad input."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,13 +13,13 @@ from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.experiments.plots import (
     depth_order,
     draw_figures,
+    losses_of,
     mean_curve,
     plot_curves,
     plot_layers,
-    plot_training,
 )
 from ss_detectron.experiments.runs import group_runs, read_runs
-from ss_detectron.experiments.styles import RULE_STYLES, style_of
+from ss_detectron.experiments.styles import RULE_STYLES, label_of, style_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_metrics.py"
 
@@ -51,35 +50,26 @@ def test_every_rule_has_a_colour_dashes_and_a_marker_of_its_own():
     assert set(RULE_STYLES) == own
     for part in ("label", "colour", "dashes", "marker"):
         assert len({getattr(style, part) for style in RULE_STYLES.values()}) == len(RULE_STYLES)
-    # Okabe and Ito's scheme for colour-blind readers.
-    assert {style.colour for style in RULE_STYLES.values()} < {
-        *("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-    }
-
-
-def test_the_colours_are_fixed():
-    assert {name: style.colour for name, style in RULE_STYLES.items()} == {
-        "backpropagation": "#000000",
-        "sign_symmetry": "#0072B2",
-        "sign_symmetry_fixed_magnitude": "#56B4E9",
-        "sign_symmetry_batchwise_magnitude": "#009E73",
-        "feedback_alignment": "#D55E00",
-        "feedback_alignment_signed_init": "#E69F00",
-        "kolen_pollack": "#CC79A7",
-    }
     assert style_of("sign_symmetry", ["anything"]) is RULE_STYLES["sign_symmetry"]
 
 
-def test_other_names_have_stable_looks_that_differ():
-    names = [*(f"run {i}" for i in range(7)), "sign_symmetry"]
+def test_other_names_have_looks_of_their_own():
+    names = [*(f"run {i}" for i in range(7)), *RULE_STYLES]
     looks = [style_of(name, names) for name in names]
     assert looks == [style_of(name, reversed(names)) for name in names]
-    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 8
-    assert style_of("run 1").colour == style_of("run 1", ["sign_symmetry"]).colour
-    many = [f"run {i}" for i in range(20)]  # more than there are colours
-    assert {style_of(name, many).colour for name in many}.isdisjoint(
-        style.colour for style in RULE_STYLES.values()
-    )
+    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 14
+
+
+def test_metrics_are_labelled_with_their_units_and_test_set():
+    keys = ("bbox/AP", "my_val/bbox/AP", "something/else")
+    assert [label_of(key) for key in keys] == ["box AP, %", "box AP, % (my_val)", "something/else"]
+
+
+def test_one_part_of_a_loss_is_the_total():
+    keys = ["loss_cls", "lr", "total_loss", "train_top1_error"]
+    assert losses_of(keys) == ["total_loss", "train_top1_error"]
+    assert losses_of(["loss_a", "loss_b", "total_loss"]) == ["total_loss", "loss_a", "loss_b"]
+    assert losses_of(["loss_a"]) == ["loss_a"]
 
 
 # Curves ------------------------------------------------------------------------------------------
@@ -88,18 +78,13 @@ def test_other_names_have_stable_looks_that_differ():
 def test_a_curve_is_the_mean_with_the_samples_standard_deviation(tmp_path):
     write_run(tmp_path / "1", losses(1.0, 5.0, 7.0), SEED=1)
     write_run(tmp_path / "2", losses(3.0, 6.0), SEED=2)
-    (group,) = groups_of(tmp_path)
-    curve = mean_curve(group, "total_loss")
-    np.testing.assert_array_equal(curve.x, [19, 39, 59])
-    np.testing.assert_allclose(curve.mean, [2, 5.5, 7])
-    np.testing.assert_allclose(curve.deviation, [np.sqrt(2), np.sqrt(0.5), np.nan])
-    assert len(mean_curve(group, "bbox/AP").x) == 0
-
-
-def test_a_curve_in_epochs(tmp_path):
-    write_run(tmp_path / "1", losses(1.0, 5.0), SOLVER__IMS_PER_BATCH=8)
     (group,) = groups_of(tmp_path, images_per_epoch=160)
-    np.testing.assert_allclose(mean_curve(group, "total_loss", epochs=True).x, [19 / 20, 39 / 20])
+    x, mean, deviation = mean_curve(group, "total_loss")
+    np.testing.assert_array_equal(x, [19, 39, 59])
+    np.testing.assert_allclose(mean, [2, 5.5, 7])
+    np.testing.assert_allclose(deviation, [np.sqrt(2), np.sqrt(0.5), np.nan])
+    assert [len(part) for part in mean_curve(group, "bbox/AP")] == [0, 0, 0]
+    np.testing.assert_allclose(mean_curve(group, "total_loss", epochs=True)[0], x * 8 / 160)
 
 
 def test_curves_are_drawn_with_their_rules_colours_labels_and_bands(tmp_path):
@@ -140,20 +125,10 @@ def test_two_settings_of_one_rule_share_its_colour_alone(tmp_path):
     assert {line.get_label() for line in panel.lines} == {"SS, GAIN 0.5", "SS, GAIN 1.0"}
 
 
-def test_training_of_one_run():
-    metrics = [
-        {"iteration": 19, "total_loss": 2.0, "loss_cls": 1.5, "loss_box_reg": 0.5},
-        {"iteration": 39, "total_loss": 1.0, "loss_cls": 0.5, "loss_box_reg": 0.5, "bbox/AP": 12.0},
-    ]
-    panels = plot_training(metrics).axes
-    assert lines_of(panels[0]) == {
-        "total_loss": [[19, 2.0], [39, 1.0]],
-        "loss_cls": [[19, 1.5], [39, 0.5]],
-        "loss_box_reg": [[19, 0.5], [39, 0.5]],
-    }
-    assert lines_of(panels[1]) == {"bbox/AP": [[39, 12.0]]}
-    assert all(panel.get_xlabel() and panel.get_ylabel() for panel in panels)
-    assert plot_training(metrics[:1]).axes[1].texts[0].get_text() == "not evaluated"
+def test_values_that_are_not_finite_leave_a_gap(tmp_path):
+    write_run(tmp_path / "bp", losses(1.0, float("nan"), float("inf"), 2.0))
+    (panel,) = plot_curves(groups_of(tmp_path), ["total_loss"]).axes
+    np.testing.assert_array_equal(panel.lines[0].get_ydata(), [1.0, np.nan, np.inf, 2.0])
 
 
 # Layers ------------------------------------------------------------------------------------------
@@ -185,8 +160,7 @@ LAYERS = [
     ],
 )
 def test_layers_are_ordered_from_input_to_output(layers):
-    assert depth_order(sorted(layers)) == layers
-    assert depth_order(reversed(layers)) == layers
+    assert depth_order(sorted(layers)) == depth_order(reversed(layers)) == layers
 
 
 def aligned(angle: float) -> list[dict]:
@@ -199,10 +173,10 @@ def aligned(angle: float) -> list[dict]:
 
 
 def test_layers_are_lines_coloured_by_depth_in_a_panel_per_rule(tmp_path):
-    for rule, angle in (("bp", 14.0), ("fa", 90.0), ("ss", 40.0)):
-        write_run(tmp_path / rule, aligned(angle), rule)
-    figure = plot_layers(groups_of(tmp_path), "weight_angle")
-    *panels, bar = figure.axes
+    write_run(tmp_path / "bp", aligned(14.0), "bp")
+    write_run(tmp_path / "ss", aligned(40.0)[:1], "ss")
+    write_run(tmp_path / "fa", aligned(90.0), "fa")
+    *panels, bar = plot_layers(groups_of(tmp_path), "weight_angle").axes
     assert [panel.get_title() for panel in panels] == ["BP", "SS", "FA"]
     lines = lines_of(panels[2])
     assert list(lines) == LAYERS
@@ -212,17 +186,13 @@ def test_layers_are_lines_coloured_by_depth_in_a_panel_per_rule(tmp_path):
     assert [to_hex(c) for c in colours] == [to_hex(c) for c in expected]
     references = [line for line in panels[0].lines if line.get_label() not in LAYERS]
     assert [set(line.get_ydata()) for line in references] == [{90}]
+    # One measurement is a point.
+    assert {line.get_marker() for line in panels[1].lines if line.get_label() in LAYERS} == {"."}
     assert panels[0].get_ylabel() == "angle between W and B, °"
     assert bar.get_ylabel() == "layer, from input to output"
     names = [text.get_text() for text in bar.get_yticklabels()]
     assert (names[0], names[-1]) == ("stem.conv1", "head.cls_score")
     assert bar.yaxis_inverted()  # the input above
-
-
-def test_a_layer_with_one_measurement_is_a_point(tmp_path):
-    write_run(tmp_path / "fa", aligned(90.0)[:1], "fa")
-    panel, _ = plot_layers(groups_of(tmp_path), "weight_angle").axes
-    assert {line.get_marker() for line in panel.lines if line.get_label() in LAYERS} == {"."}
 
 
 # All figures of some runs ------------------------------------------------------------------------
@@ -238,66 +208,60 @@ def classification(error: float, steps: int = 200) -> list[dict]:
     return [*losses(2.0, 1.0, loss_cls=2.0, train_top1_error=9.0), {"iteration": steps} | top]
 
 
-def stems(files: list[Path]) -> list[str]:
-    return list(dict.fromkeys(file.stem for file in files))
-
-
 @pytest.fixture
-def drawn(monkeypatch) -> list:
-    """The keys, and whether in epochs, of the curves that are drawn."""
-    calls = []
+def drawn(monkeypatch):
+    """Draws the figures of some runs; returns for each curves' keys, and whether in epochs."""
+    calls, saved = [], []
+    plots = "ss_detectron.experiments.plots"
+    original = plot_curves
 
     def spy(groups, keys, *, epochs=False):
         calls.append((keys, epochs))
-        return plot_curves(groups, keys, epochs=epochs)
+        return original(groups, keys, epochs=epochs)
 
-    monkeypatch.setattr("ss_detectron.experiments.plots.plot_curves", spy)
-    return calls
+    monkeypatch.setattr(f"{plots}.plot_curves", spy)
+    monkeypatch.setattr(
+        f"{plots}._save", lambda figure, path, formats: saved.append(path) or [path]
+    )
+
+    def draw(folders, metrics=(), **options):
+        calls.clear()
+        files = draw_figures(read_runs(folders, **options), "figures", metrics=metrics)
+        return [file.name for file in files], list(calls)
+
+    return draw
 
 
 def test_detection_is_ap_and_losses_against_iterations(tmp_path, drawn, caplog):
-    for rule in ("bp", "ss"):
-        write_run(tmp_path / "runs" / rule, detection(50.0), rule)
-    runs = read_runs((tmp_path / "runs").iterdir(), images_per_epoch=100)
-    files = draw_figures(runs, tmp_path / "figures" / "new", formats=["png", "pdf", "svg"])
-    assert stems(files) == ["losses", "detection"]
+    folders = [write_run(tmp_path / rule, detection(50.0), rule) for rule in ("bp", "ss")]
     parts = ["total_loss", "loss_box_reg", "loss_cls"]
-    assert drawn == [(parts, False), (["bbox/AP", *parts], False)]
-    kinds = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
-    assert {file.suffix for file in files} == kinds.keys()
-    for file in files:
-        assert file.read_bytes().startswith(kinds[file.suffix])
-    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    assert drawn(folders, images_per_epoch=100) == (
+        ["losses", "detection"],
+        [(parts, False), (["bbox/AP", *parts], False)],
+    )
+    assert not caplog.records
 
 
-def test_classification_is_top_1_and_top_5_error_against_epochs(tmp_path, drawn):
-    for rule in ("bp", "ss"):
-        write_run(tmp_path / rule, classification(50.0), rule, CLASSIFICATION)
-    runs = read_runs(tmp_path.iterdir(), images_per_epoch=2000)
-    assert stems(draw_figures(runs, tmp_path / "figures", formats=["png"])) == ["losses", "error"]
-    assert drawn == [
-        (["total_loss", "train_top1_error"], True),
-        (["classification/top1_error", "classification/top5_error"], True),
+def test_classification_is_top_1_and_top_5_error_against_epochs(tmp_path, drawn, caplog):
+    folder = write_run(tmp_path / "bp", classification(50.0), "bp", CLASSIFICATION)
+    curves = [
+        ["total_loss", "train_top1_error"],
+        ["classification/top1_error", "classification/top5_error"],
     ]
+    expected = ["losses", "error"], [(keys, True) for keys in curves]
+    assert drawn([folder], images_per_epoch=2000) == expected
+    assert not caplog.records
+    _, calls = drawn([folder])
+    assert [epochs for _, epochs in calls] == [False, False]
+    assert f"the length of an epoch is not known in {folder}" in caplog.text
 
 
-def test_where_epochs_are_not_known_iterations_are_drawn_and_that_is_said(tmp_path, drawn, caplog):
-    write_run(tmp_path / "bp", classification(50.0), "bp", CLASSIFICATION)
-    draw_figures(read_runs([tmp_path / "bp"]), tmp_path / "figures", formats=["png"])
-    assert [epochs for _, epochs in drawn] == [False, False]
-    assert "error is drawn against iterations" in caplog.text
-    assert f"not known of {tmp_path}/bp" in caplog.text
-
-
-def test_alignment_is_drawn_where_it_was_measured(tmp_path):
-    rows = [
-        row | {f"alignment/{q}/{LAYERS[0]}": 1.0 for q in ("norm_ratio", "sign_agreement")}
-        for row in aligned(50.0)
-    ]
-    write_run(tmp_path / "fa", [row | {"alignment/gradient_angle/x": 3.0} for row in rows], "fa")
-    write_run(tmp_path / "ss", losses(1.0), "ss")
-    files = draw_figures(read_runs(tmp_path.iterdir()), tmp_path / "figures", formats=["png"])
-    assert stems(files) == [
+def test_alignment_is_drawn_where_it_was_measured(tmp_path, drawn):
+    quantities = ("norm_ratio", "sign_agreement", "gradient_angle")
+    more = {f"alignment/{quantity}/{LAYERS[0]}": 1.0 for quantity in quantities}
+    fa = write_run(tmp_path / "fa", [row | more for row in aligned(50.0)], "fa")
+    names, _ = drawn([fa, write_run(tmp_path / "ss", losses(1.0), "ss")])
+    assert names == [
         "losses",
         "gradient_angle",
         "weight_angle",
@@ -308,71 +272,45 @@ def test_alignment_is_drawn_where_it_was_measured(tmp_path):
 
 
 def test_a_metric_that_some_runs_lack_is_drawn_of_the_others(tmp_path, drawn, caplog):
-    write_run(tmp_path / "bp", detection(50.0), "bp")
-    write_run(tmp_path / "fa", losses(1.0, 2.0), "fa")
-    write_run(tmp_path / "cls", classification(50.0), "bp", CLASSIFICATION)
-    runs = read_runs(tmp_path / name for name in ("bp", "fa", "cls"))
-    files = draw_figures(runs, tmp_path / "x", formats=["png"])
-    assert stems(files) == ["losses", "error", "detection"]
-    assert f"{tmp_path}/fa has no bbox/AP; left out" in caplog.text
-    assert f"{tmp_path}/bp has no classification/top1_error and no classif" in caplog.text
-
-    wanted = ["bbox/AP", "nonsense"]
-    files = draw_figures(runs, tmp_path / "y", metrics=wanted, formats=["png"])
-    assert stems(files) == ["losses", "bbox_AP"]
+    bp = write_run(tmp_path / "bp", detection(50.0), "bp")
+    fa = write_run(tmp_path / "fa", losses(1.0, 2.0), "fa")
+    cls = write_run(tmp_path / "cls", classification(50.0), "bp", CLASSIFICATION)
+    assert drawn([bp, fa, cls])[0] == ["losses", "error", "detection"]
+    assert f"No bbox/AP in {cls}, {fa}" in caplog.text
+    assert drawn([bp, fa, cls], ["bbox/AP", "nonsense"])[0] == ["losses", "bbox_AP"]
     assert "No run has the metric nonsense; they have bbox/AP, classification/" in caplog.text
 
 
-def test_a_run_that_ended_early_is_drawn_and_named(tmp_path, caplog):
+def test_a_run_that_ended_early_is_drawn_and_named(tmp_path, drawn, caplog):
     write_run(tmp_path / "1", losses(1.0, 2.0, 3.0), SEED=1)
     write_run(tmp_path / "2", losses(1.0), SEED=2)
-    draw_figures(read_runs(tmp_path / name for name in "12"), tmp_path / "x", formats=["png"])
-    assert f"{tmp_path}/2 ends at iteration 19, others of its rule go on to 59" in caplog.text
-
-
-def test_values_that_are_not_finite_leave_a_gap(tmp_path):
-    write_run(tmp_path / "bp", losses(1.0, float("nan"), float("inf"), 2.0))
-    (panel,) = plot_curves(groups_of(tmp_path), ["total_loss"]).axes
-    np.testing.assert_array_equal(panel.lines[0].get_ydata(), [1.0, np.nan, np.inf, 2.0])
-    assert draw_figures(read_runs([tmp_path / "bp"]), tmp_path / "figures", formats=["png"])
+    assert drawn([tmp_path / "1", tmp_path / "2"])[0] == ["losses"]
+    assert f"{tmp_path}/2 ends before iteration 59" in caplog.text
 
 
 # The tool ----------------------------------------------------------------------------------------
 
 
-def plot_metrics(*words) -> int:
-    tool = runpy.run_path(str(TOOL))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["plot_metrics.py", *map(str, words)])
-        return tool["main"](tool["parse_arguments"]())
-
-
 def test_the_tool_draws_what_can_be_drawn_and_says_the_rest(tmp_path, capsys, caplog):
+    main = runpy.run_path(str(TOOL))["main"]
     write_run(tmp_path / "good", detection(50.0))
-    write_rows(tmp_path / "empty", [])
     write_run(tmp_path / "longer", detection(50.0), "ss", SOLVER__MAX_ITER=800)
-    with (tmp_path / "longer" / "metrics.json").open("a") as file:
-        file.write('{"iteration": 599, "tot')
-    names = ("missing", "empty", "good", "longer")
-    figures = tmp_path / "figures"
-    folders = [tmp_path / name for name in names]
-    assert plot_metrics(*folders, "--output", figures, "--format", "svg") == 0
-    assert {file.name for file in figures.iterdir()} == {"losses.svg", "detection.svg"}
+    figures = tmp_path / "new" / "figures"
+    words = [f"{tmp_path}/{name}" for name in ("missing", "good", "longer")]
+    main([*words, "--output", str(figures), "--format", "png", "pdf", "svg"])
+    for kind, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        for name in ("losses", "detection"):
+            assert (figures / f"{name}.{kind}").read_bytes().startswith(start)
     assert "detection.svg" in capsys.readouterr().out
-    for message in (
-        "missing is not there",
-        "empty/metrics.json is empty",
-        "longer/metrics.json, line 5 is not complete",
-        "SOLVER.MAX_ITER differs",
-    ):
-        assert message in caplog.text
+    assert "missing is no output folder" in caplog.text and "SOLVER.MAX_ITER differs" in caplog.text
     text = (figures / "detection.svg").read_text()
     assert all(f">{word}</text>" in text for word in ("BP", "SS", "box AP, %", "iteration"))
 
 
-def test_the_tool_fails_where_there_is_nothing_to_draw(tmp_path, capsys):
-    assert plot_metrics(tmp_path / "missing", "--output", tmp_path / "figures") == 1
-    assert "Nothing could be drawn" in capsys.readouterr().err
+def test_the_tool_fails_where_there_is_nothing_to_draw(tmp_path):
+    main = runpy.run_path(str(TOOL))["main"]
     write_rows(tmp_path / "run", [{"iteration": 3, "lr": 0.1}])
-    assert plot_metrics(tmp_path / "run", "--output", tmp_path / "figures") == 1
+    for name in ("missing", "run"):
+        with pytest.raises(SystemExit, match="Nothing could be drawn"):
+            main([f"{tmp_path}/{name}", "--output", f"{tmp_path}/figures"])
     assert not (tmp_path / "figures").exists()
