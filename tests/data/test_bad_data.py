@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -186,7 +186,7 @@ READABLE = [
 def write_set(spoil: Callable[[dict], Any]) -> None:
     """``sky/labels.json`` and ``sky/images``, one object in each of four images, then spoiled."""
     folder = Path("sky/images")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     content = {"images": [], "annotations": [], "categories": []}
     for i, [(x, y, right, bottom)] in BOXES.items():
         (folder / f"{i}.jpg").write_bytes(encoded("jpeg"))
@@ -397,9 +397,7 @@ DETECTION_IMAGES = [
     Case("missing file", on_file(remove), "stops", "skipped", "1 of which are not in|No such file"),
     unreadable("16-bit values", on_file(write(sixteen_bits())), "mode is I"),
     unreadable("another size than the annotation's", on_image(width=60), r"got \(64, 48\)"),
-    unreadable(
-        "orientation in EXIF, size as stored", on_file(CLOCKWISE), r"got \(48, 64\), expect"
-    ),
+    unreadable("orientation in EXIF, size as stored", on_file(CLOCKWISE), r"got \(48, 64\)"),
     *(used(name, on_file(change)) for name, change in READABLE),
     used("non-ASCII name", renamed("Käse 猫 \u202e.jpg")),
     used("name with a subfolder", renamed("a/b.jpg")),
@@ -764,9 +762,7 @@ def test_worker_process_ends_the_run_with_the_name():
     write_set(on_file(write(b"")))
     cfg = checked(detection_config("error", "DATALOADER.NUM_WORKERS", 1))
     for use in (trained_on, average_precision):
-        with pytest.raises(
-            UnreadableImageError, match="1.jpg' cannot be read as an im.*: cannot ide"
-        ):
+        with pytest.raises(UnreadableImageError, match="1.jpg' cannot be read .*: cannot identify"):
             use(cfg)
 
 
@@ -821,10 +817,7 @@ def test_nothing_to_learn_from():
     [
         (on_object(id=1), "Annotation ids in .* are not unique"),
         (on_object(category_id=3), "category_id=3"),
-        (
-            on_object(bbox=[4, 8, float("nan"), 9]),
-            r"1 boxes are not four.*\[4, 8, nan, 9\] of",
-        ),
+        (on_object(bbox=[4, 8, float("nan"), 9]), r"1 boxes are not four.*\[4, 8, nan, 9\] of"),
         (on_object(bbox="none"), "1 boxes are not four finite numbers: 'none' of image 1"),
         (without("annotations", "bbox"), "1 boxes are not four finite numbers: None of image 1"),
         (without("images", "width"), "KeyError"),
@@ -895,54 +888,37 @@ def test_errors_of_ones_own_code_are_no_unreadable_images(error, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["BGR", "RGB", "L", "YUV-BT.601"])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("content", [encoded("jpeg"), turned("jpeg"), turned("png"), palette()])
-def test_images_are_those_of_detectron2_read_once(form, content, monkeypatch):
-    write_set(masks("polygons"))
-    cfg = checked(detection_config("error", "INPUT.FORMAT", form, *MASKS))
-    Path("sky/images/0.jpg").write_bytes(content)
-    record = DatasetCatalog.get("own_sky")[0]
-    record["width"], record["height"] = WIDTH, HEIGHT
-    if content in (turned("jpeg"), turned("png")):
-        record["width"], record["height"] = HEIGHT, WIDTH
-    record["sem_seg_file_name"] = record["file_name"]
-    before = copy.deepcopy(record)
-    opened, opening = [], PathManager.open
-    for training in (True, False):
-        expected = DatasetMapper(cfg, training)(record)
-        with monkeypatch.context() as patch:
-            patch.setattr(PathManager, "open", lambda *a, **k: opened.append(a) or opening(*a, **k))
-            found = DetectionMapper(cfg, training)(record)
-        assert len(opened) == 2  # with the segmentation
-        opened.clear()
-        assert record == before and found.keys() == expected.keys()
-        assert found["image"].dtype in (torch.uint8, torch.float32)  # which models take
-        torch.testing.assert_close(found["image"], expected["image"].to(found["image"].dtype))
-        assert torch.equal(found["sem_seg"], expected["sem_seg"])
-        if training:
-            for field in ("gt_boxes", "gt_masks"):
-                both_fields = (i["instances"].get(field) for i in (found, expected))
-                assert str(next(both_fields)) == str(next(both_fields))
-
-
-def rle_is_taken(counts: Any, size: Any = (HEIGHT, WIDTH)) -> bool:
-    content = {
-        "images": [{"id": 1, "file_name": "1.jpg", "height": HEIGHT, "width": WIDTH}],
-        "annotations": [
-            {
-                "id": 1,
-                "image_id": 1,
-                "category_id": 1,
-                "bbox": [4, 8, 9, 9],
-                "segmentation": {"size": list(size), "counts": counts},
-            }
-        ],
-        "categories": [{"id": 1, "name": "kite"}],
+def test_images_are_those_of_detectron2_opened_once(form, training, content, monkeypatch):
+    cfg = detection_config("error", "INPUT.FORMAT", form, *MASKS)
+    Path("image").write_bytes(content)
+    box = {"bbox": [4, 8, 20, 9], "bbox_mode": 1, "category_id": 0}
+    record = {
+        "file_name": "image",
+        "sem_seg_file_name": "image",
+        "annotations": [{**box, "segmentation": [[4, 8, 24, 8, 24, 18]]}],
     }
-    Path("labels.json").write_text(json.dumps(content))
+    before = copy.deepcopy(record)
+    expected = DatasetMapper(cfg, training)(record)
+    opened, opening = [], PathManager.open
+    monkeypatch.setattr(PathManager, "open", lambda *a, **k: opened.append(a) or opening(*a, **k))
+    found = DetectionMapper(cfg, training)(record)
+    assert len(opened) == 2  # with the segmentation
+    assert record == before and found.keys() == expected.keys()
+    assert found["image"].dtype in (torch.uint8, torch.float32)  # which models take
+    torch.testing.assert_close(found["image"], expected["image"].to(found["image"].dtype))
+    assert torch.equal(found["sem_seg"], expected["sem_seg"])
+    assert str(found.get("instances")) == str(expected.get("instances"))
+
+
+def rle_is_taken(counts: Any, *size: int) -> bool:
+    size = list(size) or [HEIGHT, WIDTH]
+    write_set(masks("RLE", segmentation={"size": size, "counts": counts}))
     try:
-        read_coco_file("labels.json", annotated=True, masks=True)
+        read_coco_file("sky/labels.json", annotated=True, masks=True)
     except ValueError as error:
-        assert "(id 1), which has the segmentation" in str(error) and len(str(error)) < 300
+        assert "(id 2), which has the segmentation" in str(error) and len(str(error)) < 300
         return False
     return True
 
@@ -950,7 +926,7 @@ def rle_is_taken(counts: Any, size: Any = (HEIGHT, WIDTH)) -> bool:
 @pytest.mark.parametrize("share", [0, 1e-3, 0.01, 0.1, 0.5, 0.9, 1])
 def test_rle_of_any_mask_is_taken(share):
     random = np.random.default_rng(0)
-    for _ in range(9):
+    for _ in range(3):
         mask = (random.random((HEIGHT, WIDTH)) < share).astype(np.uint8)
         assert rle_is_taken(compressed(mask))
         ends = np.flatnonzero(np.diff(mask.ravel("F"), prepend=0, append=2))
@@ -958,32 +934,18 @@ def test_rle_of_any_mask_is_taken(share):
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "counts",
     [
-        lambda good: "0oooooooooo1",
-        lambda good: "",
-        lambda good: "111",
-        lambda good: good[:-1],
-        lambda good: good[1:],
-        lambda good: good + "1",
-        lambda good: good + chr(48 + 31),  # -1
-        lambda good: good + "\ud800",
-        lambda good: good + "\0",
-        lambda good: good + "p",
-        lambda good: good + "\n",
-        lambda good: "o" * 100_000,
-        lambda good: good + 6 * "P" + "0",  # a zero of seven digits
-        lambda good: [HEIGHT * WIDTH, 1],
-        lambda good: [HEIGHT * WIDTH + 1, -1],
-        lambda good: [HEIGHT * WIDTH / 1],
-        lambda good: None,
+        *("0oooooooooo1", "", "111", FULL[:-1], FULL[1:], FULL + "1", FULL + "p", FULL + "\n"),
+        *(FULL + chr(48 + 31), FULL + "\ud800", FULL + "\0", "o" * 100_000),  # the first is -1
+        FULL + 6 * "P" + "0",  # a zero of seven digits
+        *([HEIGHT * WIDTH, 1], [HEIGHT * WIDTH + 1, -1], [HEIGHT * WIDTH / 1], None),
     ],
 )
-def test_damaged_rle_is_refused(damage):
+def test_damaged_rle_is_refused(counts):
     """It would keep pycocotools busy for good, or give a mask of whatever is in its memory."""
-    good = compressed(box_mask(BOXES[1][0]))
-    assert rle_is_taken(good) and not rle_is_taken(good, (WIDTH, HEIGHT))
-    assert not rle_is_taken(damage(good))
+    assert rle_is_taken(FULL) and not rle_is_taken(FULL, WIDTH, HEIGHT)
+    assert not rle_is_taken(counts)
 
 
 def test_no_annotations_of_a_test_set():
