@@ -16,18 +16,16 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from group_utils import run_ranks
 from modeling_utils import assert_same, load_config, make_batch
 from PIL import Image
-from run_utils import SECONDS, end, model_of, rows, start
+from run_utils import SECONDS, end, finish, model_of, rows, start
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron import FEEDBACK_REGISTRY, add_ss_config, convert_feedback
+from ss_detectron import add_ss_config, convert_feedback
 from ss_detectron.engine import AlignmentHook, Trainer
 from ss_detectron.engine.not_finite import all_finite, image_names, not_finite
 from ss_detectron.engine.train_loop import StepTrainer
 from ss_detectron.learners import Backpropagation
 from ss_detectron.solver.build import build_optimizer
-
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 
 
 class Model(nn.Module):
@@ -73,10 +71,10 @@ def spoiled(batch: dict, how: str = "pixel") -> dict:
     return batch
 
 
-def make(rule: str, loader: list[dict], optimizer: str = "SGD", **options) -> StepTrainer:
+def make(rule: str, loader: list[dict], **options) -> StepTrainer:
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_list(["SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", 0.01])
+    cfg.merge_from_list(["SOLVER.BASE_LR", 0.01])
     model = Model(rule)
     return StepTrainer(Backpropagation(model), loader, build_optimizer(cfg, model), **options)
 
@@ -133,33 +131,31 @@ def test_the_images_of_a_batch(batch, names):
 # A step that is not taken ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("how", ["pixel", "loss"])
+@pytest.mark.parametrize(("how", "passes"), [("pixel", 1), ("loss", 2)])
 def test_a_step_is_not_taken_and_everything_about_it_is_told(how, passes, caplog):
     good, bad = batches(2)
     loader = [good] * passes + [good, spoiled(bad, how)][-passes:]
     trainer = make("ss", loader, passes=passes)
     trainer.optimizer.param_groups[0]["lr"] = 0.125
     train(trainer, 1)
-    weights = copy.deepcopy(dict(trainer.model.named_parameters()))
-    state_before = copy.deepcopy(trainer.optimizer.state_dict())
+    before = state(trainer)[1], copy.deepcopy(dict(trainer.model.named_parameters()))
     with pytest.raises(FloatingPointError) as error:
         train(trainer, 1)
-    assert_same(dict(trainer.model.named_parameters()), weights)
-    assert_same(trainer.optimizer.state_dict(), state_before)
+    assert_same((state(trainer)[1], dict(trainer.model.named_parameters())), before)
 
-    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
-    assert record.getMessage() == str(error.value)
     text = str(error.value)
-    assert "not finite at iteration 1" in text
+    (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert record.getMessage() == text
     where = "rank 0" if passes == 1 else "rank 0, pass 2 of 2"
     losses = r"loss_a nan, loss_b nan" if how == "pixel" else r"loss_a [\d.]+, loss_b inf"
-    names = ", ".join(bad["file_name"])
-    assert re.search(rf"^  {where}: {losses}; images: {names}$", text, re.M)
+    assert re.search(rf"^  {where}: {losses}; images: {', '.join(bad['file_name'])}$", text, re.M)
     assert text.count("images: ") == passes
-    assert re.search(r"^  learning rate: .*0\.125 \(\d+ parameters\)", text, re.M)
-    expected = "gradients that are not finite: 8: layers.0.weight, layers.0.bias, layers.1.weight"
-    assert expected in text
+    for said in (
+        r"not finite at iteration 1,",
+        r"learning rate: .*0\.125 \(\d+ parameters\)",
+        r"gradients that are not finite: 8: layers\.0\.weight, layers\.0\.bias, layers\.1\.weight",
+    ):
+        assert re.search(said, text)
     ratios = re.search(r"norm\(B\)/norm\(W\): (.+)", text)[1].split(", ")
     assert {r.split()[0] for r in ratios} == {"layers.0", "layers.3", "layers.5"}
     values = [float(r.split()[1]) for r in ratios]
@@ -184,13 +180,6 @@ def test_a_large_gradient_is_no_reason():
     trainer.optimizer.param_groups[0]["lr"] = 0.0
     train(trainer, 1)
     assert trainer.model.layers[0].weight.grad.min() > 1e29
-
-
-def test_a_batch_without_names_is_said_to_have_none():
-    batch = spoiled(batches(1)[0])
-    del batch["file_name"]
-    with pytest.raises(FloatingPointError, match="loss_b nan; images: the batch names none"):
-        train(make("bp", [batch]), 1)
 
 
 def test_frozen_parameters_and_sparse_gradients():
@@ -231,7 +220,7 @@ def test_gradients_that_no_optimiser_uses_do_not_count():
 
 @pytest.mark.parametrize("options", [{}, {"passes": 2}, {"mixed_precision": True}], ids=str)
 @pytest.mark.parametrize("how", ["pixel", "loss"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["ss", "brsf", "kp"])
 def test_a_skipped_step_leaves_no_trace(rule, how, options):
     passes = options.get("passes", 1)
     good = batches(4 * passes)
@@ -249,12 +238,11 @@ def test_a_skipped_step_leaves_no_trace(rule, how, options):
         assert int(plain.model.state_dict()["layers.0.feedback_updates"]) == 4
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_the_very_first_step_may_be_skipped(optimizer):
+def test_the_very_first_step_may_be_skipped():
     good = batches(2)
-    skipped = make("brsf", [spoiled(good[0]), *good], optimizer, skips=1)
+    skipped = make("brsf", [spoiled(good[0]), *good], skips=1)
     train(skipped, 3)
-    plain = make("brsf", good, optimizer)
+    plain = make("brsf", good)
     train(plain, 2)
     assert_same(state(skipped), state(plain))
 
@@ -281,7 +269,7 @@ def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(capl
     assert resumed.skipped == 2
 
 
-def test_weights_that_are_not_finite_are_not_skipped_over(caplog):
+def test_weights_that_are_not_finite_are_not_skipped_over():
     trainer = make("ss", batches(3), skips=100)
     train(trainer, 1)
     trainer.model.layers[3].weight.data[0, 0, 0, 0] = math.inf
@@ -469,44 +457,36 @@ DIVERGE = [
 ]
 CLASSIFIER = ["--config-file", "quick/shapes_resnet18_ss.yaml", "SOLVER.IMS_PER_BATCH", 8]
 CLASSIFIER += ["INPUT.CLASSIFICATION.SIZE", 32]
-DETECTOR = ["--config-file", "quick/shapes_retinanet_bp.yaml", "SOLVER.IMS_PER_BATCH", 2]
-DETECTOR += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.RETINANET.NUM_CONVS", 1]
 
 
 def fail(*words, cwd: Path, **options) -> str:
-    """What a run that fails has printed."""
+    """The error that ends a run."""
     with start(*words, cwd=cwd, **options) as process:
         try:
             output, _ = process.communicate(timeout=SECONDS)
         finally:
             end(process)
     assert process.returncode not in (0, None), output[-5000:]
-    return output
+    return output[output.index("FloatingPointError: ") :]
 
 
-@pytest.mark.parametrize(
-    "words", [CLASSIFIER, pytest.param(DETECTOR, marks=pytest.mark.slow)], ids=["cls", "det"]
-)
-def test_a_run_that_diverges_ends_with_a_report_and_good_checkpoints(words, tmp_path):
+def test_a_run_that_diverges_ends_with_a_report_and_good_checkpoints(tmp_path):
     # The step that fails is the last, after which a run that succeeds is evaluated.
-    output = fail(*words, *DIVERGE, "SOLVER.MAX_ITER", 3, cwd=tmp_path)
-    report = output[output.rindex("FloatingPointError: ") :]
-    assert "Loss or gradient not finite at iteration 2" in report
-    assert "learning rate: 1e+20 (" in report
+    report = fail(*CLASSIFIER, *DIVERGE, "SOLVER.MAX_ITER", 3, cwd=tmp_path)
     for pattern in (
-        r"rank 0: loss_cls \S+.*; images: \S+\.(png|jpg), ",
+        r"not finite at iteration 2,",
+        r"rank 0: loss_cls \S+.*; images: \S+\.png, ",
+        r"learning rate: 1e\+20 \(",
         r"gradients that are not finite: [1-9]\d*: \S*backbone\S+, ",
         r"largest norm\(B\)/norm\(W\): \S+ [\d.]+, ",
     ):
         assert re.search(pattern, report), pattern
-    assert "Evaluation results" not in output and not (tmp_path / "out" / "inference").exists()
     folder = tmp_path / "out"
+    assert not (folder / "inference").exists()
     assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
-    assert {path.name for path in folder.glob("*.pth")} == {
-        "model_0000000.pth",
-        "model_0000001.pth",
-    }
-    for name in ("model_0000000.pth", "model_0000001.pth"):
+    names = {path.name for path in folder.glob("*.pth")}
+    assert names == {"model_0000000.pth", "model_0000001.pth"}
+    for name in names:
         assert not not_finite(model_of(folder, name).items())
     assert all(math.isfinite(v) for row in rows(folder) for v in row.values())
 
@@ -549,23 +529,16 @@ def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_pa
     words += ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 4]
     words += ["MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 2, "DATALOADER.NUM_WORKERS", 1]
     words += ["SOLVER.MAX_SKIPPED_STEPS", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER"]
-    with start(*words, 3, cwd=tmp_path, script=script) as process:
-        output, _ = process.communicate(timeout=SECONDS)
-        end(process)
-    assert process.returncode == 0, output[-5000:]
-    assert (
-        len(re.findall("WARNING .* Loss or gradient not finite at iteration [012],", output)) == 1
-    )
-    assert "Skipped: 1 of SOLVER.MAX_SKIPPED_STEPS 1 steps" in output
+    output = finish(start(*words, 3, cwd=tmp_path, script=script))
+    skipped = re.findall("WARNING .* Loss or gradient not finite at iteration [012],", output)
+    assert len(skipped) == 1
     assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", output)
     assert len(re.findall(r"  rank \d: loss_cls [\d.]+; images: ", output)) == 1
     assert [r["skipped_steps"] for r in rows(tmp_path / "out") if "skipped_steps" in r] == [1]
 
     report = fail("--resume", *words, 20, cwd=tmp_path, script=script)
-    report = report[report.index("FloatingPointError: ") :]
     iteration = int(re.search("not finite at iteration ([345]),", report)[1])
     assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", report)
-    assert "SOLVER.MAX_SKIPPED_STEPS 1 steps, 1 were skipped" in report
     assert (tmp_path / "out" / "last_checkpoint").read_text() == f"model_{iteration - 1:07d}.pth"
     for path in (tmp_path / "out").glob("*.pth"):
         assert not not_finite(model_of(path.parent, path.name).items())
