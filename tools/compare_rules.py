@@ -70,6 +70,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--jobs and --num-gpus-per-run are 1 at least")
     if args.jobs is None:
         args.jobs = max(1, torch.cuda.device_count() // args.num_gpus_per_run)
+    if args.alignment_period is not None:
+        args.opts += ["TEST.ALIGNMENT_PERIOD", str(args.alignment_period)]
     if args.output is None:
         args.output = Path("output", f"compare_{Path(args.config_file).stem}")
     rules = [word.partition(":") for word in args.rules]
@@ -92,9 +94,8 @@ def parse_seeds(text: str) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     """Plans, runs, reports; the exit code."""
-    planned = args.config_file, args.rules, args.output, args.opts, args.alignment_period
     try:
-        runs = plan_runs(*planned)
+        runs = plan_runs(args.config_file, args.rules, args.output, args.opts)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,14 +12,11 @@ import logging
 import sys
 from pathlib import Path
 
-from detectron2.config import get_cfg
 from tabulate import tabulate
 
-from ss_detectron import add_ss_config
-from ss_detectron.config import merge_config_file
 from ss_detectron.data import register_coco_from_config
 from ss_detectron.experiments.plots import losses_of, plot_curves
-from ss_detectron.experiments.runs import group_runs, read_run
+from ss_detectron.experiments.runs import group_runs, merged_config, read_run
 from ss_detectron.experiments.visualize import draw_detections
 
 
@@ -29,9 +26,7 @@ def main(folder: Path, count: int, score_threshold: float) -> None:
     for path in (folder / "config.yaml", folder / "metrics.json", results):
         if not path.is_file():
             sys.exit(f"{folder} is no finished detection run: {path} is not there")
-    cfg = get_cfg()
-    add_ss_config(cfg)
-    merge_config_file(cfg, str(folder / "config.yaml"))
+    cfg = merged_config(str(folder / "config.yaml"))
     register_coco_from_config(cfg)
     name = cfg.DATASETS.TEST[0]
     run = read_run(folder)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -26,7 +26,7 @@ from torchvision.datasets.folder import is_image_file
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
 from ss_detectron.checkpoint.weights import abbreviate
-from ss_detectron.config import add_ss_config, merge_config_file
+from ss_detectron.config import find_config
 from ss_detectron.data import (
     ClassificationMapper,
     UnreadableImageError,
@@ -38,6 +38,7 @@ from ss_detectron.layers import feedback_report
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import ImageClassifier
 
+from .runs import merged_config
 from .visualize import ClassVisualizer
 
 __all__ = [
@@ -80,19 +81,12 @@ def load_config(name: str, options: Sequence[str] = (), weights: str | None = No
 
     Raises:
         FileNotFoundError: no such config, or no such checkpoint.
-        KeyError, ValueError: an unknown key, in the file or in the options; a value that does not
-            fit.
+        KeyError, ValueError: see :func:`~ss_detectron.experiments.runs.merged_config`.
     """
-    cfg = get_cfg()
-    add_ss_config(cfg)
-    file = merge_config_file(cfg, name)
-    final = Path(file).with_name("model_final.pth")
-    if final.is_file():
-        cfg.MODEL.WEIGHTS = str(final)
-    try:
-        cfg.merge_from_list(list(options))
-    except AssertionError as error:  # yacs's, of an unknown key
-        raise ValueError(str(error)) from error
+    cfg = merged_config(name, options)
+    final = Path(find_config(name)).with_name("model_final.pth")
+    if weights is None and final.is_file() and "MODEL.WEIGHTS" not in options[::2]:
+        weights = str(final)
     path = cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS if weights is None else weights
     if not path or ("://" not in path and not os.path.isfile(path.partition("?")[0])):
         raise FileNotFoundError(f"there are no weights {path!r} for {name}: name them (--weights)")

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode, get_cfg
 from tabulate import tabulate
 
 from ss_detectron.checkpoint.files import has_checkpoint
-from ss_detectron.config import add_ss_config, find_config, flatten_config, merge_config_file
+from ss_detectron.config import find_config, flatten_config
 from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 
@@ -21,6 +20,7 @@ from .runs import (
     SCORES,
     differences,
     matching,
+    merged_config,
     read_config,
     read_metrics,
     rule_of_config,
@@ -92,11 +92,11 @@ def plan_runs(
     rules: Mapping[str, Sequence[int]],
     output: Path,
     options: Sequence[str] = (),
-    alignment_period: int | None = None,
 ) -> list[PlannedRun]:
     """
     Plans the runs of a comparison. A run's seed is that of everything random in it: SEED and
-    MODEL.FEEDBACK.SEED.
+    MODEL.FEEDBACK.SEED. Alignment is measured ten to twenty times, unless the options say
+    otherwise (TEST.ALIGNMENT_PERIOD).
 
     Args:
         config_file: a path, or the name of a config that ships with this package; see
@@ -104,8 +104,6 @@ def plan_runs(
         rules: name or short name -> seeds.
         output: the runs' folders are ``<output>/<short name>_seed<seed>``.
         options: KEY VALUE ... for all runs.
-        alignment_period: TEST.ALIGNMENT_PERIOD; by default, ten to twenty measurements are made
-            unless ``options`` say otherwise.
 
     Raises:
         FileNotFoundError: no such config.
@@ -121,26 +119,19 @@ def plan_runs(
         if any(run.label == rule.name for run in runs):
             raise ValueError(f"rule {rule.name} is named twice")
         start, overrides = starting_config(config_file, rule.name)
-        cfg = _load(start, [*overrides, *options])
+        cfg = merged_config(start, [*overrides, *options])
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: there is nothing to compare the rules by")
-        if alignment_period is not None:
-            cfg.TEST.ALIGNMENT_PERIOD = alignment_period
-        elif "TEST.ALIGNMENT_PERIOD" not in options:
-            # A metrics.json gets a row every 20 iterations. With a period of 40 at least, the
-            # measurement of iteration 0 is in the first, and not yet overtaken by the next.
-            cfg.TEST.ALIGNMENT_PERIOD = 20 * max(2, round(cfg.SOLVER.MAX_ITER / 400))
+        # A metrics.json gets a row every 20 iterations. With a period of 40 at least, the
+        # measurement of iteration 0 is in the first, and not yet overtaken by the next.
+        period = 20 * max(2, round(cfg.SOLVER.MAX_ITER / 400))
+        shared = [*overrides, "TEST.ALIGNMENT_PERIOD", str(period), *options]
         for seed in seeds:
             folder = output / f"{rule.short_name or rule.name}_seed{seed}"
-            own = {
-                "TEST.ALIGNMENT_PERIOD": cfg.TEST.ALIGNMENT_PERIOD,
-                "SEED": seed,
-                "MODEL.FEEDBACK.SEED": seed,
-                "OUTPUT_DIR": folder,
-            }
-            words = [*overrides, *options, *(str(word) for pair in own.items() for word in pair)]
+            own = {"SEED": seed, "MODEL.FEEDBACK.SEED": seed, "OUTPUT_DIR": folder}
+            words = [*shared, *(str(word) for pair in own.items() for word in pair)]
             # By way of YAML, as the config.yaml that the run will write.
-            config = flatten_config(yaml.safe_load(_load(start, words).dump()))
+            config = flatten_config(yaml.safe_load(merged_config(start, words).dump()))
             runs.append(
                 PlannedRun(rule.name, seed, start, tuple(overrides), tuple(words), folder, config)
             )
@@ -169,7 +160,7 @@ def starting_config(config_file: str, rule: str) -> tuple[str, list[str]]:
         with suppress(FileNotFoundError):
             find_config(folder + slash + renamed)
             start = folder + slash + renamed
-    cfg = _load(start)
+    cfg = merged_config(start)
     before = rule_of_config(flatten_config(cfg))
     if before == rule:
         return start, []
@@ -192,14 +183,3 @@ def describe_plan(runs: Sequence[PlannedRun]) -> str:
 
     rows = [(str(run.folder), run.start, state(run)) for run in runs]
     return tabulate(rows, headers=("run", "config", "state"), tablefmt="pipe")
-
-
-def _load(config_file: str, options: Sequence[str] = ()) -> CfgNode:
-    cfg = get_cfg()
-    add_ss_config(cfg)
-    merge_config_file(cfg, config_file)
-    try:
-        cfg.merge_from_list(list(options))
-    except AssertionError as error:  # yacs, of a key that is not there
-        raise ValueError(str(error)) from None
-    return cfg

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+from detectron2.config import CfgNode, get_cfg
 
-from ss_detectron.config import flatten_config
+from ss_detectron.config import add_ss_config, flatten_config, merge_config_file
 from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "differences",
     "group_runs",
     "matching",
+    "merged_config",
     "read_config",
     "read_metrics",
     "read_run",
@@ -156,6 +158,24 @@ def read_runs(folders: Iterable[str | Path], images_per_epoch: int | None = None
         except (OSError, ValueError) as error:
             logger.warning("%s; left out", error)
     return runs
+
+
+def merged_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
+    """
+    Reads a config, by path or as one that ships with this package, and merges KEY VALUE ...
+
+    Raises:
+        FileNotFoundError: no such config.
+        KeyError, ValueError: a key that there is not, or a value that does not fit.
+    """
+    cfg = get_cfg()
+    add_ss_config(cfg)
+    merge_config_file(cfg, config_file)
+    try:
+        cfg.merge_from_list(list(options))
+    except AssertionError as error:  # yacs, of a key that is not there
+        raise ValueError(str(error)) from error
+    return cfg
 
 
 def read_config(path: Path) -> dict[str, Any]:

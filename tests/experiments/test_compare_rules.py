@@ -102,17 +102,16 @@ def test_the_plan_has_a_run_for_each_rule_and_seed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "period", "expected"),
+    ("options", "period"),
     [
-        (["SOLVER.MAX_ITER", "4"], None, 40),
-        (["SOLVER.MAX_ITER", "90000"], None, 4500),
-        ([], 0, 0),
-        (["TEST.ALIGNMENT_PERIOD", "5"], None, 5),
+        (["SOLVER.MAX_ITER", "4"], 40),
+        (["SOLVER.MAX_ITER", "90000"], 4500),
+        (["TEST.ALIGNMENT_PERIOD", "5"], 5),
     ],
 )
-def test_alignment_is_measured_some_ten_to_twenty_times(options, period, expected, tmp_path):
-    (run,) = plan_runs(DETECTION, {"bp": [1]}, tmp_path, options, period)
-    assert run.config["TEST.ALIGNMENT_PERIOD"] == expected
+def test_alignment_is_measured_some_ten_to_twenty_times(options, period, tmp_path):
+    (run,) = plan_runs(DETECTION, {"bp": [1]}, tmp_path, options)
+    assert run.config["TEST.ALIGNMENT_PERIOD"] == period
 
 
 @pytest.mark.parametrize(
@@ -536,6 +535,8 @@ def test_the_tools_words(tool, tmp_path, capsys):
     names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert names == [f"{tmp_path}/{n}" for n in ("bp_seed1", "bp_seed2", "kp_seed1", "ss_seed7")]
     assert not any(tmp_path.iterdir())
+    words = ["--config-file", "c", "--alignment-period", "0", "--rules", "bp", "K.L", "1"]
+    assert tool["parse_arguments"](words).opts == ["K.L", "1", "TEST.ALIGNMENT_PERIOD", "0"]
 
 
 @pytest.mark.parametrize(
