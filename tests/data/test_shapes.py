@@ -5,14 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from matplotlib.path import Path as Polygon
 from PIL import Image
-from pycocotools import mask
-from pycocotools.coco import COCO
 
 from ss_detectron.data import SHAPES_CLASSES, draw_shapes, generate_shapes, shapes
 
@@ -116,13 +113,6 @@ def test_classes_are_balanced(folder):
     assert set(per_image) == {1, 2, 3} and len(per_image) == 60
 
 
-def test_coco_api_reads_outlines_as_masks(folder):
-    coco = COCO(folder / "annotations" / "instances_train.json")
-    assert len(coco.imgs) == 60 and sorted(coco.cats) == [1, 2, 3]
-    for annotation in coco.loadAnns(coco.getAnnIds())[:50]:
-        assert mask.area(coco.annToRLE(annotation)) == pytest.approx(annotation["area"], rel=0.15)
-
-
 def test_evaluator_works_from_an_empty_folder_and_gives_the_truth_full_marks(root, monkeypatch):
     monkeypatch.setattr(shapes.SHAPES, "defaults", {**DEFAULTS, "train": 40, "val": 10})
     assert MetadataCatalog.get("shapes_val").thing_classes == list(SHAPES_CLASSES)
@@ -140,30 +130,6 @@ def test_evaluator_works_from_an_empty_folder_and_gives_the_truth_full_marks(roo
         truth.scores = torch.ones(len(boxes))
         evaluator.process([picture], [{"instances": truth}])
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
-
-
-def test_train_loader_reads_it(root):
-    generate_shapes(train=8, val=2)
-    cfg = get_cfg()
-    cfg.DATASETS.TRAIN = ("shapes_train",)
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
-    cfg.SOLVER.IMS_PER_BATCH = 4
-    cfg.INPUT.MIN_SIZE_TRAIN = (96,)
-    cfg.INPUT.RANDOM_FLIP = "none"
-    batch = next(iter(build_detection_train_loader(cfg)))
-    truth = annotations(root / "shapes")
-    assert len(batch) == 4
-    for item in batch:
-        assert item["image"].shape == (3, 96, 96) and item["image"].dtype == torch.uint8
-        expected = [a for a in truth["annotations"] if a["image_id"] == item["image_id"]]
-        x, y, width, height = np.array([a["bbox"] for a in expected]).T
-        np.testing.assert_allclose(
-            item["instances"].gt_boxes.tensor,
-            np.stack([x, y, x + width, y + height], -1),
-            atol=0.01,
-        )
-        assert item["instances"].gt_classes.tolist() == [a["category_id"] - 1 for a in expected]
 
 
 def test_pictures_are_those_of_version_1():
