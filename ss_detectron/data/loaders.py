@@ -198,13 +198,13 @@ def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
 
 def _images_per_pass(cfg: CfgNode) -> int:
     images, passes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
-    parts = comm.get_world_size() * passes
-    if passes < 1 or images < 1 or images % parts:
+    processes = comm.get_world_size()
+    if passes < 1 or images < 1 or images % (processes * passes):
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {images}, which {comm.get_world_size()} processes cannot "
-            f"share out in {passes} equal passes (SOLVER.ACCUMULATION_STEPS)"
+            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share out in "
+            f"{passes} equal passes (SOLVER.ACCUMULATION_STEPS)"
         )
-    return images // parts
+    return images // (processes * passes)
 
 
 def _load(cfg: CfgNode, name: str) -> list[dict]:

@@ -91,8 +91,8 @@ class ImageDataset(Dataset):
 class EvaluationLoader(DataLoader):
     """Every image of a data set once, in order, shared out over the processes.
 
-    Images that were passed over are missing from their batch, and batches of such images alone
-    are left out; ``len`` counts them nevertheless.
+    ``collate`` makes a batch of a list, without the images that were passed over; batches of such
+    images alone are left out, though ``len`` counts them. The options are those of torch's loader.
     """
 
     def __init__(
@@ -102,13 +102,6 @@ class EvaluationLoader(DataLoader):
         collate: Callable[[list], Any] = list,
         **options: Any,
     ) -> None:
-        """
-        Args:
-            dataset: the images, not replaced.
-            batch_size: of this process's batches.
-            collate: what makes a batch of a list.
-            **options: of torch's DataLoader: num_workers, pin_memory ...
-        """
         super().__init__(
             dataset,
             batch_size,
@@ -148,10 +141,8 @@ class TrainingLoader:
     ) -> None:
         """
         Args:
-            dataset: the images; what it draws at random, it draws from torch's, NumPy's or
-                Python's generator.
-            sampler: of a seed: this rank's indices, endless, the same each time it is iterated
-                over, as those of Detectron2's samplers.
+            dataset: what it draws at random, it draws from torch's, NumPy's or Python's generator.
+            sampler: of a seed, Detectron2's sampler of this rank's indices.
             batch_size: of this rank's batches.
             seed: the same on all ranks.
             wide: whether an image is wider than high, for every image: batches are of one kind
