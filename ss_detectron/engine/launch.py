@@ -160,29 +160,32 @@ def _launch_processes(main: Main, args: argparse.Namespace) -> None:
     store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
-    processes = []
-    for i in range(args.num_gpus):
-        name = f"Rank {args.machine_rank * args.num_gpus + i}"
-        words = (main, args, i, store.port, failures)
-        processes.append(context.Process(target=_run_process, name=name, args=words))
-    # What was printed before stands before what the processes print.
-    sys.stdout.flush()
-    # They inherit that SIGINT is ignored: the parent passes a terminal's Ctrl-C on.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for process in processes:
-        process.start()
-    signal.signal(signal.SIGINT, handler)
+    processes: list[BaseProcess] = []
 
     def terminate() -> None:
         for process in processes:
             process.terminate()
 
     def pass_on(number: signal.Signals) -> None:
-        print_safely(f"{number.name}: all {len(processes)} processes are asked to save and stop.")
+        print_safely(f"{number.name}: all {args.num_gpus} processes are asked to save and stop.")
         terminate()
 
+    # What was printed before stands before what the processes print.
+    sys.stdout.flush()
+    stop = StopSignals(pass_on)
     try:
-        with StopSignals(pass_on).installed():
+        with stop.installed():
+            # They inherit that SIGINT is ignored: the parent passes a terminal's Ctrl-C on.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for i in range(args.num_gpus):
+                name = f"Rank {args.machine_rank * args.num_gpus + i}"
+                words = (main, args, i, store.port, failures)
+                process = context.Process(target=_run_process, name=name, args=words)
+                process.start()
+                processes.append(process)
+            signal.signal(signal.SIGINT, handler)
+            if stop.first:
+                terminate()  # those that came after it
             while running := [process.sentinel for process in processes if process.is_alive()]:
                 if any(process.exitcode for process in processes):
                     break

@@ -261,8 +261,9 @@ def test_processes_that_cannot_answer_end_at_once(moment, number, tmp_path):
 
     def has_come() -> bool:
         if moment == "importing":
-            maps = [Path(f"/proc/{pid}/maps") for pid in children.read_text().split()]
-            return any("libtorch" in file.read_text() for file in maps)
+            ranks = [Path(f"/proc/{pid}") for pid in children.read_text().split()]
+            ranks = [rank for rank in ranks if "spawn_main" in (rank / "cmdline").read_text()]
+            return any("libtorch" in (rank / "maps").read_text() for rank in ranks)
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", port)) == 0
 
