@@ -14,7 +14,6 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
 from ss_detectron.checkpoint.files import has_checkpoint
 from ss_detectron.config import (
     add_ss_config,
@@ -40,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 def main(args: Sequence[str] | None = None, *, trainer: type[Trainer] = Trainer) -> None:
     """
-    Trains or evaluates as a command line says, in as many processes as it says. A script that adds
-    rules, learners or networks of its own is::
+    Train or evaluate as a command line says, in as many processes as it says.
+
+    A script that adds rules, learners or networks of its own is::
 
         import my_rules_and_learners
         from ss_detectron.engine import main
@@ -78,12 +78,7 @@ def _train_or_evaluate(kind: type[Trainer], args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = kind.build_model(cfg)
-    checkpointer = FeedbackCheckpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
-        trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
-    )
+    checkpointer = kind.build_checkpointer(cfg, model)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = kind.test(cfg, model)
     if comm.is_main_process():
@@ -92,12 +87,9 @@ def _train_or_evaluate(kind: type[Trainer], args: argparse.Namespace) -> Any:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """
-    Gives Detectron2's command line; on one machine, a free port is found for several processes, and
-    no code in a config file runs unless that is asked for.
-    """
+    """Return Detectron2's, for which no code in a config file runs unless that is asked for."""
     parser = default_argument_parser()
-    parser.set_defaults(dist_url="auto")
+    parser.set_defaults(dist_url="auto")  # a free port
     parser.add_argument(
         "--allow-unsafe-config",
         action="store_true",
@@ -109,8 +101,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """
-    Makes the config of a run, checks it, and does Detectron2's ordinary set-up (logging, seeds,
-    output folder).
+    Make the config of a run, check it, and do Detectron2's ordinary set-up (logging, seeds, output
+    folder).
 
     Args:
         args: of :func:`argument_parser`. ``config_file`` may be the name of a config that ships

@@ -97,11 +97,9 @@ class Trainer(DefaultTrainer):
         self._trainer.after_backward = self.after_backward
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = FeedbackCheckpointer(
+        self.checkpointer = self.build_checkpointer(
+            cfg,
             model,
-            cfg.OUTPUT_DIR,
-            weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
-            trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
             trainer=weakref.proxy(self),
             learner=SimpleNamespace(
                 state_dict=learner.own_state_dict, load_state_dict=learner.load_own_state_dict
@@ -296,6 +294,19 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See :func:`~ss_detectron.solver.build.build_optimizer`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_checkpointer(
+        cls, cfg: CfgNode, model: nn.Module, **checkpointables: Any
+    ) -> FeedbackCheckpointer:
+        """Build what saves and loads the model, and what else is to be saved with it."""
+        return FeedbackCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            weights_except=cfg.MODEL.WEIGHTS_EXCEPT,
+            trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS,
+            **checkpointables,
+        )
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:

@@ -8,23 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = [
-    "get_random_state",
-    "kept_random_state",
-    "seed_all",
-    "seeded",
-    "set_random_state",
-]
+__all__ = ["get_random_state", "kept_random_state", "seed_all", "seeded", "set_random_state"]
 
 
 def get_random_state(device: torch.device | None = None) -> dict[str, Any]:
     """
-    Args:
-        device: a GPU whose generator is to be kept as well.
+    Return the states of torch's, NumPy's and Python's generators, and of ``device`` if it is a GPU.
 
-    Returns:
-        the states of torch's, NumPy's and Python's generators, as tensors, numbers and strings, so
-        that they may lie in a checkpoint which torch.load reads with weights_only.
+    They are tensors, numbers and strings, which torch.load reads with weights_only.
     """
     kind, keys, *position = np.random.get_state()
     version, words, gauss = random.getstate()
@@ -39,11 +30,7 @@ def get_random_state(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device | None = None) -> None:
-    """
-    Args:
-        state: of :func:`get_random_state`.
-        device: the GPU that "cuda" in the state is for.
-    """
+    """Put back what :func:`get_random_state` returned of ``device``."""
     torch.set_rng_state(state["torch"])
     kind, keys, *position = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *position))
@@ -55,7 +42,7 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
 
 @contextmanager
 def kept_random_state(device: torch.device | None = None) -> Iterator[None]:
-    """Whatever draws random numbers within leaves none of the generators changed."""
+    """Leave the generators as they were, whatever draws random numbers within."""
     state = get_random_state(device)
     try:
         yield
@@ -64,7 +51,7 @@ def kept_random_state(device: torch.device | None = None) -> Iterator[None]:
 
 
 def seed_all(*seed: int) -> None:
-    """Torch's generator (on the CPU), NumPy's and Python's begin at ``seed``."""
+    """Seed torch's generator (on the CPU), NumPy's and Python's."""
     words = np.random.SeedSequence(seed).generate_state(5).tolist()
     # Not torch.manual_seed, which seeds the GPUs as well.
     torch.default_generator.manual_seed(words[0] << 32 | words[1])
@@ -74,7 +61,7 @@ def seed_all(*seed: int) -> None:
 
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """:func:`seed_all`, for a moment."""
+    """Call :func:`seed_all`, for a moment."""
     with kept_random_state():
         seed_all(*seed)
         yield

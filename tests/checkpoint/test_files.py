@@ -411,11 +411,12 @@ TINY = (
 def test_a_run_whose_last_checkpoints_are_damaged_ends_as_if_they_were_not(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     straight.mkdir()
-    finish(start(*TINY, cwd=straight))
+    words = *TINY, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 3
+    finish(start(*words, cwd=straight))
     shutil.copytree(straight, broken)
     change_a_weight(broken / "out" / "model_final.pth")
     truncate(broken / "out" / "model_0000005.pth")
-    output = finish(start("--resume", *TINY, cwd=broken))
+    output = finish(start("--resume", *words, cwd=broken))
     for part in (
         "the checksum of its part",
         "out/model_0000005.pth",
