@@ -1,47 +1,41 @@
 """From a model with asymmetric feedback to what stock tools read: feedback is for training only."""
 
 import re
-from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, RetinaNet
+from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
-from .layers import convert_feedback
-from .modeling import RETINANET_HEAD_REGISTRY, FeedbackRetinaNet
+from ss_detectron.layers import convert_feedback
+from ss_detectron.modeling import RETINANET_HEAD_REGISTRY, FeedbackRetinaNet
 
 __all__ = ["DenseRetinaNet", "plain_config", "plain_state_dict"]
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:
     """
-    The config of the same model for stock Detectron2: no key of this package, stock builders.
+    Return the same model's config for stock Detectron2: no key of this package, stock builders.
 
     Raises:
         ValueError: the meta-architecture, backbone or head has no stock counterpart.
     """
-    plain = get_cfg()
-    source = cfg.clone()
+    plain, source = get_cfg(), cfg.clone()
     source.defrost()
-    if FeedbackRetinaNet.__name__ == source.MODEL.META_ARCHITECTURE:
-        head = RETINANET_HEAD_REGISTRY.get(source.MODEL.RETINANET.HEAD)
-        _check_known("head", head, source.MODEL.RETINANET.HEAD, ("detectron2", __package__))
-        source.MODEL.META_ARCHITECTURE = RetinaNet.__name__
-    source.MODEL.BACKBONE.NAME = re.sub(
-        r"^build_(ss|fa|feedback)_", "build_", source.MODEL.BACKBONE.NAME
-    )
-    for what, registry, name in (
-        ("meta-architecture", META_ARCH_REGISTRY, source.MODEL.META_ARCHITECTURE),
-        ("backbone", BACKBONE_REGISTRY, source.MODEL.BACKBONE.NAME),
-    ):
-        _check_known(what, registry.get(name), name)
+    model = source.MODEL
+    if FeedbackRetinaNet.__name__ == model.META_ARCHITECTURE:
+        _check_known("head", RETINANET_HEAD_REGISTRY, model.RETINANET.HEAD, __package__)
+        model.META_ARCHITECTURE = RetinaNet.__name__
+    model.BACKBONE.NAME = re.sub(r"^build_(ss|fa|feedback)_", "build_", model.BACKBONE.NAME)
+    _check_known("meta-architecture", META_ARCH_REGISTRY, model.META_ARCHITECTURE)
+    _check_known("backbone", BACKBONE_REGISTRY, model.BACKBONE.NAME)
     _drop_unknown(source, plain)
     plain.merge_from_other_cfg(source)
     return plain
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The stock model's state dict: ``model`` is converted back to backpropagation, in place."""
+    """Convert ``model`` back to backpropagation, in place, and return its stock state dict."""
     return convert_feedback(model, "backpropagation").state_dict()
 
 
@@ -71,16 +65,14 @@ class DenseRetinaNet(nn.Module):
         return self.model.head([features[name] for name in self.model.head_in_features])
 
 
-def _check_known(
-    what: str, builder: Any, name: str, packages: tuple[str, ...] = ("detectron2",)
-) -> None:
-    """Raises ValueError unless ``builder`` is from one of these packages."""
-    if builder.__module__.partition(".")[0] not in packages:
+def _check_known(what: str, registry: Registry, name: str, *packages: str) -> None:
+    """Raise ValueError unless Detectron2, or one of these packages, registered ``name``."""
+    if registry.get(name).__module__.partition(".")[0] not in ("detectron2", *packages):
         raise ValueError(f"stock Detectron2 has no counterpart of the {what} {name!r}")
 
 
 def _drop_unknown(node: CfgNode, known: CfgNode) -> None:
-    """Removes from ``node`` the keys that ``known`` has not."""
+    """Remove from ``node`` the keys that ``known`` has not."""
     for key in list(node):
         if key not in known:
             del node[key]

@@ -430,21 +430,19 @@ def test_a_run_whose_last_checkpoints_are_damaged_ends_as_if_they_were_not(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["model_0000003.pth.new", "metrics.json"])
-def test_a_run_that_meets_a_full_disk_fails_and_goes_on_where_there_is_room(file, tmp_path):
+def test_a_run_that_meets_a_full_disk_fails_and_goes_on_where_there_is_room(tmp_path):
     finish(start(*TINY, "SOLVER.MAX_ITER", 2, cwd=tmp_path))
-    path = tmp_path / "out" / file
-    path.unlink(missing_ok=True)
+    path = tmp_path / "out" / "metrics.json"
+    path.unlink()
     path.symlink_to("/dev/full")
     run = start("--resume", *TINY, cwd=tmp_path)
     output, _ = run.communicate()
     end(run)
     assert run.returncode != 0
     message = output.splitlines()[-1]
-    what = "out/model_0000003.pth" if "model" in file else "a file of the run"
-    assert f"{what} could not be written: No space left on device, " in message
+    assert "a file of the run could not be written: No space left on device, " in message
     assert "--resume goes on from out/model_final.pth" in message
-    path.unlink(missing_ok=True)
+    path.unlink()
     finish(start("--resume", *TINY, cwd=tmp_path))
     assert read_checkpoint(str(tmp_path / "out" / "model_final.pth"))["iteration"] == 5
 
