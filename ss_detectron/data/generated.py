@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
@@ -21,6 +23,17 @@ __all__ = ["SPLITS", "GeneratedDataset", "GeneratedMetadata", "random_generators
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
+
+
+class GeneratedMetadata(Metadata):
+    """Metadata of the ``split`` of a :class:`GeneratedDataset`, its ``source``.
+
+    Whoever asks for the files has them generated.
+    """
+
+    @property
+    def image_root(self) -> str:
+        return str(self.source.ensure() / self.split)
 
 
 @dataclass
@@ -111,23 +124,36 @@ class GeneratedDataset:
             )
         return stamp
 
+    def register(
+        self,
+        load: Callable[[Metadata], list[dict]],
+        metadata: type[Metadata] = GeneratedMetadata,
+        **attributes: Any,
+    ) -> None:
+        """Register ``<name>_train`` and ``<name>_val`` with Detectron2; nothing is generated yet.
+
+        Args:
+            load: what makes dataset dicts of the metadata of a split.
+            metadata: the class of that.
+            **attributes: of both.
+        """
+
+        def load_split(name: str) -> list[dict]:
+            dicts = load(MetadataCatalog.get(name))
+            logger.info("%s was generated with %s.", name, self.read_stamp())
+            return dicts
+
+        for split in SPLITS:
+            name = f"{self.name}_{split}"
+            DatasetCatalog.register(name, partial(load_split, name))
+            MetadataCatalog[name] = metadata(name=name, source=self, split=split, **attributes)
+
     @property
     def _generator(self) -> dict[str, Any]:
         return {"generator": f"ss_detectron {self.name}", "version": self.version}
 
     def _folder(self, root: str | os.PathLike | None = None) -> Path:
         return Path(root or datasets_root()).expanduser() / self.name
-
-
-class GeneratedMetadata(Metadata):
-    """Metadata of the ``split`` of a :class:`GeneratedDataset`, its ``source``.
-
-    Whoever asks for the files has them generated.
-    """
-
-    @property
-    def image_root(self) -> str:
-        return str(self.source.ensure() / self.split)
 
 
 def random_generators(stamp: dict[str, Any], split: str) -> Iterator[np.random.Generator]:

@@ -8,11 +8,9 @@ drawn first.
 """
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
@@ -20,8 +18,6 @@ from .drawing import SUB, add_grain, background, fill, paint, polygon
 from .generated import SPLITS, GeneratedDataset, GeneratedMetadata, random_generators
 
 __all__ = ["SHAPES_CLASSES", "draw_shapes", "generate_shapes", "register_shapes"]
-
-logger = logging.getLogger(__name__)
 
 SHAPES_CLASSES = ("circle", "square", "triangle")
 
@@ -168,22 +164,11 @@ class _ShapesMetadata(GeneratedMetadata):
         return str(SHAPES.ensure() / "annotations" / f"instances_{self.split}.json")
 
 
-def _load(name: str) -> list[dict]:
-    metadata = MetadataCatalog.get(name)
-    dicts = load_coco_json(metadata.json_file, metadata.image_root, name)
-    logger.info("%s was generated with %s.", name, SHAPES.read_stamp())
-    return dicts
+def _load(metadata: _ShapesMetadata) -> list[dict]:
+    return load_coco_json(metadata.json_file, metadata.image_root, metadata.name)
 
 
 def register_shapes() -> None:
     """Register ``shapes_train`` and ``shapes_val`` with Detectron2; nothing is generated yet."""
-    for split in SPLITS:
-        name = f"shapes_{split}"
-        DatasetCatalog.register(name, lambda name=name: _load(name))
-        MetadataCatalog[name] = _ShapesMetadata(
-            name=name,
-            source=SHAPES,
-            split=split,
-            evaluator_type="coco",
-            thing_classes=list(SHAPES_CLASSES),
-        )
+    classes = list(SHAPES_CLASSES)
+    SHAPES.register(_load, _ShapesMetadata, evaluator_type="coco", thing_classes=classes)

@@ -8,20 +8,16 @@ classes, pictures must not be flipped (``INPUT.RANDOM_FLIP: "none"``).
 """
 
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from .drawing import SUB, add_grain, background, fill, paint, polygon
 from .folders import load_image_folder
-from .generated import SPLITS, GeneratedDataset, GeneratedMetadata, random_generators
+from .generated import SPLITS, GeneratedDataset, random_generators
 
 __all__ = ["SHAPES_CLS_CLASSES", "draw_shape", "generate_shapes_cls", "register_shapes_cls"]
-
-logger = logging.getLogger(__name__)
 
 # The corners, in degrees around the centre, from right (0) to down (90). In the order of folders.
 _CORNERS = {
@@ -91,21 +87,10 @@ SHAPES_CLS = GeneratedDataset(
 generate_shapes_cls = SHAPES_CLS.generate
 
 
-def _load(name: str) -> list[dict]:
-    records = load_image_folder(MetadataCatalog.get(name).image_root)
-    logger.info("%s was generated with %s.", name, SHAPES_CLS.read_stamp())
-    return records
-
-
 def register_shapes_cls() -> None:
     """Register ``shapes_cls_train`` and ``shapes_cls_val`` with Detectron2; generates nothing."""
-    for split in SPLITS:
-        name = f"shapes_cls_{split}"
-        DatasetCatalog.register(name, lambda name=name: _load(name))
-        MetadataCatalog[name] = GeneratedMetadata(
-            name=name,
-            source=SHAPES_CLS,
-            split=split,
-            evaluator_type="classification",
-            thing_classes=list(SHAPES_CLS_CLASSES),
-        )
+    SHAPES_CLS.register(
+        lambda metadata: load_image_folder(metadata.image_root),
+        evaluator_type="classification",
+        thing_classes=list(SHAPES_CLS_CLASSES),
+    )
