@@ -101,6 +101,8 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
+        Write a checkpoint, whole or not at all, and note that a resumed run is to go on from it.
+
         Args:
             name: of the file, without ".pth".
             **kwargs: what else to save.
@@ -123,7 +125,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             unfinished.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Notes the file that a resumed run is to go on from, which the best need not be."""
+        """Note the file that a resumed run is to go on from, which the best need not be."""
         if last_filename_basename == BEST:
             return
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
@@ -132,7 +134,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     @contextmanager
     def explain_full_disk(self, target: str = "a file of the run") -> Iterator[None]:
         """
-        Turns a full disk's error into one that says what is left.
+        Turn a full disk's error into one that says what is left.
 
         Args:
             target: what is written meanwhile, where the error itself does not name a file.
@@ -159,14 +161,14 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
     def has_checkpoint(self) -> bool:
         """
-        Says whether there is something to resume from, in order or not. Every rank has to call it,
-        and gets the main one's answer.
+        Return whether there is something to resume from, in order or not. Every rank has to call
+        it, and gets the main one's answer.
         """
         return comm.all_gather(has_checkpoint(self.save_dir))[0]
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """
-        Goes on from the run's last checkpoint, if ``resume`` and there is one; else loads the
+        Go on from the run's last checkpoint, if ``resume`` and there is one; else load the
         weights at ``path`` and nothing but weights. Every rank has to call it.
 
         If the last checkpoint cannot be read, that is in the log, and the run goes on from the one
@@ -185,7 +187,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             self._resuming = False
 
     def _find_readable(self) -> str:
-        """The checkpoint to resume from: the main rank looks, and all take the same."""
+        """Return the checkpoint to resume from: the main rank looks, and all take the same."""
         found = self._first_readable() if comm.is_main_process() else None
         readable, problems = comm.all_gather(found)[0]
         if readable is None:
@@ -201,14 +203,14 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         return readable
 
     def _first_readable(self) -> tuple[str | None, list[str]]:
-        """The first checkpoint that can be read, and what is wrong with those before it."""
+        """Return the first checkpoint that can be read, and what is wrong with those before it."""
         problems = []
         if last_checkpoint(self.save_dir) is None:
             problems.append(f"{os.path.join(self.save_dir, 'last_checkpoint')} names no checkpoint")
         for path in find_checkpoints(self.save_dir):
             try:
                 try:
-                    read_checkpoint(path, mmap=True)
+                    read_checkpoint(path)
                 except NeedsPickleError as error:
                     check_pickle(path, self.trusted_weights, error.why)
             except (OSError, ValueError) as error:
@@ -221,7 +223,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
-        Loads a checkpoint, as DetectionCheckpointer does. What was loaded and what was not is in
+        Load a checkpoint, as DetectionCheckpointer does. What was loaded and what was not is in
         the log.
 
         Raises:
@@ -353,7 +355,7 @@ def _is_feedback(name: str) -> bool:
 
 
 def _layer_rules(model: nn.Module) -> dict[str, str]:
-    """Layer name -> its rule, with what the rule is set to."""
+    """Return layer name -> its rule, with what the rule is set to."""
     layers = dict(model.named_modules())
     return {
         row.name: str(getattr(layers[row.name], "rule", row.rule)) for row in feedback_report(model)

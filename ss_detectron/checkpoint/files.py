@@ -41,7 +41,7 @@ class NeedsPickleError(ValueError):
 @contextmanager
 def atomic_write(target: str) -> Iterator[BinaryIO]:
     """
-    Opens a file that becomes ``target`` in one step once all of it is on the disk. After an error,
+    Open a file that becomes ``target`` in one step once all of it is on the disk. After an error,
     or if the process is killed, ``target`` is what it was before.
     """
     unfinished = f"{target}.new"
@@ -57,14 +57,13 @@ def atomic_write(target: str) -> Iterator[BinaryIO]:
         raise
 
 
-def read_checkpoint(path: str, *, mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str) -> dict[str, Any]:
     """
-    Reads a checkpoint onto the CPU. No code in it runs (torch.load's ``weights_only``), and its
+    Read a checkpoint onto the CPU. No code in it runs (torch.load's ``weights_only``), and its
     checksums are compared: torch.load alone does not notice that a byte of a weight has changed.
 
     Args:
         path: of a file that torch.save has written.
-        mmap: tensors stay in the file until they are used.
 
     Raises:
         OSError: it is not there, or the disk fails.
@@ -72,12 +71,11 @@ def read_checkpoint(path: str, *, mmap: bool = False) -> dict[str, Any]:
         ValueError: it is empty, truncated or damaged, or holds no dictionary.
     """
     try:
-        is_zip = zipfile.is_zipfile(path)  # what torch writes since 1.6
-        if is_zip:
+        if zipfile.is_zipfile(path):  # what torch writes since 1.6
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of its part {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -95,7 +93,7 @@ def read_checkpoint(path: str, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """Returns the file in ``folder`` that its ``last_checkpoint`` names; None if it names none."""
+    """Return the file in ``folder`` that its ``last_checkpoint`` names; None if it names none."""
     try:
         name = Path(folder, "last_checkpoint").read_text(errors="replace").strip()
     except FileNotFoundError:
@@ -106,7 +104,7 @@ def last_checkpoint(folder: str) -> str | None:
 
 def find_checkpoints(folder: str) -> list[str]:
     """
-    Lists the files that the run in ``folder`` can go on from, best first: the one that
+    List the files that the run in ``folder`` can go on from, best first: the one that
     ``last_checkpoint`` names, be it there or not, then those of fewer iterations. Where it names
     none, these are all there are.
     """
@@ -123,18 +121,18 @@ def find_checkpoints(folder: str) -> list[str]:
 
 
 def has_checkpoint(folder: str) -> bool:
-    """Says whether a resumed run is to go on from something in ``folder``, in order or not."""
+    """Return whether a resumed run is to go on from something in ``folder``, in order or not."""
     return os.path.exists(os.path.join(folder, "last_checkpoint")) or bool(find_checkpoints(folder))
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Says whether a run may write a file of this name in its OUTPUT_DIR, and read it again."""
+    """Return whether a run may write a file of this name in its OUTPUT_DIR, and read it again."""
     return name in (_FINAL, BEST, "last_checkpoint") or bool(_NUMBERED.fullmatch(name))
 
 
 def archive_previous_run(folder: str) -> str | None:
     """
-    Moves what an earlier run has left in ``folder`` to ``earlier_run_N`` in it: its checkpoints,
+    Move what an earlier run has left in ``folder`` to ``earlier_run_N`` in it: its checkpoints,
     from which a new run would be resumed, and its metrics and evaluation results, which would be
     reported as the new run's. To be called before the new run writes any metrics.
 

@@ -44,7 +44,7 @@ _TORCHVISION_PIXELS = {
 
 def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renaming:
     """
-    Finds what the names of a checkpoint become in a model: those of torchvision's ResNets
+    Find what the names of a checkpoint become in a model: those of torchvision's ResNets
     Detectron2's, a classifier's ``backbone.X`` a detector's ``backbone.bottom_up.X``. Where neither
     is called for, they stay.
 
@@ -65,7 +65,7 @@ def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renam
 
 
 def rename_state(state: Mapping[str, Tensor], rename: Renaming) -> OrderedDict[str, Tensor]:
-    """Renames a state dict's tensors; its modules' versions, if it has them, come along."""
+    """Rename a state dict's tensors; its modules' versions, if it has them, come along."""
     renamed = OrderedDict((rename(name), value) for name, value in state.items())
     if hasattr(state, "_metadata"):
         renamed._metadata = OrderedDict(
@@ -75,7 +75,7 @@ def rename_state(state: Mapping[str, Tensor], rename: Renaming) -> OrderedDict[s
 
 
 def is_torchvision_resnet(names: Collection[str]) -> bool:
-    """Says whether these are the names of a state dict of torchvision's ResNets."""
+    """Return whether these are the names of a state dict of torchvision's ResNets."""
     return "layer1.0.conv1.weight" in names and all(map(_TORCHVISION_RESNET.fullmatch, names))
 
 
@@ -90,7 +90,7 @@ def _from_torchvision(name: str, resnet: str) -> str:
 
 def check_torchvision_resnet(path: str, model: nn.Module) -> None:
     """
-    Logs what torchvision's ResNet weights expect of a model, as a warning where the model
+    Log what torchvision's ResNet weights expect of a model, as a warning where the model
     normalises its images otherwise.
 
     Args:
@@ -123,6 +123,6 @@ def check_torchvision_resnet(path: str, model: nn.Module) -> None:
 
 
 def abbreviate(names: Iterable[str], count: int = 3) -> str:
-    """Joins the first of ``names``, with dots if there are more."""
+    """Join the first of ``names``, with dots if there are more."""
     names = list(names)
     return ", ".join(names[:count]) + ", ..." * (len(names) > count)

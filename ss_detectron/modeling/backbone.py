@@ -25,7 +25,7 @@ BackboneBuilder = Callable[[CfgNode, ShapeSpec], Backbone]
 
 
 def _register(stock: BackboneBuilder, kind: str, fixed_rule: str | None) -> None:
-    """Registers a sibling of the stock builder: ``build_X`` becomes ``build_KIND_X``."""
+    """Register a sibling of the stock builder: ``build_X`` becomes ``build_KIND_X``."""
 
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         options = feedback_options(cfg, build.__name__, fixed_rule)

@@ -21,8 +21,8 @@ Batch = dict[str, Any] | list[dict[str, Any]]
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
     """
-    A backbone, global average pooling where its output is a map, and a linear layer that follows
-    MODEL.FEEDBACK.LAST_LAYER_RULE.
+    Classify images by a backbone, global average pooling where its output is a map, and a linear
+    layer that follows MODEL.FEEDBACK.LAST_LAYER_RULE.
 
     Attributes:
         train_metrics: what the last training batch gave besides its losses, name -> number on the
@@ -162,7 +162,7 @@ class ImageClassifier(nn.Module):
 
 
 def _stack(batch: list[dict[str, Any]]) -> dict[str, Any]:
-    """Detectron2's list of dicts as one batch."""
+    """Return Detectron2's list of dicts as one batch."""
     sizes = {tuple(entry["image"].shape) for entry in batch}
     if len(sizes) > 1:
         raise ValueError(

@@ -21,7 +21,7 @@ _GRAPHS_PER_PART = 32
 
 def compile_parts(model: nn.Module, backend: str | Callable = "inductor") -> list[str]:
     """
-    Compiles ``model.backbone`` and, where there is one, ``model.head``, in place: classes, names
+    Compile ``model.backbone`` and, where there is one, ``model.head``, in place: classes, names
     and state-dict keys stay. The compiler runs when a part is first called; loading a checkpoint
     before or after makes no difference. A copy of the model is not compiled.
 
@@ -65,8 +65,10 @@ def compile_parts(model: nn.Module, backend: str | Callable = "inductor") -> lis
 
 def check_compiler() -> None:
     """
+    Look for what torch.compile needs on the CPU.
+
     Raises:
-        ValueError: there is no C++ compiler, which torch.compile needs on the CPU.
+        ValueError: there is no C++ compiler.
     """
     command = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if shutil.which(command) is None:
