@@ -41,7 +41,6 @@ from ss_detectron.config import add_ss_config, merge_config_file
 from ss_detectron.engine.defaults import Trainer
 from ss_detectron.experiments import hardware
 from ss_detectron.layers import convert_feedback, get_rule
-from ss_detectron.modeling.compilation import compile_parts
 from ss_detectron.solver.build import build_optimizer
 
 NETWORKS = {  # config, batch, height and width of the images in pixels
@@ -50,9 +49,8 @@ NETWORKS = {  # config, batch, height and width of the images in pixels
     "alexnet": ("imagenet_alexnet_bp.yaml", 16, 224),
     "retinanet_r18": ("retinanet_R_18_bp.yaml", 2, 320),
     "retinanet_r50": ("retinanet_R_50_bp.yaml", 2, 320),
-    # torchvision's own, every layer of it converted, as BioTorch converts it.
-    "torchvision_resnet18": ("imagenet_resnet18_bp.yaml", 16, 224),
 }
+AGAINST_BIOTORCH = "torchvision_resnet18"  # every layer of it converted, as BioTorch does it
 MODES = ("float32", "bf16", "channels_last", "compile")
 BIOTORCH = {"ss": "usf", "frsf": "frsf", "brsf": "brsf", "fa": "fa"}  # our short name -> BioTorch's
 BOXES = 7  # per image, as in COCO
@@ -103,19 +101,16 @@ class Contestant:
     def __init__(self, case: Case, rule: str = "bp") -> None:
         cfg = get_cfg()
         add_ss_config(cfg)
-        merge_config_file(cfg, NETWORKS[case.network][0])
+        config, *_ = NETWORKS.get(case.network, NETWORKS["resnet18"])
+        merge_config_file(cfg, config)
         cfg.MODEL.DEVICE = case.device
         cfg.MODEL.WEIGHTS = ""
         cfg.MODEL.CHANNELS_LAST = case.uses("channels_last")
         cfg.MODEL.COMPILED = case.uses("compile")
         cfg.SOLVER.BASE_LR = 1e-20
         torch.manual_seed(0)
-        if case.network.startswith("torchvision"):
+        if case.network == AGAINST_BIOTORCH:
             self.model = _TorchvisionClassifier(rule).to(case.device)
-            if cfg.MODEL.CHANNELS_LAST:
-                self.model.to(memory_format=torch.channels_last)
-            if cfg.MODEL.COMPILED:
-                compile_parts(self.model)
         else:
             cfg.MODEL.FEEDBACK.RULE = get_rule(rule).name
             self.model = Trainer.build_model(cfg)
@@ -232,7 +227,7 @@ def measure(case: Case, rules: list[str], args: argparse.Namespace) -> dict[str,
         beyond stock.
     """
     learns_by = {STOCK: "bp", CONTROL: "bp"} | {rule: rule for rule in rules}
-    if case.network.startswith("torchvision") and args.biotorch:
+    if case.network == AGAINST_BIOTORCH:
         learns_by |= {(b := f"biotorch {BIOTORCH[rule]}"): b for rule in rules if rule in BIOTORCH}
     contestants = {name: Contestant(case, rule) for name, rule in learns_by.items()}
     check_losses({name: contestant.step().item() for name, contestant in contestants.items()})
@@ -335,11 +330,8 @@ def plan(args: argparse.Namespace) -> list[tuple[Case, dict[str, float]]]:
     """Return what is measured: cases, each with its limits."""
     cases = promises(args.device) if args.promise else []
     if args.biotorch:
-        sizes = [(args.batch, args.size)] if args.batch or args.size else [(16, 224), (8, 128)]
-        cases += [
-            (Case("torchvision_resnet18", batch or 16, size or 224, device=args.device), {})
-            for batch, size in sizes
-        ]
+        sizes = [(args.batch, args.size)] if args.batch and args.size else [(16, 224), (8, 128)]
+        cases += [(Case(AGAINST_BIOTORCH, *size, device=args.device), {}) for size in sizes]
     if not cases:
         for network in args.networks:
             _, batch, size = NETWORKS[network]
