@@ -331,7 +331,8 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The type autocast computes in on the input's device, or None; it leaves float64 alone."""
     device = input.device.type
     if (
-        torch.amp.is_autocast_available(device)
+        # An older torch cannot trace the first question, and compiles for devices that have it.
+        (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
         and torch.is_autocast_enabled(device)
         and input.dtype != torch.float64
     ):

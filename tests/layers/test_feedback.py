@@ -168,11 +168,11 @@ def test_drawn_feedback_has_the_magnitude_of_the_scale(kind, rule, scale, gain):
         assert state.mean().abs() < 0.03 * s  # five standard errors
     if uniform_bound is None:
         # Half-normal: E abs(M) = s sqrt(2 / pi), E M^2 = s^2.
-        assert state.abs().mean() == pytest.approx(s * math.sqrt(2 / math.pi), rel=0.03)
-        assert state.square().mean().sqrt() == pytest.approx(s, rel=0.03)
+        assert state.abs().mean().item() == pytest.approx(s * math.sqrt(2 / math.pi), rel=0.03)
+        assert state.square().mean().sqrt().item() == pytest.approx(s, rel=0.03)
         assert state.abs().max() > 3 * s
     else:
-        assert state.abs().mean() == pytest.approx(uniform_bound / 2, rel=0.03)
+        assert state.abs().mean().item() == pytest.approx(uniform_bound / 2, rel=0.03)
         assert 0.99 * uniform_bound < state.abs().max() <= uniform_bound * (1 + 1e-6)
 
 

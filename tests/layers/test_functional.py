@@ -304,7 +304,8 @@ def test_feedback_is_the_one_in_force_at_backward(case):
 def test_a_convolution_runs_on_stock_autograd_where_it_can(case, way):
     x, w, b, fb, _ = case.tensors()
     name = type(case.asymmetric(x.requires_grad_(), w, b, feedback=fb).grad_fn).__name__
-    exchanged = way == "exchange" and case.stock is not F.linear
+    available = functional._hooks_of_others is not None  # not in every torch
+    exchanged = way == "exchange" and case.stock is not F.linear and available
     assert name.startswith("ConvolutionBackward" if exchanged else "_Asymmetric")
 
 
