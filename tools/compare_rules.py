@@ -9,7 +9,8 @@ comparison.json and figures.
     tools/compare_rules.py --config-file imagenet_resnet18_ss.yaml --rules bp ss fa --jobs 8
 
 Each run has a folder of its own. What is finished is not run again, and what was interrupted goes
-on, so the same command can be given as often as needed. Ctrl-C lets all runs save first.
+on, so the same command can be given as often as needed. Ctrl-C or SIGTERM lets all runs save, for
+five minutes at most; the exit code is 75 then.
 
 A rule's config is the one beside the config file that is named after it (..._ss.yaml and
 ..._fa.yaml). A rule that has none changes MODEL.FEEDBACK.RULE in that of its nearest relative: frsf
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from ss_detectron.engine.preemption import Preempted, StopSignals, print_safely
 from ss_detectron.experiments import compare, plan_runs
 from ss_detectron.experiments.plan import describe_plan
 
@@ -68,6 +70,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{' '.join(options)}: give options before the first KEY VALUE")
     if args.num_gpus_per_run < 1 or (args.jobs is not None and args.jobs < 1):
         parser.error("--jobs and --num-gpus-per-run are 1 at least")
+    if 0 < torch.cuda.device_count() < args.num_gpus_per_run:
+        parser.error(f"--num-gpus-per-run: there are {torch.cuda.device_count()} here")
     if args.jobs is None:
         args.jobs = max(1, torch.cuda.device_count() // args.num_gpus_per_run)
     if args.alignment_period is not None:
@@ -116,13 +120,16 @@ def main(args: argparse.Namespace) -> int:
     return 0 if complete and table else 1
 
 
+def stop(number: signal.Signals) -> None:
+    """Ends this process by an exception, so that its runs end first."""
+    print_safely(f"{number.name}: the same command goes on")
+    raise Preempted
+
+
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("ss_detectron").setLevel(logging.INFO)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # So that the runs end with this process.
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        sys.exit(main(parse_arguments()))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on")
+    signals = StopSignals(stop)
+    signals.install()
+    signal.signal(signal.SIGHUP, signals.receive)
+    sys.exit(main(parse_arguments()))

@@ -48,9 +48,6 @@ def run_all(
 
     Returns:
         those that failed, which are reported with the end of their log.
-
-    Raises:
-        ValueError: more GPUs per run than there are.
     """
     free = environments(jobs, gpus_per_run)
     waiting = list(enumerate(runs, 1))
@@ -130,16 +127,11 @@ def environments(jobs: int, gpus_per_run: int) -> list[dict[str, str]]:
     """
     Makes the environment variables of each of the runs at a time. GPUs are dealt out in turns;
     where there are none, the runs share the cores, unless OMP_NUM_THREADS says how many each takes.
-
-    Raises:
-        ValueError: more GPUs per run than there are.
     """
     count = torch.cuda.device_count()
     if count == 0:
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
         return [{"OMP_NUM_THREADS": threads}] * jobs
-    if gpus_per_run > count:
-        raise ValueError(f"{gpus_per_run} GPUs per run are wanted, but there are {count} here")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if len(visible) < count:
         visible = [str(i) for i in range(count)]

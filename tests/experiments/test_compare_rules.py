@@ -328,6 +328,13 @@ def test_whatever_ends_the_comparison_lets_its_runs_save_at_the_same_time(
     assert max(asked for asked, _ in times) < min(saved for _, saved in times)
 
 
+def alive(pid: str) -> bool:
+    try:
+        return " Z " not in Path("/proc", pid, "stat").read_text()
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(("grace", "seconds"), [(0.2, 0.0), (60.0, 0.2)])
 def test_runs_that_do_not_stop_are_killed_at_the_deadline_or_on_another_interrupt(
     grace, seconds, tmp_path, fake, no_gpu, monkeypatch
@@ -339,8 +346,9 @@ def test_runs_that_do_not_stop_are_killed_at_the_deadline_or_on_another_interrup
     interrupt(runs, fake, seconds)
     assert time.monotonic() - start < 30
     for run in runs:
-        state = Path("/proc", (run.folder / "child").read_text(), "stat")
-        assert not state.exists() or " Z " in state.read_text()
+        while alive((run.folder / "child").read_text()):  # killed, but not yet gone
+            assert time.monotonic() - start < 30
+            time.sleep(0.01)
 
 
 def test_gpus_are_dealt_out_in_turns(monkeypatch):
@@ -351,12 +359,8 @@ def test_gpus_are_dealt_out_in_turns(monkeypatch):
     assert environments(3, 2) == [{key: "0,1"}, {key: "2,3"}, {key: "0,1"}]
     monkeypatch.setenv(key, "7,5,3,1")
     assert environments(4, 1) == [{key: "7"}, {key: "5"}, {key: "3"}, {key: "1"}]
-    with pytest.raises(ValueError, match="5 GPUs per run are wanted, but there are 4"):
-        environments(1, 5)
-
-
-def test_the_users_number_of_threads_is_kept(monkeypatch, no_gpu):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's number
     assert environments(2, 1) == [{"OMP_NUM_THREADS": "3"}] * 2
 
 
@@ -597,7 +601,7 @@ def test_a_comparison_that_is_interrupted_saves_and_goes_on(tmp_path, tool, caps
         said, _ = process.communicate()
     finally:
         end(process)
-    assert "interrupted; the same command goes on" in said
+    assert process.returncode == 75 and "the same command goes on" in said
     log = (folder / "train.log").read_text()
     checkpoint = (folder / "last_checkpoint").read_text()
     assert not (folder / "model_final.pth").exists()
