@@ -176,7 +176,8 @@ class StepTrainer(SimpleTrainer):
                 "the config.yaml in its OUTPUT_DIR, or begin another one from its weights, by "
                 "MODEL.WEIGHTS and without --resume"
             )
-        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        other = ("params", "lr", "foreach", "fused")  # the last two: which kernel does it
+        own = [{k: v for k, v in group.items() if k not in other} for group in groups]
         super().load_state_dict(state_dict)
         changed = set()
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
