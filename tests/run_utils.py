@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+from time_limit import within
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "train_net.py"
@@ -51,13 +53,24 @@ def end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def finish(process: subprocess.Popen) -> str:
-    """What a run that succeeds has printed."""
+def output_after(process: subprocess.Popen, text: str, act: Callable[[], None]) -> str:
+    """
+    Acts when a run has printed a line with that text, or at once without one. Returns what it
+    prints after it, once nobody holds the other end of the pipe.
+    """
     with process:
         try:
-            output, _ = process.communicate(timeout=SECONDS)
+            with within(SECONDS):
+                assert not text or any(text in line for line in process.stdout)
+                act()
+                return process.communicate()[0]
         finally:
             end(process)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a run that succeeds has printed."""
+    output = output_after(process, "", lambda: None)
     assert process.returncode == 0, output[-5000:]
     return output
 

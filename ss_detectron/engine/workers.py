@@ -7,56 +7,40 @@ import sys
 import threading
 import time
 from functools import cache
-from pathlib import Path
+
+import torch.distributed as dist
 
 __all__ = ["prepare_workers"]
-
-_PATIENCE = 1  # seconds
 
 
 @cache
 def prepare_workers() -> None:
-    """
-    Has this process, a rank, fork its loaders' workers, once its other threads sleep, and keeps
-    requests to stop from them.
-    """
+    """Has this process, a rank, fork its loaders' workers, and keeps stop requests from them."""
     if sys.platform != "linux":
         return
     # In a spawned process, the default is to spawn its workers. Each would import everything
     # anew, which takes seconds, and any signal would end it while it does.
     multiprocessing.set_start_method("fork", force=True)
-    os.register_at_fork(before=_await_threads, after_in_child=_shield_worker)
+    os.register_at_fork(before=_rest, after_in_child=_shield_worker)
 
 
-def _await_threads() -> None:
+def _rest() -> None:
     """
-    Waits until the other threads of this process sleep, for a second at most: what one of them
-    locks during a fork stays locked in the child. A thread of gloo's, on its way back from a
-    collective, locks Python's list of threads as it releases a tensor, and a worker forked then
-    hangs before its first line, with all ranks behind it (seen in 1 of 2,000 forks after a
-    collective, on Python 3.11).
+    Lets gloo's threads come to rest before a fork: what one of them locks then stays locked in the
+    child. On its way back from a collective, one locks Python's list of threads as it releases a
+    tensor, and a worker forked then hangs before its first line, with all ranks behind it. Right
+    after a collective, 12 of 16,000 forks hung without a rest, and none with one of 0.01 s (two
+    busy cores, Python 3.11).
     """
-    own = threading.get_native_id()
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
-        time.sleep(0.001)  # lets go of Python's own lock, for which threads may wait
-        if not any(_runs(thread) for thread in os.listdir("/proc/self/task") if int(thread) != own):
-            return
-
-
-def _runs(thread: str) -> bool:
-    try:
-        state = Path(f"/proc/self/task/{thread}/stat").read_text()
-    except OSError:  # it has ended
-        return False
-    return state.rpartition(")")[2].split()[0] in "RD"
+    if dist.is_initialized():
+        time.sleep(0.03)  # lets go of Python's own lock, for which threads may wait
 
 
 def _shield_worker() -> None:
     """
-    In a worker, SIGTERM and SIGINT are ignored, which a scheduler or a terminal sends to all
-    processes of a run: without its workers a rank could not finish its step. The rank itself ends
-    its workers by SIGTERM, and by its death, for they hold its connections open.
+    Ignores in a worker SIGTERM and SIGINT, which a scheduler or a terminal sends to all processes
+    of a run: without its workers a rank could not finish its step. The rank itself ends its workers
+    by SIGTERM, and by its death, for they hold its connections open.
     """
     rank = os.getppid()
 

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 __all__ = [
     "any_rank",
     "leave_group",
-    "set_collective_timeout",
     "reduce_flags",
+    "set_collective_timeout",
     "share_buffers",
 ]
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is true on any rank. Every rank has to call it, and gets the same answer."""
+    """
+    Tells whether ``flag`` is true on any rank. Every rank has to call it, and gets the same answer.
+    """
     return any(comm.all_gather(flag))
 
 

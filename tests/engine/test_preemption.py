@@ -19,6 +19,7 @@ from ss_detectron.engine import preemption
 from ss_detectron.engine.launch import launch
 from ss_detectron.engine.preemption import EXIT_CODE, Preempted, PreemptionHook, StopSignals
 from ss_detectron.engine.train_loop import StepTrainer
+from ss_detectron.learners import Backpropagation
 
 # The signals of one process ----------------------------------------------------------------------
 
@@ -129,8 +130,9 @@ class Loss(torch.nn.Linear):
 
 
 def test_a_step_tells_whether_a_rank_was_asked_to_stop(rank, hook, monkeypatch):
-    model = Loss(2, 1)
-    trainer = StepTrainer(model, [torch.ones(1, 2)] * 3, torch.optim.SGD(model.parameters(), 0.1))
+    learner = Backpropagation(Loss(2, 1))
+    sgd = torch.optim.SGD(learner.parameters(), 0.1)
+    trainer = StepTrainer(learner, [torch.ones(1, 2)] * 2, sgd)
     monkeypatch.setattr(trainer, "_write_metrics", lambda *_: None)
     hook.before_train()
     for asked in (False, True):
