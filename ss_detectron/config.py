@@ -1,9 +1,7 @@
 """The config keys this package adds to Detectron2's, and where its config files are found."""
 
-import contextlib
 import difflib
 import logging
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from .utils.trust import is_url
@@ -24,7 +21,6 @@ __all__ = [
     "flatten_config",
     "merge_config_file",
     "runs_on_cpu",
-    "settle_feedback_seed",
 ]
 
 logger = logging.getLogger(__name__)
@@ -292,27 +288,6 @@ def feedback_seed(cfg: CfgNode) -> int:
     """Return MODEL.FEEDBACK.SEED; where that is -1, SEED; where that is -1 too, 0."""
     seed = cfg.MODEL.FEEDBACK.SEED
     return seed if seed >= 0 else max(cfg.SEED, 0)
-
-
-def settle_feedback_seed(cfg: CfgNode, *, goes_on: bool) -> None:
-    """
-    Replace a MODEL.FEEDBACK.SEED of -1 for a run, on all ranks alike: by that of the run which
-    goes on, else by SEED, else by a number that is drawn. All ranks have to call it.
-
-    Args:
-        cfg: of the run; it is changed.
-        goes_on: whether the run in OUTPUT_DIR goes on, whose config.yaml tells its seed.
-    """
-    seed = cfg.MODEL.FEEDBACK.SEED
-    if seed >= 0:
-        return
-    if goes_on:
-        with contextlib.suppress(OSError, yaml.YAMLError):
-            earlier = yaml.safe_load(Path(cfg.OUTPUT_DIR, "config.yaml").read_text())
-            seed = flatten_config(earlier or {}).get("MODEL.FEEDBACK.SEED", seed)
-    if seed < 0:
-        seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(1 << 31)
-    cfg.MODEL.FEEDBACK.SEED = comm.all_gather(seed)[0]
 
 
 def runs_on_cpu(cfg: CfgNode) -> bool:

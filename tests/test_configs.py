@@ -10,7 +10,6 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
-from group_utils import run_ranks
 from modeling_utils import load_config, rules
 
 from ss_detectron import add_ss_config, find_config
@@ -18,7 +17,6 @@ from ss_detectron.config import (
     check_config,
     flatten_config,
     merge_config_file,
-    settle_feedback_seed,
 )
 from ss_detectron.layers import AsymmetricLayer
 from ss_detectron.solver.build import build_optimizer
@@ -284,37 +282,6 @@ def test_feedback_is_drawn_by_the_runs_seed(seed, own, expected):
     cfg = load_config("quick/shapes_resnet18_fa.yaml", *words)
     seeds = {m.rule.seed for m in build_model(cfg).modules() if isinstance(m, AsymmetricLayer)}
     assert seeds == {expected}
-
-
-def settled(folder: Path, seed: int, goes_on: bool, own: int = -1) -> int:
-    words = "SEED", seed, "MODEL.FEEDBACK.SEED", own, "OUTPUT_DIR", str(folder)
-    cfg = load_config("quick/shapes_resnet18_fa.yaml", *words)
-    settle_feedback_seed(cfg, goes_on=goes_on)
-    (folder / "config.yaml").write_text(cfg.dump())
-    return cfg.MODEL.FEEDBACK.SEED
-
-
-def test_a_run_draws_a_seed_of_feedback_and_keeps_it(tmp_path):
-    drawn = settled(tmp_path, seed=-1, goes_on=False)
-    assert drawn >= 0
-    assert settled(tmp_path, seed=-1, goes_on=True) == drawn
-    assert settled(tmp_path, seed=5, goes_on=True) == drawn
-    assert settled(tmp_path, seed=-1, goes_on=True, own=3) == 3
-    assert settled(tmp_path, seed=-1, goes_on=False) not in (drawn, 3)
-    assert settled(tmp_path, seed=5, goes_on=False) == 5
-    (tmp_path / "config.yaml").write_text("MODEL: [")
-    assert settled(tmp_path, seed=6, goes_on=True) == 6
-
-
-def _settle_on(rank: int, folder: str) -> None:
-    own = Path(folder, str(rank))
-    own.mkdir()
-    Path(folder, f"{rank}.txt").write_text(str(settled(own, seed=-1, goes_on=False)))
-
-
-def test_the_ranks_draw_one_seed_of_feedback(tmp_path):
-    run_ranks(_settle_on, tmp_path, start_method="fork")
-    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
 
 
 # find_config

@@ -4,7 +4,9 @@ import argparse
 import functools
 import logging
 import multiprocessing
+import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,13 +16,12 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ss_detectron.checkpoint.files import has_checkpoint
+from ss_detectron.checkpoint.files import find_checkpoints, has_checkpoint, read_checkpoint
 from ss_detectron.config import (
     add_ss_config,
     check_config,
     merge_config_file,
     runs_on_cpu,
-    settle_feedback_seed,
 )
 from ss_detectron.data import (
     check_datasets,
@@ -149,3 +150,30 @@ def setup(args: argparse.Namespace) -> CfgNode:
         # The processes of one machine share its cores.
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))
     return cfg
+
+
+def settle_feedback_seed(cfg: CfgNode, *, goes_on: bool) -> None:
+    """
+    Replace a MODEL.FEEDBACK.SEED of -1 for a run, on all ranks alike: by that of the run which
+    goes on, else by SEED, else by a number that is drawn. All ranks have to call it.
+
+    Args:
+        cfg: of the run; it is changed.
+        goes_on: whether the run in OUTPUT_DIR goes on, whose checkpoint tells its seed.
+    """
+    seed = cfg.MODEL.FEEDBACK.SEED
+    if seed >= 0:
+        return
+    if goes_on:
+        seed = _seed_of_checkpoint(cfg.OUTPUT_DIR)
+    if seed < 0:
+        seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(1 << 31)
+    cfg.MODEL.FEEDBACK.SEED = comm.all_gather(seed)[0]
+
+
+def _seed_of_checkpoint(folder: str) -> int:
+    for path in find_checkpoints(folder):
+        with suppress(OSError, ValueError):  # the checkpointer tells of those
+            # Before it was saved, it was 0 unless the config said otherwise, as it does again then.
+            return read_checkpoint(path).get("trainer", {}).get("feedback_seed", 0)
+    return -1

@@ -164,8 +164,8 @@ class Trainer(DefaultTrainer):
         return self._trainer.stop_agreed
 
     def state_dict(self) -> dict[str, Any]:
-        """Return DefaultTrainer's, and where the loaders are."""
-        state = super().state_dict()
+        """Return DefaultTrainer's, the seed of feedback, and where the loaders are."""
+        state = {**super().state_dict(), "feedback_seed": self.cfg.MODEL.FEEDBACK.SEED}
         for name, loader in self._loaders().items():
             if hasattr(loader, "state_dict"):
                 state[name] = loader.state_dict()

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from group_utils import run_ranks
+from modeling_utils import load_config
 from run_utils import assert_equal, finish, rows, start
 
 from ss_detectron import add_ss_config
 from ss_detectron.data import generate_shapes, generate_shapes_cls
 from ss_detectron.engine import main
+from ss_detectron.engine.command_line import settle_feedback_seed
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,7 @@ class Weighted(Learner):
 SCRIPT = """
 import my_learner
 from ss_detectron.engine import main
+from ss_detectron.engine.command_line import settle_feedback_seed
 main()
 """
 
@@ -214,3 +218,38 @@ def test_a_command_line_that_cannot_work_is_refused(monkeypatch, capsys, words, 
         main(words)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def settled(folder: Path, seed: int, goes_on: bool, own: int = -1) -> int:
+    """The seed of feedback of a run in ``folder``, which saves a checkpoint."""
+    words = "SEED", seed, "MODEL.FEEDBACK.SEED", own, "OUTPUT_DIR", str(folder)
+    cfg = load_config("quick/shapes_resnet18_fa.yaml", *words)
+    settle_feedback_seed(cfg, goes_on=goes_on)
+    saved = {"feedback_seed": cfg.MODEL.FEEDBACK.SEED}
+    torch.save({"trainer": saved}, folder / "model_0000001.pth")
+    return cfg.MODEL.FEEDBACK.SEED
+
+
+def test_a_run_draws_a_seed_of_feedback_and_keeps_it(tmp_path):
+    drawn = settled(tmp_path, seed=-1, goes_on=False)
+    assert drawn >= 0
+    assert settled(tmp_path, seed=-1, goes_on=True) == drawn
+    assert settled(tmp_path, seed=5, goes_on=True) == drawn
+    assert settled(tmp_path, seed=-1, goes_on=True, own=3) == 3
+    assert settled(tmp_path, seed=-1, goes_on=False) not in (drawn, 3)
+    assert settled(tmp_path, seed=5, goes_on=False) == 5
+    torch.save({"trainer": {}}, tmp_path / "model_0000001.pth")  # as before it was saved
+    assert settled(tmp_path, seed=6, goes_on=True) == 0
+    (tmp_path / "model_0000001.pth").write_text("damaged")
+    assert settled(tmp_path, seed=6, goes_on=True) == 6
+
+
+def _settle_on(rank: int, folder: str) -> None:
+    own = Path(folder, str(rank))
+    own.mkdir()
+    Path(folder, f"{rank}.txt").write_text(str(settled(own, seed=-1, goes_on=False)))
+
+
+def test_the_ranks_draw_one_seed_of_feedback(tmp_path):
+    run_ranks(_settle_on, tmp_path, start_method="fork")
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
