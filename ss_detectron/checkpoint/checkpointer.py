@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from ss_detectron.layers import feedback_report
 from ss_detectron.layers.names import as_patterns, first_match
 from ss_detectron.utils.comm import any_rank
+from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
 
 from .files import (
@@ -32,7 +33,6 @@ from .files import (
     read_checkpoint,
 )
 from .weights import (
-    abbreviate,
     check_torchvision_resnet,
     find_renaming,
     is_torchvision_resnet,

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 __all__ = [
     "Renaming",
-    "abbreviate",
     "check_torchvision_resnet",
     "find_renaming",
     "is_torchvision_resnet",
@@ -120,9 +119,3 @@ def check_torchvision_resnet(path: str, model: nn.Module) -> None:
         ", ".join(f"{key} {value}" for key, value in _TORCHVISION_PIXELS.items()),
         differs,
     )
-
-
-def abbreviate(names: Iterable[str], count: int = 3) -> str:
-    """Join the first of ``names``, with dots if there are more."""
-    names = list(names)
-    return ", ".join(names[:count]) + ", ..." * (len(names) > count)

@@ -7,7 +7,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
-from .catalog import shorten
+from ss_detectron.utils.text import abbreviate
 
 __all__ = ["without_unusable_boxes"]
 
@@ -55,7 +55,7 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
             box = dicts[i]["annotations"][j].get("bbox")
             image = dicts[i].get("image_id", dicts[i].get("file_name"))
             found.append(f"{box!r:.60} of image {image!r}")
-        return shorten(found, 3)
+        return abbreviate(found)
 
     boxes, sizes = np.array(corners), np.array(sizes, dtype=float)
     if (wrong := ~np.isfinite(boxes).all(1)).any():

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -91,13 +91,3 @@ def check_registered(names: Iterable[str]) -> None:
             raise ValueError(
                 f"No data set named '{name}' is registered. {hint}Lists of your own: {own}."
             )
-
-
-def shorten(names: Sequence[str], length: int = 5) -> str:
-    """Join the first few of a list of names."""
-    return printable(", ".join(names[:length]) + ", ..." * (len(names) > length))
-
-
-def printable(text: str) -> str:
-    """Escape what UTF-8 cannot hold: names of files may be any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -7,9 +7,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import is_url
 
-from .catalog import check_registered, shorten
+from .catalog import check_registered
 from .coco import check_coco
 from .images import skips_unreadable_images
 from .loaders import check_loader_options
@@ -122,7 +123,7 @@ def _check_classes(cfg: CfgNode, classes: dict[str, list[str]], classifier: bool
             missing = [c for c in reference if c not in names]
             added = [c for c in names if c not in reference]
             only = [
-                f"only '{name}' has {shorten(found)}"
+                f"only '{name}' has {abbreviate(found)}"
                 for name, found in ((first, missing), (other, added))
                 if found
             ]

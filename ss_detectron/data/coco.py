@@ -8,7 +8,9 @@ from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
-from .catalog import new_entries, shorten, where_to_put
+from ss_detectron.utils.text import abbreviate
+
+from .catalog import new_entries, where_to_put
 from .coco_file import read_coco_file
 from .images import skips_unreadable_images
 
@@ -87,7 +89,7 @@ def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> 
         return
     found = (
         f"{where} names {len(names)} images, {len(missing)} of which are not in '{folder}': "
-        f"{shorten(missing, 3)}"
+        f"{abbreviate(missing)}"
     )
     if len(missing) == len(names) or not skips_unreadable_images(cfg):
         raise FileNotFoundError(found)

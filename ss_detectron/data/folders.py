@@ -8,9 +8,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, is_image_file, make_dataset
+from torchvision.datasets.folder import find_classes, is_image_file, make_dataset
 
-from .catalog import datasets_root, new_entries, shorten, where_to_put
+from ss_detectron.utils.text import abbreviate
+
+from .catalog import datasets_root, new_entries, where_to_put
 
 __all__ = [
     "FolderMetadata",
@@ -55,8 +57,7 @@ class FolderMetadata(Metadata):
         if empty:
             raise FileNotFoundError(
                 f"{where}in '{self.image_root}', {len(empty)} of {len(classes)} class folders hold "
-                f"no image ({shorten(empty)}). Put images there ({', '.join(IMG_EXTENSIONS)}) or "
-                "remove them."
+                f"no image ({abbreviate(empty)}). Put images there, or remove the folders."
             )
 
 
@@ -85,7 +86,7 @@ def load_image_folder(folder: str) -> list[dict]:
     if unused and comm.is_main_process():
         message = (
             f"'{folder}': {len(unused)} files are not used, as they are no images by their names "
-            f"or in no class folder: {shorten(unused, 3)}."
+            f"or in no class folder: {abbreviate(unused)}."
         )
         log_first_n(logging.WARNING, message, key="message", name=__name__)
     return [{"file_name": f, "image_id": i, "label": label} for i, (f, label) in enumerate(files)]

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torchvision.transforms import v2
 
-from .catalog import printable
+from ss_detectron.utils.text import printable
 
 __all__ = [
     "ClassificationMapper",

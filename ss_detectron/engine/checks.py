@@ -9,12 +9,12 @@ from detectron2.utils import comm
 from torch import nn
 
 from ss_detectron.checkpoint.files import is_checkpoint_name
-from ss_detectron.checkpoint.weights import abbreviate
 from ss_detectron.config import runs_on_cpu
 from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
 from ss_detectron.modeling.compilation import check_compiler
+from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
 
 __all__ = ["check_conversion", "check_options", "check_proposals", "check_weights"]

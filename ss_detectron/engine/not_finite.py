@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ss_detectron.alignment import weight_alignment
-from ss_detectron.checkpoint.weights import abbreviate
 from ss_detectron.learners import Learner
+from ss_detectron.utils.text import abbreviate
 
 from .rank_state import get_loss_normalizers, set_loss_normalizers
 

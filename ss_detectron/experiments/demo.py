@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import is_image_file
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
-from ss_detectron.checkpoint.weights import abbreviate
 from ss_detectron.config import find_config
 from ss_detectron.data import (
     ClassificationMapper,
@@ -37,6 +36,7 @@ from ss_detectron.data.catalog import check_registered
 from ss_detectron.layers import feedback_report
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import ImageClassifier
+from ss_detectron.utils.text import abbreviate
 
 from .runs import merged_config
 from .visualize import ClassVisualizer

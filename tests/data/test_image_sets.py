@@ -125,7 +125,7 @@ def test_only_what_is_used_is_needed(root):
     [
         ([], "pets/train' has to hold one folder of images per class"),
         ([1, 0, 1, 0], r"2 of 4 class folders hold no image \(b, d\)"),
-        ([0] * 7, r"7 of 7 class.*\(a, b, c, d, e, \.\.\.\)"),
+        ([0] * 7, r"7 of 7 class.*\(a, b, c, \.\.\.\)"),
     ],
 )
 def test_classes_without_images_are_named(images, message):
