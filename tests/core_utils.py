@@ -2,13 +2,40 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from ss_detectron import FEEDBACK_REGISTRY
+from ss_detectron import FEEDBACK_REGISTRY, convert_feedback
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 each_rule = pytest.mark.parametrize("rule", RULES)
+each_feedback_rule = pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "bp"])
 
 
 def assert_same(actual, expected) -> None:
     """Equal bit for bit, with the same names."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def net(rule: str, **options) -> nn.Sequential:
+    """A network with what an instrument must not disturb: batch statistics and dropout."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 5),
+    )
+    return convert_feedback(model, rule, **options)
+
+
+def images(count: int = 4) -> Tensor:
+    """What :func:`net` takes."""
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().sum(1).mean()

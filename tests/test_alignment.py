@@ -5,39 +5,11 @@ import math
 
 import pytest
 import torch
-from core_utils import assert_same, each_rule
+from core_utils import assert_same, each_rule, images, loss_of, net
 from torch import nn
 
 from ss_detectron import backpropagation, convert_feedback
-from ss_detectron.alignment import (
-    backpropagation_gradients,
-    gradient_angles,
-    weight_alignment,
-)
-
-
-def net(rule: str, **options) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Flatten(),
-        nn.Linear(64 * 16, 5),
-    )
-    return convert_feedback(model, rule, **options)
-
-
-def images(count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    return model(batch).square().sum(1).mean()
-
+from ss_detectron.alignment import backpropagation_gradients, gradient_angles, weight_alignment
 
 # Weights
 
@@ -59,6 +31,9 @@ def test_backpropagation_is_aligned_with_itself():
     for found in weight_alignment(model).values():
         assert found.angle == pytest.approx(0, abs=1e-5)
         assert (found.norm_ratio, found.sign_agreement) == (1, 1)
+    with backpropagation(convert_feedback(model, "fa")):
+        assert weight_alignment(model)["3"].angle == pytest.approx(0, abs=1e-5)
+    convert_feedback(model, "bp")
     loss = loss_of(model, images())
     reference = backpropagation_gradients(model, loss)
     loss.backward()
@@ -76,12 +51,6 @@ def test_random_feedback_starts_at_a_right_angle():
     assert 0 < signs.angle < 60
     # The angle between a uniform W and its sign: cos = mean(abs(W)) / rms(W) = sqrt(3) / 2.
     assert signs.angle == pytest.approx(30, abs=1)
-
-
-def test_within_backpropagation_the_feedback_is_the_weight():
-    model = net("fa")
-    with backpropagation(model):
-        assert weight_alignment(model)["3"].angle == pytest.approx(0, abs=1e-5)
 
 
 def test_weight_that_is_zero_has_no_angle():

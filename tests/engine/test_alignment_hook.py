@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from core_utils import assert_same, each_rule
+from core_utils import assert_same, each_rule, images, loss_of, net
 from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -23,33 +23,9 @@ from ss_detectron.engine.train_loop import StepTrainer
 from ss_detectron.learners import Backpropagation
 
 
-def net(rule: str, **options) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.Dropout(0.3),
-        nn.Flatten(),
-        nn.Linear(64 * 16, 5),
-    )
-    return convert_feedback(model, rule, **options)
-
-
-def images(count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    return model(batch).square().sum(1).mean()
-
-
 @pytest.mark.parametrize("rule", ["bp", "ss", "fa"])
 def test_retinanet_whose_head_runs_five_times(rule):
-    names = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
-    options = [*NARROW, "MODEL.FEEDBACK.RULE", names[rule]]
+    options = [*NARROW, "MODEL.FEEDBACK.RULE", rule]
     torch.manual_seed(0)
     model = build_model(load_config("quick/shapes_retinanet_bp.yaml", *options))
     stock = copy.deepcopy(model)

@@ -129,27 +129,18 @@ def _assert_same(actual, expected, exact=True):
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @each_case
-def test_with_the_weight_as_feedback_everything_is_stock(case, with_bias):
-    x, w, b, _, grad = case.tensors()
-    b = b if with_bias else None
-    expected = case.run_stock(x, w, b, grad)
-    exact = case.stock is not F.linear or x.dim() == 2
-    _assert_same(case.run(x, w, b, grad, feedback=w), expected, exact)
-    _assert_same(case.run(x, w, b, grad, feedback=lambda weight, state: weight), expected, exact)
-
-
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
-@each_case
 def test_only_the_input_gradient_goes_through_the_feedback_weight(case, with_bias):
     x, w, b, fb, grad = case.tensors()
     b = b if with_bias else None
-    y, _, dw, db = case.run_stock(x, w, b, grad)
-    _, dx, _, _ = case.run_stock(x, fb, b, grad)
-    actual = case.run(x, w, b, grad, feedback=fb)
-    _assert_same(actual, (y, dx, dw, db), exact=False)
-    assert torch.equal(actual[0], y)
-    if x.numel():
-        assert not torch.allclose(actual[1], case.run_stock(x, w, b, grad)[1])
+    y, through_w, dw, db = case.run_stock(x, w, b, grad)
+    dx = case.run_stock(x, fb, b, grad)[1]
+    assert not x.numel() or not torch.allclose(dx, through_w)
+    # Sums of a linear layer are taken in another order where its input is no plain matrix.
+    exact = case.stock is not F.linear or x.dim() == 2
+    for feedback, expected in ((w, through_w), (lambda weight, state: weight, through_w), (fb, dx)):
+        actual = case.run(x, w, b, grad, feedback=feedback)
+        _assert_same(actual, (y, expected, dw, db), exact)
+        assert torch.equal(actual[0], y)
 
 
 @each_operation
@@ -162,49 +153,25 @@ def test_input_gradient_is_the_adjoint_of_the_operation_with_feedback(case):
     torch.testing.assert_close((dx * direction).sum(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_linear_gradients_in_closed_form():
-    x, w, b, fb, grad = LINEARS["one-leading"].tensors()
-    y, dx, dw, db = LINEARS["one-leading"].run(x, w, b, grad, feedback=fb)
-    for actual, expected in [
-        (y, x @ w.T + b),
-        (dx, grad @ fb),
-        (dw, grad.T @ x),
-        (db, grad.sum(0)),
-    ]:
-        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@each_operation
-def test_lower_precision_matches_stock(case, dtype, device):
-    x, w, b, fb, grad = case.tensors(dtype, device)
-    expected = case.run_stock(x, w, b, grad)
-    actual = case.run(x, w, b, grad, feedback=w)
-    assert torch.equal(actual[0], expected[0])
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)  # dtype as well
-    # A feedback weight of another type is cast to the arithmetic's.
-    dx = case.run_stock(x, fb, b, grad)[1]
-    torch.testing.assert_close(case.run(x, w, b, grad, feedback=fb.double())[1], dx)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("within", [("forward",), ("backward",), ("forward", "backward")])
 @each_operation
-def test_autocast_as_stock(case, dtype, parameters, device):
+def test_autocast_as_stock(case, within, dtype, parameters, device):
     x, w, b, fb, grad = case.tensors(parameters, device)
 
     def run(op):
         leaves = [t.detach().requires_grad_() for t in (x, w, b)]
-        with torch.autocast(device, dtype):
+        with torch.autocast(device, dtype, enabled="forward" in within):
             y = op(*leaves, **case.options)
-        return y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype), allow_unused=True)
+        with torch.autocast(device, dtype, enabled="backward" in within):
+            return y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype), allow_unused=True)
 
     expected = run(case.stock)
     actual = run(lambda *t, **o: case.asymmetric(*t, **o, feedback=t[1].detach()))
-    assert expected[0].dtype == (dtype if parameters == torch.float32 else torch.float64)
+    lower = "forward" in within and parameters == torch.float32
+    assert expected[0].dtype == (dtype if lower else parameters)
     assert torch.equal(actual[0], expected[0])
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
@@ -212,24 +179,6 @@ def test_autocast_as_stock(case, dtype, parameters, device):
     dx = run(lambda *t, **o: case.asymmetric(*t, **o, feedback=fb))[1]
     expected = run(lambda x, w, b, **o: case.stock(x, fb, b, **o))[1]
     torch.testing.assert_close(dx, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
-
-
-@pytest.mark.parametrize("forward_inside", [True, False], ids=["forward-too", "backward-only"])
-@each_operation
-def test_backward_inside_autocast_as_stock(case, forward_inside):
-    x, w, b, _, grad = case.tensors(torch.float32)
-
-    def run(op):
-        leaves = [t.detach().requires_grad_() for t in (x, w, b)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=forward_inside):
-            y = op(*leaves, **case.options)
-        with torch.autocast("cpu", torch.bfloat16):
-            return torch.autograd.grad(y, leaves, grad.to(y.dtype))
-
-    actual = run(lambda *t, **o: case.asymmetric(*t, **o, feedback=t[1].detach()))
-    for a, e in zip(actual, run(case.stock), strict=True):
-        assert a.dtype == e.dtype
-        torch.testing.assert_close(a, e, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)
 
 
 @each_operation
@@ -273,31 +222,6 @@ def test_learned_feedback_receives_a_copy_of_the_weight_gradient(case):
     of_weight, of_feedback = torch.autograd.grad(y, (w, fb), grad)
     assert torch.equal(of_feedback, of_weight)
     assert of_feedback.data_ptr() != of_weight.data_ptr()
-
-
-@each_operation
-def test_state_that_the_rule_in_force_does_not_use_gets_no_gradient(case):
-    x, w, b, fb, grad = case.tensors()
-    w.requires_grad_()
-    x.requires_grad_()
-    fb.requires_grad_()
-    case.asymmetric(
-        x, w, b, **case.options, feedback=lambda weight, state: weight, state=fb
-    ).backward(grad)
-    assert fb.grad is None and w.grad is not None
-
-
-@each_operation
-def test_feedback_is_the_one_in_force_at_backward(case):
-    x, w, b, fb, grad = case.tensors()
-    x.requires_grad_()
-    current = [w]
-    y = case.asymmetric(x, w, b, **case.options, feedback=lambda weight, state: current[0])
-    through_w = torch.autograd.grad(y, x, grad, retain_graph=True)[0]
-    current[0] = fb
-    through_fb = torch.autograd.grad(y, x, grad)[0]
-    assert torch.equal(through_w, case.run_stock(x, w, b, grad)[1])
-    assert torch.equal(through_fb, case.run_stock(x, fb, b, grad)[1])
 
 
 @each_operation
@@ -362,14 +286,6 @@ def test_wrong_padding_is_refused():
         asymmetric_conv2d(x, w, b, padding="full", feedback=fb)
     with pytest.raises(ValueError, match="stride 1"):
         asymmetric_conv2d(x, w, b, padding="same", stride=2, feedback=fb)
-
-
-@each_operation
-def test_input_of_another_type_is_refused_as_by_stock(case):
-    x, w, b, fb, _ = case.tensors()
-    for run in (case.stock, lambda *t, **o: case.asymmetric(*t, **o, feedback=fb)):
-        with pytest.raises(RuntimeError, match="type"):
-            run(x.float(), w, b, **case.options)
 
 
 @each_operation
