@@ -32,12 +32,7 @@ from .files import (
     last_checkpoint,
     read_checkpoint,
 )
-from .weights import (
-    check_torchvision_resnet,
-    find_renaming,
-    is_torchvision_resnet,
-    rename_state,
-)
+from .weights import check_torchvision_resnet, find_renaming, is_torchvision_resnet, rename_state
 
 __all__ = ["FeedbackCheckpointer", "NotWrittenError"]
 
@@ -67,15 +62,13 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
-        save_to_disk: bool | None = None,
         weights_except: Iterable[str] = (),
         trusted_weights: Iterable[str] = (),
-        **checkpointables: Any,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
-            model: possibly wrapped in DistributedDataParallel.
-            save_dir, save_to_disk, **checkpointables: see DetectionCheckpointer.
+            model, save_dir, **kwargs: see DetectionCheckpointer.
             weights_except: what is not to be loaded: shell-style patterns of names of the model's
                 modules ("linear": all that is in it) and parameters. A run that is resumed loads
                 all the same.
@@ -85,15 +78,15 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: a pattern of ``weights_except`` matches nothing in the model.
         """
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        super().__init__(model, save_dir, **kwargs)
         self.weights_except = as_patterns(weights_except)
         self.trusted_weights = as_patterns(trusted_weights)
         self._path = ""
         self._resuming = False
         names = self.model.state_dict()
-        parts = dict.fromkeys(name.partition(".")[0] for name in names)
         for pattern in self.weights_except:
             if not any(first_match(name, (pattern,)) for name in names):
+                parts = dict.fromkeys(name.partition(".")[0] for name in names)
                 raise ValueError(
                     f"MODEL.WEIGHTS_EXCEPT: {pattern!r} matches no module and no parameter of "
                     f"{type(self.model).__name__}, whose parts are {', '.join(parts)}"
@@ -102,10 +95,6 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """
         Write a checkpoint, whole or not at all, and note that a resumed run is to go on from it.
-
-        Args:
-            name: of the file, without ".pth".
-            **kwargs: what else to save.
 
         Raises:
             NotWrittenError: the disk is full; what was there before is still there.
@@ -133,15 +122,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
     @contextmanager
     def explain_full_disk(self, target: str = "a file of the run") -> Iterator[None]:
-        """
-        Turn a full disk's error into one that says what is left.
-
-        Args:
-            target: what is written meanwhile, where the error itself does not name a file.
-
-        Raises:
-            NotWrittenError: the disk is full.
-        """
+        """Raise :class:`NotWrittenError` where ``target``, or another file, fills the disk."""
         try:
             yield
         except (OSError, RuntimeError) as error:
@@ -190,15 +171,15 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         """Return the checkpoint to resume from: the main rank looks, and all take the same."""
         found = self._first_readable() if comm.is_main_process() else None
         readable, problems = comm.all_gather(found)[0]
-        if readable is None:
+        if not readable:
             raise OSError(
                 f"there is nothing to resume from in {self.save_dir}: {'; '.join(problems)}. To "
                 "begin anew, start without --resume, best in another OUTPUT_DIR"
             )
         if any_rank(not os.path.isfile(readable)):
             raise FileNotFoundError(
-                f"{readable}, which the main process resumes from, is not there for every process: "
-                "OUTPUT_DIR has to be a folder that all machines share"
+                f"{readable} is not there for every process: OUTPUT_DIR has to be a folder that "
+                "all machines share"
             )
         return readable
 
@@ -275,9 +256,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             hint = "; ?matching_heuristics=True after the path matches the names' ends"
             raise ValueError(
                 f"{self._path} has nothing of this {type(self.model).__name__} (it holds "
-                f"{abbreviate(saved)}; the model {abbreviate(model)}). MODEL.WEIGHTS takes weights "
-                "of the same network, or of its backbone from an ImageClassifier or a ResNet of "
-                f"torchvision's{'' if by_heuristics else hint}"
+                f"{abbreviate(saved)}; the model {abbreviate(model)}). MODEL.WEIGHTS takes the "
+                "same network, or a backbone from an ImageClassifier or a ResNet of torchvision's"
+                f"{'' if by_heuristics else hint}"
             )
 
         unwanted = () if self._resuming else self.weights_except
@@ -340,9 +321,8 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         if differ:
             logger.warning(
                 "%d layers learn by another rule than they did in the checkpoint, such as %s by %s "
-                "and not by %s. Set MODEL.FEEDBACK to what the checkpoint was trained with unless "
-                "the change is meant. Fixed or learned feedback that the checkpoint brings is used "
-                "as it is, whatever the scale, gain and seed.",
+                "and not by %s: set MODEL.FEEDBACK to that unless the change is meant. Fixed or "
+                "learned feedback of the checkpoint is used whatever the scale, gain and seed.",
                 len(differ),
                 differ[0],
                 model[differ[0]],

@@ -10,7 +10,6 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottlenec
 from torch import Tensor, nn
 
 __all__ = [
-    "Renaming",
     "check_torchvision_resnet",
     "find_renaming",
     "is_torchvision_resnet",
@@ -18,9 +17,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-Renaming = Callable[[str], str]
-"""The name of a checkpoint's parameter or module -> its name in the model."""
 
 _TORCHVISION_RESNET = re.compile(
     r"(conv1|bn1|fc|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.\w+"
@@ -41,20 +37,24 @@ _TORCHVISION_PIXELS = {
 }
 
 
-def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renaming:
+def find_renaming(names: Collection[str], model_names: Collection[str]) -> Callable[[str], str]:
     """
-    Find what the names of a checkpoint become in a model: those of torchvision's ResNets
-    Detectron2's, a classifier's ``backbone.X`` a detector's ``backbone.bottom_up.X``. Where neither
-    is called for, they stay.
-
-    Args:
-        names: of the checkpoint's tensors.
-        model_names: of the model's.
+    Find what the names of a checkpoint's parameters and modules become in a model: those of
+    torchvision's ResNets Detectron2's, a classifier's ``backbone.X`` a detector's
+    ``backbone.bottom_up.X``. Where neither is called for, they stay.
     """
     stems = [name for name in model_names if re.fullmatch(r"(.*\.)?stem\.conv1\.weight", name)]
     if stems and is_torchvision_resnet(names):
         resnet = stems[0].removesuffix("stem.conv1.weight")
-        return lambda name: _from_torchvision(name, resnet)
+
+        def from_torchvision(name: str) -> str:
+            if re.match(r"fc\b", name):
+                return name.replace("fc", "linear", 1)
+            for pattern, replacement in _TORCHVISION_TO_DETECTRON2:
+                name = re.sub(pattern, replacement, name)
+            return resnet + name
+
+        return from_torchvision
     backbone = [name for name in names if name.startswith("backbone.")]
     inside = "backbone.bottom_up."
     fits = any(name.startswith(inside) or name in model_names for name in backbone)
@@ -63,7 +63,9 @@ def find_renaming(names: Collection[str], model_names: Collection[str]) -> Renam
     return lambda name: name
 
 
-def rename_state(state: Mapping[str, Tensor], rename: Renaming) -> OrderedDict[str, Tensor]:
+def rename_state(
+    state: Mapping[str, Tensor], rename: Callable[[str], str]
+) -> OrderedDict[str, Tensor]:
     """Rename a state dict's tensors; its modules' versions, if it has them, come along."""
     renamed = OrderedDict((rename(name), value) for name, value in state.items())
     if hasattr(state, "_metadata"):
@@ -78,23 +80,10 @@ def is_torchvision_resnet(names: Collection[str]) -> bool:
     return "layer1.0.conv1.weight" in names and all(map(_TORCHVISION_RESNET.fullmatch, names))
 
 
-def _from_torchvision(name: str, resnet: str) -> str:
-    """``resnet``: what the names of the model's ResNet begin with."""
-    if re.match(r"fc\b", name):
-        return name.replace("fc", "linear", 1)
-    for pattern, replacement in _TORCHVISION_TO_DETECTRON2:
-        name = re.sub(pattern, replacement, name)
-    return resnet + name
-
-
 def check_torchvision_resnet(path: str, model: nn.Module) -> None:
     """
     Log what torchvision's ResNet weights expect of a model, as a warning where the model
     normalises its images otherwise.
-
-    Args:
-        path: of the weights.
-        model: that they are to be loaded into; their shapes fit.
 
     Raises:
         ValueError: the model's bottleneck blocks have their stride in another convolution, which
@@ -103,9 +92,8 @@ def check_torchvision_resnet(path: str, model: nn.Module) -> None:
     blocks = [m for m in model.modules() if isinstance(m, (BottleneckBlock, DeformBottleneckBlock))]
     if any(max(block.conv1.stride) > 1 for block in blocks):
         raise ValueError(
-            f"{path} holds a ResNet of torchvision's, whose bottleneck blocks have their stride in "
-            "the 3x3 convolution. This model's have it in the first 1x1 convolution and would "
-            "compute something else from the same weights: set MODEL.RESNETS.STRIDE_IN_1X1 False"
+            f"{path} holds a ResNet of torchvision's, whose blocks have their stride in the 3x3 "
+            "convolution, not in the first 1x1: set MODEL.RESNETS.STRIDE_IN_1X1 False"
         )
     differs = ""
     for key, value in _TORCHVISION_PIXELS.items():

@@ -45,7 +45,10 @@ class AlexNet(Backbone):
         self.fc6_norm = nn.BatchNorm1d(4096)
         self.fc7 = nn.Linear(4096, 4096, bias=False)
         self.fc7_norm = nn.BatchNorm1d(4096)
-        self._freeze(freeze_at)
+        convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
+        for layer in convolutions[: max(freeze_at, 0)]:
+            layer.requires_grad_(False)
+            FrozenBatchNorm2d.convert_frozen_batchnorm(layer)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """
@@ -67,21 +70,8 @@ class AlexNet(Backbone):
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {"fc7": ShapeSpec(channels=4096)}
 
-    def _freeze(self, count: int) -> None:
-        convolutions = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5)
-        for layer in convolutions[: max(count, 0)]:
-            for parameter in layer.parameters():
-                parameter.requires_grad = False
-            FrozenBatchNorm2d.convert_frozen_batchnorm(layer)
-
 
 @BACKBONE_REGISTRY.register()
 def build_alexnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> AlexNet:
-    """
-    :class:`AlexNet`; MODEL.BACKBONE.FREEZE_AT counts convolutions.
-
-    Args:
-        cfg: a Detectron2 config.
-        input_shape: of the image.
-    """
+    """Build :class:`AlexNet`, of which MODEL.BACKBONE.FREEZE_AT convolutions are frozen."""
     return AlexNet(input_shape.channels, cfg.MODEL.BACKBONE.FREEZE_AT)

@@ -22,14 +22,8 @@ class CifarStem(CNNBlockBase):
 
     def __init__(self, in_channels: int = 3, out_channels: int = 64, norm: str = "BN") -> None:
         super().__init__(in_channels, out_channels, stride=1)
-        self.conv1 = Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size=3,
-            padding=1,
-            bias=False,
-            norm=get_norm(norm, out_channels),
-        )
+        norm = get_norm(norm, out_channels)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1, bias=False, norm=norm)
         c2_msra_fill(self.conv1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,12 +34,9 @@ class CifarStem(CNNBlockBase):
 @BACKBONE_REGISTRY.register()
 def build_cifar_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """
-    Detectron2's ResNet with :class:`CifarStem`: strides 1, 2, 4 and 8 after its four stages.
-
-    Args:
-        cfg: a Detectron2 config. MODEL.RESNETS.{DEPTH, NORM, OUT_FEATURES} and, from depth 50 on,
-            STRIDE_IN_1X1 hold, and MODEL.BACKBONE.FREEZE_AT.
-        input_shape: of the image.
+    Build Detectron2's ResNet with :class:`CifarStem`: strides 1, 2, 4 and 8 after its four stages.
+    MODEL.BACKBONE.FREEZE_AT and MODEL.RESNETS.{DEPTH, NORM, OUT_FEATURES} hold and, from depth 50
+    on, MODEL.RESNETS.STRIDE_IN_1X1.
     """
     options = cfg.MODEL.RESNETS
     bottleneck = {"stride_in_1x1": options.STRIDE_IN_1X1} if options.DEPTH >= 50 else {}

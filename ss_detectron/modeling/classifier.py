@@ -75,16 +75,9 @@ class ImageClassifier(nn.Module):
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
         self.train_metrics: dict[str, Tensor] = {}
-        convert_part(
-            self.linear,
-            last_layer_rule,
-            scale=scale,
-            gain=gain,
-            exclude=exclude,
-            seed=seed,
-            prefix="linear",
-            overrides={"linear": last_layer_rule},
-        )
+        options = {"scale": scale, "gain": gain, "exclude": exclude, "seed": seed}
+        overrides = {"linear": last_layer_rule}  # so that a report says why
+        convert_part(self.linear, last_layer_rule, prefix="linear", overrides=overrides, **options)
         check_exclude(self, exclude)
 
     @classmethod
@@ -151,9 +144,9 @@ class ImageClassifier(nn.Module):
     def _labels(self, batch: dict[str, Any]) -> Tensor:
         labels = batch["label"]
         if labels.device.type == "cpu":  # on a GPU, looking would make it wait
-            names = batch.get("file_name") or [f"image {i}" for i in range(len(labels))]
-            for name, label in zip(names, labels.tolist(), strict=True):
+            for i, label in enumerate(labels.tolist()):
                 if not 0 <= label < self.num_classes:
+                    name = batch["file_name"][i] if "file_name" in batch else f"image {i}"
                     raise ValueError(
                         f"{name} has the label {label}, but the model has {self.num_classes} "
                         f"classes, 0 to {self.num_classes - 1} (MODEL.IMAGE_CLASSIFIER.NUM_CLASSES)"
@@ -166,7 +159,7 @@ def _stack(batch: list[dict[str, Any]]) -> dict[str, Any]:
     sizes = {tuple(entry["image"].shape) for entry in batch}
     if len(sizes) > 1:
         raise ValueError(
-            f"a batch needs images of one shape, got {sorted(sizes)}: resize or crop them, as "
+            f"a batch needs images of one shape, not {sorted(sizes)}: crop them, as "
             "INPUT.CLASSIFICATION.TRANSFORM does"
         )
     images = [entry["image"] for entry in batch]

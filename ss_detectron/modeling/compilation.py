@@ -22,15 +22,12 @@ _GRAPHS_PER_PART = 32
 def compile_parts(model: nn.Module, backend: str | Callable = "inductor") -> list[str]:
     """
     Compile ``model.backbone`` and, where there is one, ``model.head``, in place: classes, names
-    and state-dict keys stay. The compiler runs when a part is first called; loading a checkpoint
-    before or after makes no difference. A copy of the model is not compiled.
+    and state-dict keys stay. The compiler runs when a part is first called. A copy of the model is
+    not compiled.
 
     What is around the parts (image normalisation, anchors, losses and their log, label checks)
-    stays as it is: a compiler would start anew for every value that is logged.
-
-    A part is compiled once for each of training and inference. When a second image size comes, it
-    is compiled again for any size (or, if only one side differs, for any length of that side); a
-    feature map with a side of a single pixel takes a graph of its own.
+    stays as it is: a compiler would start anew for every value that is logged. A part is compiled
+    for training and for inference, and again, for any size, when a second image size comes.
 
     Args:
         model: a Detectron2 model, before DistributedDataParallel wraps it.
@@ -54,22 +51,13 @@ def compile_parts(model: nn.Module, backend: str | Callable = "inductor") -> lis
     config.cache_size_limit = max(config.cache_size_limit, _GRAPHS_PER_PART)
     for name in names:
         model.get_submodule(name).compile(backend=backend)
-    logger.info(
-        "MODEL.COMPILED: the model's %s will be compiled when first called, which takes a while; "
-        "the rest of %s is not.",
-        " and ".join(names),
-        type(model).__name__,
-    )
+    parts = " and ".join(names)
+    logger.info("MODEL.COMPILED: the model's %s will be compiled when first called.", parts)
     return names
 
 
 def check_compiler() -> None:
-    """
-    Look for what torch.compile needs on the CPU.
-
-    Raises:
-        ValueError: there is no C++ compiler.
-    """
+    """Raise ValueError where there is no C++ compiler, which torch.compile needs on the CPU."""
     command = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if shutil.which(command) is None:
         raise ValueError(

@@ -11,16 +11,7 @@ __all__ = ["common_options", "feedback_config", "feedback_options"]
 
 
 def feedback_config(cfg: CfgNode, builder: str) -> CfgNode:
-    """
-    Return MODEL.FEEDBACK.
-
-    Args:
-        cfg: a Detectron2 config.
-        builder: who asks, for the error message.
-
-    Raises:
-        ValueError: ``cfg`` lacks the keys of :func:`~ss_detectron.config.add_ss_config`.
-    """
+    """Return MODEL.FEEDBACK; raise ValueError where it is missing, on behalf of ``builder``."""
     if "FEEDBACK" not in cfg.MODEL:
         raise ValueError(f"{builder} needs the keys MODEL.FEEDBACK: call add_ss_config(cfg) first")
     return cfg.MODEL.FEEDBACK
@@ -42,7 +33,6 @@ def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict
     Return the keyword arguments of :func:`~ss_detectron.layers.convert_feedback`.
 
     Args:
-        cfg: a Detectron2 config.
         builder: who asks, for the error messages.
         fixed_rule: the rule that ``builder`` is named after, or None if it follows the config.
 
@@ -56,7 +46,6 @@ def feedback_options(cfg: CfgNode, builder: str, fixed_rule: str | None) -> dict
     if rule != (fixed_rule or rule):
         raise ValueError(
             f"{builder} stands for the rule {fixed_rule!r}, but MODEL.FEEDBACK.RULE is "
-            f"{options.RULE!r}: change one of them, or use the generic build_feedback_* and "
-            "FeedbackRetinaNetHead, which follow MODEL.FEEDBACK.RULE"
+            f"{options.RULE!r}: change one of them, or use build_feedback_*, FeedbackRetinaNetHead"
         )
     return {"rule": rule, **common_options(cfg)}

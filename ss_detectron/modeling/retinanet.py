@@ -56,8 +56,7 @@ class FeedbackRetinaNetHead(RetinaNetHead):
     ) -> None:
         """
         Args:
-            rule: of the two towers.
-            last_layer_rule: of ``cls_score`` and ``bbox_pred``.
+            rule, last_layer_rule: of the two towers; of ``cls_score`` and ``bbox_pred``.
             scale, gain, seed: see :func:`~ss_detectron.layers.convert_feedback`.
             exclude: patterns of names in the whole model, where this head is ``head``.
             **kwargs: those of Detectron2's RetinaNetHead.
@@ -109,9 +108,6 @@ class FeedbackRetinaNet(RetinaNet):
         Args:
             exclude: MODEL.FEEDBACK.EXCLUDE, which only the whole model can check.
             **kwargs: those of Detectron2's RetinaNet.
-
-        Raises:
-            ValueError: a pattern of ``exclude`` matches no layer.
         """
         super().__init__(**kwargs)
         check_exclude(self, exclude)
