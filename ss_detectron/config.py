@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 def add_ss_config(cfg: CfgNode) -> None:
     """Add this package's keys, with their defaults, to a Detectron2 config."""
+    if isinstance(cfg, _Config):
+        return  # has them
     object.__setattr__(cfg, "__class__", _Config)  # yacs would take it for a key
+    cfg.register_deprecated_key("SOLVER.COMPILED")  # may still be set, to no effect
     _C = cfg
 
     # How gradients arise: a name in ss_detectron.learners.LEARNER_REGISTRY. "backpropagation" goes
@@ -154,9 +157,6 @@ def add_ss_config(cfg: CfgNode) -> None:
 RENAMED_KEYS = {"SOLVER.SKIP_NOT_FINITE": "SOLVER.MAX_SKIPPED_STEPS"}
 """Keys that are still read: former name -> name, in the same group."""
 
-REMOVED_KEYS = frozenset({"SOLVER.COMPILED"})
-"""Keys that may still be set, to no effect."""
-
 _ALLOW = "or let tools/train_net.py have it with --allow-unsafe-config"
 
 
@@ -165,27 +165,20 @@ class _Config(CfgNode):
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
-        # Also called for each file that this one builds on.
+        # Also called for each file that this one builds on: the nearest to the run holds.
         if not allow_unsafe:
             _refuse_download(filename)
         content = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
         for old in RENAMED_KEYS:
-            *groups, name = old.split(".")
-            node = content
-            for group in groups:
-                node = node.get(group) if isinstance(node, dict) else None
-            if isinstance(node, dict) and name in node:
-                node[_current_name(old).rpartition(".")[2]] = node.pop(name)
+            group, name = old.split(".")
+            keys = content.get(group)
+            if isinstance(keys, dict) and name in keys:
+                keys[_current_name(old).split(".")[1]] = keys.pop(name)
         return content
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
         words = [word if i % 2 else _current_name(word) for i, word in enumerate(cfg_list)]
         super().merge_from_list(words)
-
-    def key_is_deprecated(self, full_key: str) -> bool:
-        if full_key in REMOVED_KEYS:
-            logger.warning("The key %s does nothing any more.", full_key)
-        return full_key in REMOVED_KEYS or super().key_is_deprecated(full_key)
 
     @classmethod
     def _decode_cfg_value(cls, value: Any) -> Any:
@@ -208,15 +201,13 @@ def _refuse_download(file: str) -> None:
 
 def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) -> str:
     """
-    Merge a config file and those it builds on (``_BASE_``) into ``cfg``. No code in them runs.
+    Merge a config file and those it builds on (``_BASE_``) into ``cfg``, and return its path. No
+    code in them runs.
 
     Args:
         cfg: of :func:`add_ss_config`; it is changed.
         name: see :func:`find_config`.
         allow_unsafe: runs the Python in YAML's tags, as Detectron2 does, and downloads files.
-
-    Returns:
-        the path of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -226,11 +217,7 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
     """
     path = name if is_url(name) else find_config(name)
     if allow_unsafe:
-        logger.warning(
-            "The Python in the tags of %s and of what it builds on is run, and what is a URL is "
-            "downloaded.",
-            name,
-        )
+        logger.warning("%s: Python in its tags is run, and URLs are downloaded.", name)
         path = PathManager.get_local_path(path)
     else:
         _refuse_download(path)
@@ -267,10 +254,8 @@ def check_config(cfg: CfgNode) -> None:
             raise ValueError(f"{key} is {values[key]!r}; choose a list of texts")
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is '', where nothing is saved; choose a folder")
-    if cfg.SOLVER.ACCUMULATION_STEPS < 1:
-        raise ValueError(
-            f"SOLVER.ACCUMULATION_STEPS is {cfg.SOLVER.ACCUMULATION_STEPS}; choose at least 1"
-        )
+    if (steps := cfg.SOLVER.ACCUMULATION_STEPS) < 1:
+        raise ValueError(f"SOLVER.ACCUMULATION_STEPS is {steps}; choose at least 1")
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,11 +292,11 @@ def find_config(name: str) -> str:
         return name
     package = Path(__file__).resolve().parent
     # Installed, the configs lie in the package; in a checkout, beside it.
-    folders = [f for f in (package / "configs", package.parent / "configs") if f.is_dir()]
-    for folder in folders:
-        if (folder / name).is_file():
-            return str(folder / name)
-    shipped = sorted({p.relative_to(f).as_posix() for f in folders for p in f.rglob("*.yaml")})
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    if (folder / name).is_file():
+        return str(folder / name)
+    shipped = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
     near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or shipped
     raise FileNotFoundError(
         f"there is no config file {name!r}, neither as a path (from {Path.cwd()}) nor among those "

@@ -13,11 +13,7 @@ from detectron2.modeling import build_model
 from modeling_utils import load_config, rules
 
 from ss_detectron import add_ss_config, find_config
-from ss_detectron.config import (
-    check_config,
-    flatten_config,
-    merge_config_file,
-)
+from ss_detectron.config import check_config, flatten_config, merge_config_file
 from ss_detectron.layers import AsymmetricLayer
 from ss_detectron.solver.build import build_optimizer
 
@@ -25,16 +21,17 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 RULES = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
 EXPERIMENTS = sorted({n.removesuffix("_bp.yaml") for n in NAMES if n.endswith("_bp.yaml")})
-LAST_LAYERS = sorted(name for name in NAMES if name.endswith("_lastlayer.yaml"))
+LAST_LAYERS = [name for name in NAMES if name.endswith("_lastlayer.yaml")]
 CLASSIFIER_OF = {"retinanet_R_18": "imagenet_resnet18", "retinanet_R_50": "imagenet_resnet50"}
 RETINANETS = [name for name in EXPERIMENTS if "retinanet" in name]
-CLASSIFIERS = [name for name in EXPERIMENTS if "retinanet" not in name]
+CLASSIFIERS = sorted({*EXPERIMENTS} - {*RETINANETS, "quick/shapes_resnet18"})
 
 
-def config(name: str) -> CfgNode:
+def config(name: str = "") -> CfgNode:
     cfg = get_cfg()
     add_ss_config(cfg)
-    cfg.merge_from_file(find_config(name))
+    if name:
+        cfg.merge_from_file(find_config(name))
     return cfg
 
 
@@ -45,15 +42,17 @@ def differing(a: CfgNode, b: CfgNode) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_config_is_safe_yaml_with_known_keys(name, tmp_path):
-    cfg, again = (get_cfg() for _ in range(2))
-    for each in (cfg, again):
-        add_ss_config(each)
-    merge_config_file(cfg, name)
+def test_config_is_found_from_any_folder_and_is_safe_yaml_with_known_keys(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    cfg, again = config(), config()
+    found = merge_config_file(cfg, name)
+    assert os.path.isabs(found) and os.path.samefile(found, CONFIGS / name)
     # What a run dumps into its output folder loads again, to the same.
     cfg.merge_from_list(["DATASETS.COCO_INSTANCES", "(('a', 'b', 'c'),)"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    merge_config_file(again, str(tmp_path / "config.yaml"))
+    merge_config_file(again, "config.yaml")
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
 
 
@@ -74,12 +73,10 @@ def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
             classifier = config(f"{CLASSIFIER_OF[experiment]}_{kind}.yaml")
             assert f"{classifier.OUTPUT_DIR}/model_final.pth" == cfg.MODEL.WEIGHTS
             # What a checkpoint does not show: the images and the strides it was trained with.
-            for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT"):
-                assert flatten_config(cfg)[key] == flatten_config(classifier)[key]
-            resnet, trained = cfg.MODEL.RESNETS, classifier.MODEL.RESNETS
-            assert resnet.DEPTH == trained.DEPTH
-            if resnet.DEPTH >= 50:
-                assert resnet.STRIDE_IN_1X1 == trained.STRIDE_IN_1X1
+            same = {"MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT", "MODEL.RESNETS.DEPTH"}
+            if cfg.MODEL.RESNETS.DEPTH >= 50:
+                same.add("MODEL.RESNETS.STRIDE_IN_1X1")
+            assert not differing(cfg, classifier) & same
     for kind, cfg in siblings.items():
         assert RULES[kind] == cfg.MODEL.FEEDBACK.RULE
         assert f"./output/{Path(experiment).name}_{kind}" == cfg.OUTPUT_DIR
@@ -99,8 +96,7 @@ def test_backpropagation_is_the_model_zoos_retinanet_in_every_other_key():
         "MODEL.TRUSTED_WEIGHTS",
     }
     # The other keys of this package have their defaults.
-    defaults = get_cfg()
-    add_ss_config(defaults)
+    defaults = config()
     added = differing(defaults, get_cfg())
     assert differing(ours, zoo) == changed | added
     assert not differing(ours, defaults) & (added - changed)
@@ -121,7 +117,9 @@ def test_model_of_config_has_every_layer_on_its_rule(experiment):
     depth = {18: 17 + 3, 50: 49 + 4}[cfg.MODEL.RESNETS.DEPTH]  # with the shortcuts
     pyramid, head = 2 * 3 + 2, 2 * 4 + 2
     assert len(expected) == depth + pyramid + head
-    if not cfg.MODEL.WEIGHTS:
+    scratch = "scratch" in name or "quick" in name
+    assert scratch == (not cfg.MODEL.WEIGHTS)
+    if scratch:
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
         assert cfg.MODEL.PIXEL_STD != get_cfg().MODEL.PIXEL_STD
@@ -129,26 +127,32 @@ def test_model_of_config_has_every_layer_on_its_rule(experiment):
 
 @pytest.mark.parametrize("name", LAST_LAYERS)
 def test_last_layer_variant_differs_in_the_last_layers_rule_alone(name):
-    sibling = config(name.replace("_lastlayer", ""))
-    cfg = config(name)
+    cfg, sibling = config(name), config(name.replace("_lastlayer", ""))
     assert cfg.MODEL.FEEDBACK.LAST_LAYER_RULE == sibling.MODEL.FEEDBACK.RULE
     assert differing(cfg, sibling) == {"MODEL.FEEDBACK.LAST_LAYER_RULE", "OUTPUT_DIR"}
     assert f"./output/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
 
 
-@pytest.mark.parametrize(
-    "experiment, rates, weight_decay",
-    [
-        ("imagenet_resnet18", {"bp": 0.1, "ss": 0.05, "fa": 0.05}, 1e-4),
-        ("imagenet_alexnet", dict.fromkeys(RULES, 0.01), 5e-4),
-        ("cifar10_resnet18", dict.fromkeys(RULES, 0.1), 1e-4),
-    ],
-)
-def test_published_settings(experiment, rates, weight_decay):
-    images = {"imagenet": 1_281_167, "cifar10": 50_000}[experiment.partition("_")[0]]
+# Of classification: learning rates, weight decay, preparation of images, and means and deviations
+# of pixels from 0 to 1 in common use.
+PUBLISHED = {
+    "imagenet_resnet18": ({"bp": 0.1, "ss": 0.05, "fa": 0.05}, 1e-4, "resized_crop", 224),
+    "imagenet_alexnet": (dict.fromkeys(RULES, 0.01), 5e-4, "resized_crop", 224),
+    "cifar10_resnet18": (dict.fromkeys(RULES, 0.1), 1e-4, "pad_crop", 32),
+}
+PIXELS = {
+    "imagenet": (1_281_167, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": (50_000, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+}
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_published_settings(experiment):
+    rates, weight_decay, transform, size = PUBLISHED[experiment]
+    images, mean, std = PIXELS[experiment.partition("_")[0]]
     for kind, rate in rates.items():
         cfg = config(f"{experiment}_{kind}.yaml")
-        solver = cfg.SOLVER
+        solver, options = cfg.SOLVER, cfg.INPUT.CLASSIFICATION
         assert (rate, 0.9, 0.1) == (solver.BASE_LR, solver.MOMENTUM, solver.GAMMA)
         assert solver.WEIGHT_DECAY == solver.WEIGHT_DECAY_NORM == weight_decay
         assert (solver.IMS_PER_BATCH, solver.OPTIMIZER, solver.WARMUP_ITERS) == (256, "SGD", 0)
@@ -157,33 +161,19 @@ def test_published_settings(experiment, rates, weight_decay):
         assert pytest.approx(images / 256, abs=0.6) == cfg.TEST.EVAL_PERIOD
         epochs = [step * 256 / images for step in (*solver.STEPS, solver.MAX_ITER)]
         assert epochs == pytest.approx([10, 20, 30, 40, 50], abs=0.6 * 256 / images)
-
-
-# Means and deviations of pixels from 0 to 1 in common use.
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
-
-@pytest.mark.parametrize(
-    "experiment, transform, size, flip, mean, std",
-    [
-        ("imagenet_resnet18", "resized_crop", 224, "horizontal", *IMAGENET),
-        ("cifar10_resnet18", "pad_crop", 32, "horizontal", *CIFAR10),
-        ("quick/shapes_resnet18", "resize", 48, "none", None, None),  # left and right are classes
-    ],
-)
-def test_images_are_made_ready_as_in_the_source(experiment, transform, size, flip, mean, std):
-    cfg = config(f"{experiment}_ss.yaml")
-    options = cfg.INPUT.CLASSIFICATION
-    assert (transform, size) == (options.TRANSFORM, options.SIZE)
-    assert (options.RESIZE, options.PAD, cfg.INPUT.FORMAT) == (256, 4, "RGB")
-    assert flip == cfg.INPUT.RANDOM_FLIP
-    if mean is not None:
+        assert (transform, size, 256, 4) == tuple(
+            options[key] for key in ("TRANSFORM", "SIZE", "RESIZE", "PAD")
+        )
+        assert (cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP) == ("RGB", "horizontal")
         assert pytest.approx([255 * m for m in mean]) == cfg.MODEL.PIXEL_MEAN
         assert pytest.approx([255 * s for s in std]) == cfg.MODEL.PIXEL_STD
 
 
-@pytest.mark.parametrize("name", sorted({*CLASSIFIERS} - {"quick/shapes_resnet18"}))
+def test_shapes_are_not_flipped_as_left_and_right_are_classes():
+    assert config("quick/shapes_resnet18_ss.yaml").INPUT.RANDOM_FLIP == "none"
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_one_step_of_a_classification_config_at_full_size(name):
     cfg = load_config(f"{name}_ss.yaml", "SOLVER.IMS_PER_BATCH", 2)
     torch.manual_seed(0)
@@ -204,58 +194,39 @@ def test_one_step_of_a_classification_config_at_full_size(name):
         assert not torch.equal(p, before[parameter_name]), f"{parameter_name} did not learn"
 
 
-@pytest.mark.parametrize("kind", RULES)
-def test_scratch_config_starts_from_nothing(kind):
-    cfg = config(f"retinanet_scratch_{kind}.yaml")
-    assert cfg.MODEL.WEIGHTS == ""
-    assert cfg.MODEL.BACKBONE.FREEZE_AT == 0
-    norms = {cfg.MODEL[part].NORM for part in ("RESNETS", "FPN", "RETINANET")}
-    assert norms == {"GN"}
-
-
-# Renamed keys
+# Keys and values
 
 
 @pytest.mark.parametrize("read", [CfgNode.merge_from_file, merge_config_file])
 @pytest.mark.parametrize(
-    "files, expected",
+    "mine, base, words",
     [
-        ({"my": "SKIP_NOT_FINITE: 3"}, 3),
-        ({"my": "BASE_LR: 1.0", "base": "SKIP_NOT_FINITE: 3"}, 3),
+        ("SKIP_NOT_FINITE: 3", "BASE_LR: 1.0", ()),
+        ("BASE_LR: 1.0", "SKIP_NOT_FINITE: 3", ()),
         # What stands nearer to the run holds, under whichever name.
-        ({"my": "SKIP_NOT_FINITE: 3", "base": "MAX_SKIPPED_STEPS: 2"}, 3),
-        ({"my": "MAX_SKIPPED_STEPS: 3", "base": "SKIP_NOT_FINITE: 2"}, 3),
+        ("SKIP_NOT_FINITE: 3", "MAX_SKIPPED_STEPS: 2", ()),
+        ("MAX_SKIPPED_STEPS: 3", "SKIP_NOT_FINITE: 2", ()),
+        ("BASE_LR: 1.0", "MAX_SKIPPED_STEPS: 2", ("SOLVER.SKIP_NOT_FINITE", "3")),
     ],
 )
-def test_a_renamed_key_is_read_in_files(read, files, expected, tmp_path, caplog):
-    for name, content in files.items():
-        base = "_BASE_: base.yaml\n" if name == "my" and "base" in files else ""
-        (tmp_path / f"{name}.yaml").write_text(f"{base}SOLVER: {{{content}}}")
+def test_a_renamed_key_is_read(read, mine, base, words, tmp_path, caplog):
+    (tmp_path / "my.yaml").write_text(f"_BASE_: base.yaml\nSOLVER: {{{mine}, COMPILED: True}}")
+    (tmp_path / "base.yaml").write_text(f"SOLVER: {{{base}}}")
     cfg = pickle.loads(pickle.dumps(config("quick/shapes_retinanet_ss.yaml").clone()))
     read(cfg, str(tmp_path / "my.yaml"))
-    assert expected == cfg.SOLVER.MAX_SKIPPED_STEPS
+    cfg.merge_from_list([*words, "SOLVER.COMPILED", "True"])
+    assert cfg.SOLVER.MAX_SKIPPED_STEPS == 3
     assert "SKIP_NOT_FINITE" not in cfg.dump()
     assert "SOLVER.SKIP_NOT_FINITE is now called SOLVER.MAX_SKIPPED_STEPS" in caplog.text
+    # A key that was removed is named and ignored.
+    assert "COMPILED" not in cfg.SOLVER and caplog.text.count("SOLVER.COMPILED") == 2
 
 
-def test_a_renamed_key_is_read_on_command_lines(caplog):
+def test_keys_that_are_there_are_left_as_they_are():
     cfg = config("quick/shapes_retinanet_ss.yaml")
-    cfg.merge_from_list(["SOLVER.MAX_SKIPPED_STEPS", "2", "SOLVER.SKIP_NOT_FINITE", "3"])
-    assert cfg.SOLVER.MAX_SKIPPED_STEPS == 3
-    assert "SOLVER.SKIP_NOT_FINITE is now called SOLVER.MAX_SKIPPED_STEPS" in caplog.text
-    with pytest.raises(AssertionError, match="odd length"):
-        cfg.merge_from_list(["SOLVER.SKIP_NOT_FINITE"])
-
-
-def test_a_removed_key_is_named_and_ignored(tmp_path, caplog):
-    cfg = config("quick/shapes_retinanet_ss.yaml")
-    (tmp_path / "my.yaml").write_text("SOLVER: {COMPILED: True}")
-    cfg.merge_from_file(str(tmp_path / "my.yaml"))
-    cfg.merge_from_list(["SOLVER.COMPILED", "True"])
-    assert caplog.text.count("The key SOLVER.COMPILED does nothing any more.") == 2
-
-
-# Values
+    before = cfg.dump()
+    add_ss_config(cfg)
+    assert cfg.dump() == before
 
 
 @pytest.mark.parametrize(
@@ -287,26 +258,10 @@ def test_feedback_is_drawn_by_the_runs_seed(seed, own, expected):
 # find_config
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_shipped_config_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = find_config(name)
-    assert os.path.isabs(found) and os.path.samefile(found, CONFIGS / name)
-
-
-def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):
-    own = tmp_path / "retinanet_ss.yaml"
-    own.write_text("VERSION: 2\n")
-    assert find_config(str(own)) == str(own)
-    monkeypatch.chdir(tmp_path)
-    assert os.path.samefile(find_config("retinanet_ss.yaml"), own)
-
-
 @pytest.mark.parametrize(
     "name, near",
     [
         ("retinanet_sss.yaml", "retinanet_ss.yaml"),
-        ("shapes_retinanet_fa.yaml", "quick/shapes_retinanet_fa.yaml"),
         ("configs/retinanet_scratch_bp.yaml", "retinanet_scratch_bp.yaml"),
         ("quick", "quick/shapes_retinanet_bp.yaml"),  # a folder; like none, so all are named
     ],
@@ -318,3 +273,9 @@ def test_missing_config_names_those_that_are_like_it(name, near, tmp_path, monke
     said = str(error.value)
     assert repr(name) in said and str(tmp_path) in said
     assert near in said.rpartition("did you mean ")[2].rstrip("?").split(", ")
+
+
+def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("retinanet_ss.yaml").write_text("VERSION: 2")
+    assert os.path.samefile(find_config("retinanet_ss.yaml"), tmp_path / "retinanet_ss.yaml")

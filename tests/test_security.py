@@ -81,64 +81,38 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
-@pytest.mark.parametrize("form", ["sub/base.yaml", "[plain.yaml, sub/base.yaml]", "ABSOLUTE"])
-def test_code_in_a_config_does_not_run(reader, form, harmed, tmp_path):
+def test_code_in_a_config_does_not_run_nor_is_one_downloaded(reader, harmed, web, tmp_path):
+    folder, address, requests = web
+    (folder / "base.yaml").write_text("SEED: 12")
     Path("sub").mkdir()
     Path("plain.yaml").write_text("SEED: 1")
     Path("sub/base.yaml").write_text("_BASE_: ../sub/deep.yaml")
     Path("sub/deep.yaml").write_text(f"MODEL:\n  WEIGHTS: {TAG}")
-    Path("my.yaml").write_text(f"_BASE_: {form.replace('ABSOLUTE', f'{tmp_path}/sub/base.yaml')}")
-    with pytest.raises(ValueError, match="the config my.yaml does not fit") as error:
-        reader("my.yaml")
-    for part in (
-        "could not determine a constructor for the tag",
-        "python/object/apply:os.mkdir",
-        'sub/deep.yaml", line 2',
-        "--allow-unsafe-config",
-    ):
+    Path("tagged.yaml").write_text(f"_BASE_: [plain.yaml, {tmp_path}/sub/base.yaml]")
+    with pytest.raises(ValueError, match="the config tagged.yaml does not fit") as error:
+        reader("tagged.yaml")
+    for part in ("python/object/apply:os.mkdir", 'sub/deep.yaml", line 2', "--allow-unsafe-config"):
         assert part in str(error.value)
-    assert not harmed()
+
+    Path("web.yaml").write_text(f"_BASE_: [{address}/base.yaml]")
+    Path("upon.yaml").write_text("_BASE_: web.yaml")
+    for name in (f"{address}/base.yaml", "upon.yaml"):
+        with pytest.raises(ValueError, match=f"{address}/base.yaml would be downloaded: .*--allow"):
+            reader(name)
+    assert not harmed() and not requests
 
 
-@pytest.mark.parametrize("form", ["OUTPUT_DIR: TAG", "NO_KEY: [1, {a: TAG}]", "{TAG : 1}", "TAG"])
-def test_nor_anywhere_in_it(form, harmed):
-    Path("my.yaml").write_text(form.replace("TAG", TAG))
-    with pytest.raises(ValueError, match=r"my.yaml does not fit: .*constructor.*Tags of Python"):
-        merge_config_file(empty_config(), "my.yaml")
-    assert not harmed()
-
-
-def test_it_runs_where_the_flag_allows_it(harmed, caplog):
-    Path("my.yaml").write_text(f"_BASE_: base.yaml\nMODEL: {{WEIGHTS: {TAG}}}")
-    Path("base.yaml").write_text("SEED: !!python/object/apply:eval ['3 * 4']")
+def test_it_runs_and_is_downloaded_where_the_flag_allows_it(harmed, web, caplog):
+    folder, address, _ = web
+    (folder / "base.yaml").write_text("SEED: !!python/object/apply:eval ['3 * 4']")
+    Path("my.yaml").write_text(f"_BASE_: {address}/base.yaml\nMODEL: {{WEIGHTS: {TAG}}}")
     cfg = empty_config()
     assert merge_config_file(cfg, "my.yaml", allow_unsafe=True) == "my.yaml"
     assert cfg.SEED == 12 and harmed()
-    assert "The Python in the tags of my.yaml" in caplog.text
-
-
-@pytest.mark.parametrize("reader", READERS.values(), ids=READERS.keys())
-@pytest.mark.parametrize("way", ["itself", "a base of a base"])
-def test_a_config_is_not_downloaded(reader, way, web):
-    folder, address, requests = web
-    (folder / "base.yaml").write_text("SEED: 12")
-    Path("my.yaml").write_text(f"_BASE_: [{address}/base.yaml]")
-    Path("upon.yaml").write_text("_BASE_: my.yaml")
-    name = f"{address}/base.yaml" if way == "itself" else "upon.yaml"
-    with pytest.raises(ValueError, match=f"{address}/base.yaml would be downloaded") as error:
-        reader(name)
-    assert "--allow-unsafe-config" in str(error.value)
-    assert not requests
+    assert any(r.name == "ss_detectron.config" and "my.yaml" in r.message for r in caplog.records)
     cfg = empty_config()
-    merge_config_file(cfg, name, allow_unsafe=True)
-    assert cfg.SEED == 12 and requests
-
-
-@pytest.mark.parametrize("base", ["detectron2://a.yaml", "catalog://a", "s3://b/a.yaml", "ftp://a"])
-def test_nor_by_any_other_protocol(base):
-    Path("my.yaml").write_text(f"_BASE_: {base}")
-    with pytest.raises(ValueError, match=f"my.yaml does not fit: .*{base} would be downloaded"):
-        merge_config_file(empty_config(), "my.yaml")
+    merge_config_file(cfg, f"{address}/base.yaml", allow_unsafe=True)
+    assert cfg.SEED == 12
 
 
 @pytest.mark.parametrize(
@@ -148,19 +122,19 @@ def test_nor_by_any_other_protocol(base):
         ("- SEED", "does not fit: it does not consist of keys and values"),
         ("_BASE_: 3", "does not fit: it does not consist of keys and values"),
         ("A: [1,", 'does not fit: .*my.yaml", line 1'),
+        (f"NO_KEY: [1, {{a: {TAG}}}]", "does not fit: .*Tags of Python would run code"),
         ("SOLVER: 3", "does not fit: .*SOLVER"),
-        ("MODEL:", "does not fit: "),
-        ("1: 2", "does not fit: "),
-        ("VERSION: 7", "does not fit: "),
         ("SEED: 2020-01-01", "does not fit: .*SEED"),
-        ("_BASE_: sub/../my.yaml", "builds on itself"),
+        ("VERSION: 7", "does not fit: .*v7"),
+        ("_BASE_: my.yaml", "builds on itself"),
+        ("_BASE_: s3://b/a.yaml", "does not fit: .*s3://b/a.yaml would be downloaded"),
     ],
 )
-def test_a_file_that_is_no_config_is_named(content, message):
-    Path("sub").mkdir()
+def test_a_file_that_is_no_config_is_named(content, message, harmed):
     Path("my.yaml").write_text(content)
     with pytest.raises(ValueError, match=f"the config my.yaml {message}"):
         merge_config_file(empty_config(), "my.yaml")
+    assert not harmed()
 
 
 def test_a_base_that_is_not_there_is_named():
@@ -202,12 +176,11 @@ def test_code_in_weights_does_not_run_unless_they_are_trusted(name, harmed, capl
     WRITERS[name](Path(name), extra=Harm())
     untouched = checkpointer(trusted=["b.pkl", f"{name}.other", "other/*"])
     before = untouched.model.weight.clone()
-    for _ in range(2):
-        with pytest.raises(ValueError) as error:
-            untouched.resume_or_load(name, resume=False)
-        assert f"{name} has to be unpickled" in str(error.value)
-        assert f"set MODEL.TRUSTED_WEIGHTS \"['{name}']\"" in str(error.value)
-        assert name.endswith(".pth") <= ("(it holds posix.mkdir)" in str(error.value))
+    with pytest.raises(ValueError) as error:
+        untouched.resume_or_load(name, resume=False)
+    assert f"{name} has to be unpickled" in str(error.value)
+    assert f"set MODEL.TRUSTED_WEIGHTS \"['{name}']\"" in str(error.value)
+    assert name.endswith(".pth") <= ("(it holds posix.mkdir)" in str(error.value))
     assert not harmed()
     assert torch.equal(untouched.model.weight, before)
 
@@ -226,16 +199,14 @@ def test_code_in_weights_does_not_run_unless_they_are_trusted(name, harmed, capl
 @pytest.mark.parametrize("name", WRITERS)
 def test_plain_weights_need_trust_only_where_they_are_pickles(name, caplog):
     WRITERS[name](Path(name))
-    if name.endswith(".pth"):
-        loaded = checkpointer()
-        loaded.load(name)
-        assert "unpickled" not in caplog.text
-    else:
+    plain = name.endswith(".pth")
+    if not plain:
         with pytest.raises(ValueError, match="has to be unpickled"):
             checkpointer().load(name)
-        loaded = checkpointer(trusted=[name])
-        loaded.load(name)
+    loaded = checkpointer(trusted=[] if plain else [name])
+    loaded.load(name)
     assert (loaded.model.weight == 3).all()
+    assert plain != ("unpickled" in caplog.text)
 
 
 def test_what_torch_refuses_is_named_and_can_be_trusted():
@@ -260,7 +231,7 @@ def test_a_resumed_run_does_not_run_code_either(tmp_path, harmed, caplog):
     assert harmed()
 
 
-@pytest.mark.parametrize("name", ["../evil.pkl", "evil.pkl", "ABSOLUTE", "http://127.0.0.1/a.pth"])
+@pytest.mark.parametrize("name", ["../evil.pkl", "evil.pkl", "ABSOLUTE"])
 def test_a_resumed_run_stays_in_its_folder(name, tmp_path, harmed):
     run = tmp_path / "run"
     run.mkdir()
@@ -279,10 +250,8 @@ def test_weights_are_downloaded_where_they_are_trusted_and_announced_before(web,
     WRITERS["a.pth"](folder / "a.pth")
     pickled(folder / "a.pkl")
     for name in ("a.pth", "a.pkl"):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=f"{address}/{name}, which would be downloaded"):
             checkpointer(trusted=["a.*", f"{address}/b.pth"]).load(f"{address}/{name}")
-        assert f"{address}/{name}, which would be downloaded" in str(error.value)
-        assert f"set MODEL.TRUSTED_WEIGHTS \"['{address}/{name}']\"" in str(error.value)
     assert not requests and not Path("cache").exists()
 
     loaded = checkpointer(trusted=[f"{address}/*.p*"])
@@ -292,21 +261,20 @@ def test_weights_are_downloaded_where_they_are_trusted_and_announced_before(web,
         loaded.load(f"{address}/{name}")
         assert (loaded.model.weight == 3).all()
         said = [record.getMessage() for record in caplog.records]
-        announced = said.index(f"Downloading {address}/{name}, unless it is in the cache.")
-        assert announced < said.index(f"Downloading {address}/{name} ...")  # as iopath says
+        ours, iopaths = (i for i, text in enumerate(said) if f"Downloading {address}" in text)
+        assert ours < iopaths == said.index(f"Downloading {address}/{name} ...")
         assert ("is unpickled" in caplog.text) == (name == "a.pkl")
     assert len(requests) == 2
 
 
-@pytest.mark.parametrize("name", ["a.pkl", "a.pth"])
-def test_the_demo_trusts_what_the_config_names(name, harmed):
-    WRITERS[name](Path(name), extra=Harm())
-    load = functools.partial(demo.load_config, "quick/shapes_resnet18_ss.yaml", weights=name)
-    with pytest.raises(ValueError, match=rf"MODEL.TRUSTED_WEIGHTS \"\['{name}'\]\""):
+def test_the_demo_trusts_what_the_config_names(harmed):
+    pickled(Path("a.pkl"), extra=Harm())
+    load = functools.partial(demo.load_config, "quick/shapes_resnet18_ss.yaml", weights="a.pkl")
+    with pytest.raises(ValueError, match=r"MODEL.TRUSTED_WEIGHTS \"\['a.pkl'\]\""):
         demo.Predictor(load())
     assert not harmed()
     with pytest.raises(ValueError, match="has nothing of this"):
-        demo.Predictor(load(["MODEL.TRUSTED_WEIGHTS", f"['{name}']"]))
+        demo.Predictor(load(["MODEL.TRUSTED_WEIGHTS", "['a.pkl']"]))
     assert harmed()
 
 
@@ -314,7 +282,6 @@ def test_the_demo_trusts_what_the_config_names(name, harmed):
     "path, pattern, trusted",
     [
         (ZOO, ZOO, True),
-        (ZOO, "detectron2://ImageNetPretrained/MSRA/*.pkl", True),
         (ZOO, "detectron2://ImageNetPretrained/*/R-??.pkl", True),
         (ZOO, "detectron2://*", False),
         (ZOO, "*", False),
@@ -323,12 +290,9 @@ def test_the_demo_trusts_what_the_config_names(name, harmed):
         (f"{ZOO}?matching_heuristics=True", ZOO, True),
         ("https://evil.org/good.org/a.pth", "https://*good.org/a.pth", False),
         ("https://good.org/a.pth", "https://*good.org/a.pth", True),
-        ("sub/a.pkl", "sub/a.pkl", True),
-        ("sub/a.pkl", "./sub/../sub/a.pkl", True),
-        ("sub/a.pkl", "sub/*", True),
+        ("sub/a.pkl", "./sub/../sub/*", True),
         ("sub/a.pkl", "HERE/sub/a.pkl", True),
         ("HERE/sub/a.pkl", "sub/[a-c].pkl", True),
-        ("sub/a.pkl", "*", False),
         ("sub/a.pkl", "a.pkl", False),
         ("sub/../a.pkl", "sub/*", False),
         ("sub/deep/a.pkl", "sub/*", False),

@@ -52,62 +52,46 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     """Detectron2's groups, with the learning rate of the last layers and the options of SGD."""
     solver, last = cfg.SOLVER, cfg.SOLVER.LAST_LAYER
-    last_parameters = _last_parameters(cfg, model)
-
-    def with_base_lr(base_lr: float) -> list[dict[str, Any]]:
-        return get_default_optimizer_params(
-            model,
-            base_lr=base_lr,
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        )
-
-    # Of what is said of a parameter more than once, the last holds.
-    groups = with_base_lr(solver.BASE_LR)
     if last.BASE_LR < 0:  # torch looks at one learning rate alone
         raise ValueError(f"SOLVER.LAST_LAYER.BASE_LR is {last.BASE_LR}; choose 0 or more")
-    if last.BASE_LR:
-        groups += [
-            {**group, "params": [p for p in group["params"] if p in last_parameters]}
-            for group in with_base_lr(last.BASE_LR)
-        ]
     wanted = [f"SOLVER.{key}" for key in _OPTION_KEYS if solver[key]]
     wanted += [f"SOLVER.LAST_LAYER.{key}" for key in _OPTION_KEYS if last[key]]
-    if solver.OPTIMIZER == "SGD":
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                node = last if parameter in last_parameters else solver
-                no_sign_change = node.NO_SIGN_CHANGE and not name.endswith("bias")
-                options = {
-                    "batch_manhattan": node.BATCH_MANHATTAN,
-                    "no_sign_change": no_sign_change,
-                }
-                groups.append({"params": [parameter], **options})
-    elif wanted:
+    if wanted and solver.OPTIMIZER != "SGD":
         raise ValueError(
             f"{wanted[0]} is an option of SGD, and SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: set "
             f"SOLVER.OPTIMIZER 'SGD' or {wanted[0]} False"
         )
+    last_parameters = _last_parameters(cfg, model)
+    settings = {
+        "weight_decay_norm": solver.WEIGHT_DECAY_NORM,
+        "bias_lr_factor": solver.BIAS_LR_FACTOR,
+        "weight_decay_bias": solver.WEIGHT_DECAY_BIAS,
+    }
+    # Of what is said of a parameter more than once, the last holds.
+    groups = get_default_optimizer_params(model, base_lr=solver.BASE_LR, **settings)
+    if last.BASE_LR:
+        for group in get_default_optimizer_params(model, base_lr=last.BASE_LR, **settings):
+            group["params"] = [p for p in group["params"] if p in last_parameters]
+            groups.append(group)
+    if solver.OPTIMIZER == "SGD":
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                node = last if parameter in last_parameters else solver
+                group = {"params": [parameter], "batch_manhattan": node.BATCH_MANHATTAN}
+                group["no_sign_change"] = node.NO_SIGN_CHANGE and not name.endswith("bias")
+                groups.append(group)
     return reduce_param_groups(groups)
 
 
 def _last_parameters(cfg: CfgNode, model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of the model's last layers."""
-    names = getattr(model, "last_layers", ())
-    if not names:
-        special = [key for key, value in cfg.SOLVER.LAST_LAYER.items() if value]
-        if special:
-            raise ValueError(
-                f"SOLVER.LAST_LAYER.{special[0]} is set, but {type(model).__name__} does not say "
-                "which its last layers are: give it last_layers, a tuple of the names of its "
-                "modules, or set the key back to its default"
-            )
-        general = [key for key in _OPTION_KEYS if cfg.SOLVER[key]]
-        if general:
-            logger.warning(
-                "SOLVER.%s holds for all layers: %s names no last layers.",
-                " and SOLVER.".join(general),
-                type(model).__name__,
-            )
+    names, kind = getattr(model, "last_layers", ()), type(model).__name__
+    special = [key for key, value in cfg.SOLVER.LAST_LAYER.items() if value]
+    general = [f"SOLVER.{key}" for key in _OPTION_KEYS if cfg.SOLVER[key]]
+    if special and not names:
+        raise ValueError(
+            f"SOLVER.LAST_LAYER.{special[0]} is set, but {kind} does not say which its last layers "
+            "are: give it last_layers, a tuple of their modules' names, or leave the key out"
+        )
+    if general and not names:
+        logger.warning("%s: for all layers; %s has no last_layers.", " and ".join(general), kind)
     return {p for name in names for p in model.get_submodule(name).parameters()}

@@ -1,8 +1,4 @@
-"""SGD with the options of Xiao et al. (2019).
-
-Batch Manhattan (Liao, Leibo and Poggio 2016, arXiv:1510.05067) and no-sign-change, as in the code
-of Xiao et al. (2019, arXiv:1811.03567), are settings of parameter groups, like the learning rate.
-"""
+"""SGD with the options of Xiao et al. (2019): batch Manhattan and no-sign-change."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,9 +9,6 @@ from torch.optim.sgd import sgd
 
 __all__ = ["SGD"]
 
-_OPTIONS = ("batch_manhattan", "no_sign_change")
-"""The settings of parameter groups that torch's SGD does not have."""
-
 _SETTINGS = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
 
 
@@ -24,7 +17,8 @@ class SGD(torch.optim.SGD):
     Take the steps of :class:`torch.optim.SGD`, by its fused kernel, with the options of Xiao et
     al. (2019), arXiv:1811.03567, as settings of parameter groups. A step is:
 
-    1. batch Manhattan: the gradient's sign stands for the gradient (a zero stays zero);
+    1. batch Manhattan (Liao, Leibo and Poggio 2016, arXiv:1510.05067): the gradient's sign stands
+       for the gradient (a zero stays zero);
     2. weight decay, momentum and the update, as torch has them;
     3. no-sign-change (Dale's law): a weight that the update carries to zero or across it becomes
        1e-10 with the sign it had (float16, which has no 1e-10: its smallest normal number). A
@@ -70,22 +64,14 @@ class SGD(torch.optim.SGD):
         own = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for group, before in zip(self.param_groups, own, strict=False):
-            for option in _OPTIONS:
+            for option in ("batch_manhattan", "no_sign_change"):
                 group.setdefault(option, before[option])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """
-        Take one step on the gradients as they are.
-
-        Args:
-            closure: computes the loss again, and the gradients.
-
-        Returns:
-            what ``closure`` returns, or None.
-
-        Raises:
-            RuntimeError: a gradient is sparse.
+        Take one step on the gradients as they are, or those of ``closure``, and return what it
+        returns. A sparse gradient raises RuntimeError.
         """
         loss = None
         if closure is not None:
