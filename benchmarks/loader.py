@@ -33,7 +33,7 @@ from torchvision.transforms import v2
 from ss_detectron import add_ss_config
 from ss_detectron.config import merge_config_file
 from ss_detectron.data import ClassificationMapper
-from ss_detectron.experiments import hardware
+from ss_detectron.experiments.launch import hardware
 
 SETS = {"usual in ImageNet": (500, 375), "large": (1280, 960)}  # width and height
 FULL, REDUCED = "ours, every pixel", "ours, reduced decoding"

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ss_detectron.config import add_ss_config, merge_config_file
 from ss_detectron.engine.defaults import Trainer
-from ss_detectron.experiments import hardware
+from ss_detectron.experiments.launch import hardware
 from ss_detectron.layers import convert_feedback, get_rule
 from ss_detectron.solver.build import build_optimizer
 

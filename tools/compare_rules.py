@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from ss_detectron.engine.preemption import Preempted, StopSignals, print_safely
-from ss_detectron.experiments import compare, plan_runs
-from ss_detectron.experiments.plan import describe_plan
+from ss_detectron.experiments.compare import compare
+from ss_detectron.experiments.plan import describe_plan, plan_runs
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -38,27 +38,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--config-file", required=True, metavar="CONFIG", help="path or name")
-    add(
-        "--rules",
-        nargs="+",
-        default=["bp", "ss", "fa"],
-        metavar="RULE",
-        help="bp, ss, frsf, brsf, fa, fasi, kp; with :SEEDS for other seeds (default: bp ss fa)",
-    )
-    add(
-        "--seeds",
-        default="1",
-        help="how many: 3 is seeds 1, 2 and 3; or which: 4,5 or 7, (default: 1)",
-    )
+    rules = "bp, ss, frsf, brsf, fa, fasi, kp; with :SEEDS for other seeds (default: bp ss fa)"
+    add("--rules", nargs="+", default=["bp", "ss", "fa"], metavar="RULE", help=rules)
+    seeds = "how many: 3 is seeds 1, 2 and 3; or which: 4,5 or 7, (default: 1)"
+    add("--seeds", default="1", help=seeds)
     add("--output", type=Path, metavar="DIR", help="default: output/compare_<name of the config>")
     add("--jobs", type=int, help="runs at a time (default: as the GPUs suffice; without, one)")
     add("--num-gpus-per-run", type=int, default=1, metavar="N", help="processes, without GPUs")
-    add(
-        "--alignment-period",
-        type=int,
-        metavar="N",
-        help="iterations between measurements of alignment, 0 for none (default: 10 to 20 in all)",
-    )
+    period = "iterations between measurements of alignment, 0 for none (default: 10 to 20 in all)"
+    add("--alignment-period", type=int, metavar="N", help=period)
     add("--metric", metavar="KEY", help="of metrics.json (default: box AP or top-1 error)")
     add("--dry-run", action="store_true", help="only say what would be done")
     add("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... for all runs")
@@ -66,8 +54,6 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     # The last rule can be followed by the first KEY.
     keys = next((i for i, word in enumerate(args.rules) if "." in word), len(args.rules))
     args.rules, args.opts = args.rules[:keys], args.rules[keys:] + args.opts
-    if options := [word for word in args.opts if word.startswith("--")]:
-        parser.error(f"{' '.join(options)}: give options before the first KEY VALUE")
     if args.num_gpus_per_run < 1 or (args.jobs is not None and args.jobs < 1):
         parser.error("--jobs and --num-gpus-per-run are 1 at least")
     if 0 < torch.cuda.device_count() < args.num_gpus_per_run:
@@ -78,13 +64,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         args.opts += ["TEST.ALIGNMENT_PERIOD", str(args.alignment_period)]
     if args.output is None:
         args.output = Path("output", f"compare_{Path(args.config_file).stem}")
-    rules = [word.partition(":") for word in args.rules]
-    if len({rule for rule, _, _ in rules}) < len(rules):
-        parser.error("--rules names a rule twice")
+    rules: dict[str, list[int]] = {}
     try:
-        args.rules = {rule: parse_seeds(seeds or args.seeds) for rule, _, seeds in rules}
+        for rule, _, seeds in (word.partition(":") for word in args.rules):
+            rules[rule] = [*rules.get(rule, []), *parse_seeds(seeds or args.seeds)]
     except ValueError:
         parser.error("seeds are a number of seeds, such as 3, or a list, such as 4,5 or 7,")
+    args.rules = rules
     return args
 
 

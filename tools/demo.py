@@ -38,7 +38,6 @@ def main(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         cfgs = [demo.load_config(f, args.opts, w) for f, w in zip(configs, weights, strict=True)]
         predictors = [demo.build_predictor(cfg, args.score) for cfg in cfgs]
-        demo.check_same_classes(predictors, configs)
     except (KeyError, OSError, ValueError) as error:
         sys.exit(f"demo.py: {error}")
     labels = args.labels or demo.titles(predictors, [cfg.MODEL.WEIGHTS for cfg in cfgs])
@@ -70,14 +69,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--config-file",
-        nargs="+",
-        required=True,
-        metavar="CONFIG",
-        help="a run's config.yaml or a config that ships with ss_detectron; one for all "
-        "checkpoints, or one each",
-    )
+    configs = "a run's config.yaml or the name of a config; one for all checkpoints, or one each"
+    add("--config-file", nargs="+", required=True, metavar="CONFIG", help=configs)
     add("--weights", nargs="+", metavar="W", help="checkpoints")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="IMAGE", help="files, patterns, folders")
@@ -85,24 +78,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--labels", nargs="+", metavar="LABEL", help="titles instead of the rules")
     add("--score", type=float, default=0.4, help="least score drawn (default: 0.4)")
     add("--output", type=Path, required=True, help="folder to write into")
-    add(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides, after an option of one value such as --output",
-    )
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, after --output")
     args = parser.parse_args()
     count = len(args.weights or args.config_file)
     if len(args.config_file) not in (1, count):
         parser.error(f"{len(args.config_file)} configs, but {count} weights: give one for each")
     if args.labels and len(args.labels) != count:
         parser.error(f"{len(args.labels)} labels, but {count} checkpoints: give one for each")
-    if not 0 <= args.score <= 1:
-        parser.error(f"--score {args.score}: choose a number from 0 to 1")
-    if options := [word for word in args.opts if word.startswith("--")]:
-        parser.error(f"{' '.join(options)}: give options before the first KEY VALUE")
-    if len(args.opts) % 2:
-        parser.error(f"{' '.join(args.opts)}: a KEY or a VALUE is missing")
     return args
 
 

@@ -19,8 +19,6 @@ from .plots import draw_figures
 from .runs import ERRORS, SCORES, Run, group_runs, matching, read_runs, warn_of_differences
 from .styles import label_of, style_of
 
-__all__ = ["Summary", "compare", "summarise", "table", "write_report"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -45,27 +43,23 @@ def compare(
     Returns:
         the report's table, and whether all runs are finished.
     """
-    own = [run for run in runs if not _has_another_config(run)]
+    own = []
+    for run in runs:
+        if conflicts := run.conflicts():
+            logger.error(
+                "%s was started with another config: %s. Give the options that it was started "
+                "with, choose another output folder, or remove it. No run is started",
+                run.folder,
+                "; ".join(f"{k} {there!r}, not {here!r}" for k, (there, here) in conflicts.items()),
+            )
+        else:
+            own.append(run)
     to_do = [run for run in own if not run.is_finished()]
     logger.info("%d of %d runs are finished already", len(own) - len(to_do), len(runs))
-    if len(own) < len(runs):
-        logger.error("Because of the other config, no run is started")
-    elif to_do:
+    if len(own) == len(runs):
         to_do = run_all(to_do, train_net, jobs=jobs, gpus_per_run=gpus_per_run)
     complete = len(own) == len(runs) and not to_do
     return write_report(own, output, metric=metric, command=command), complete
-
-
-def _has_another_config(run: PlannedRun) -> bool:
-    conflicts = run.conflicts()
-    if conflicts:
-        logger.error(
-            "%s was started with another config: %s. Give the options that it was started with, "
-            "choose another output folder, or remove it",
-            run.folder,
-            "; ".join(f"{key} {there!r}, not {here!r}" for key, (there, here) in conflicts.items()),
-        )
-    return bool(conflicts)
 
 
 def write_report(
@@ -102,24 +96,27 @@ def write_report(
         return ""
 
     launches = {folder: read_launches(folder) for folder in finished}
+    started_as = {run.label: run for run in finished.values()}
 
     def launched(key: str) -> list[Any]:
         values = [launch.get(key) for several in launches.values() for launch in several]
         return list(dict.fromkeys(value for value in values if value is not None))
 
-    starts = {run.label: run for run in finished.values()}
-    content = {
-        "metric": metric,
-        "command": command,
+    facts = {
         "iterations": sorted({run.config["SOLVER.MAX_ITER"] for run in finished.values()}),
         "hardware": launched("hardware"),
         "runs at a time": launched("jobs"),
         "threads per run": launched("OMP_NUM_THREADS"),
         "not finished": [run.name for run in runs if run.folder not in finished],
+    }
+    content = {
+        "metric": metric,
+        "command": command,
+        **facts,
         "rules": [
             asdict(row)
-            | {"config": starts[row.label].config_file}
-            | {"overrides": " ".join(starts[row.label].overrides)}
+            | {"config": started_as[row.label].config_file}
+            | {"overrides": " ".join(started_as[row.label].overrides)}
             for row in rows
         ],
         "runs": [
@@ -133,21 +130,16 @@ def write_report(
     (output / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
     text = table(rows, metric)
     configs = [
-        (style_of(row.label).label, starts[row.label].start, ", ".join(map(str, row.seeds)))
+        (style_of(row.label).label, started_as[row.label].start, ", ".join(map(str, row.seeds)))
         for row in rows
     ]
-    facts = ("iterations", "hardware", "runs at a time", "threads per run", "not finished")
     parts = [
         f"# Feedback rules compared by {label_of(metric)}",
         text,
         f"{metric} at the end of training, mean ± sample standard deviation over the seeds. "
         "Time per step: the median.",
         tabulate(configs, headers=("rule", "config", "seeds"), tablefmt="pipe"),
-        "\n".join(
-            f"* {fact.capitalize()}: {', '.join(map(str, content[fact]))}"
-            for fact in facts
-            if content[fact]
-        ),
+        "\n".join(f"* {k.capitalize()}: {', '.join(map(str, v))}" for k, v in facts.items() if v),
         f"```sh\n{command}\n```" if command else "",
         "\n".join(f"![{file.stem}]({file.name})" for file in pictures),
     ]
@@ -203,8 +195,8 @@ def summarise(runs: Sequence[Run], metric: str) -> list[Summary]:
     for label, members in by_label.items():
         values = [run.last(metric) for run in members]
         times = np.concatenate([run.series("time")[1] for run in members])
-        angles = [run.last("alignment/gradient_angle") for run in members]
-        angles = [angle for angle in angles if not math.isnan(angle)]
+        angles = np.array([run.last("alignment/gradient_angle") for run in members])
+        angles = angles[~np.isnan(angles)]
         rows.append(
             Summary(
                 label=label,
@@ -213,7 +205,7 @@ def summarise(runs: Sequence[Run], metric: str) -> list[Summary]:
                 mean=float(np.mean(values)),
                 standard_deviation=float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 seconds_per_step=float(np.median(times)) if len(times) else None,
-                gradient_angle=float(np.mean(angles)) if angles else None,
+                gradient_angle=float(angles.mean()) if len(angles) else None,
             )
         )
     for control in [row for row in rows if row.label == Backpropagation.name]:

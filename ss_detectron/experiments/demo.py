@@ -1,7 +1,6 @@
 """What trained models see in a picture, drawn side by side."""
 
 import glob
-import itertools
 import logging
 import math
 import os
@@ -16,11 +15,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
-from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Instances
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.datasets.folder import is_image_file
 
@@ -33,6 +31,7 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 from ss_detectron.data.catalog import check_registered
+from ss_detectron.data.images import reading
 from ss_detectron.layers import feedback_report
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import ImageClassifier
@@ -40,21 +39,6 @@ from ss_detectron.utils.text import abbreviate
 
 from .runs import merged_config
 from .visualize import ClassVisualizer
-
-__all__ = [
-    "Classifier",
-    "Detector",
-    "Panel",
-    "build_predictor",
-    "check_same_classes",
-    "draw_video",
-    "find_files",
-    "load_config",
-    "output_paths",
-    "read_picture",
-    "side_by_side",
-    "titles",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -121,10 +105,7 @@ class Predictor:
 
 
 class Detector(Predictor):
-    """
-    A detector; draws the objects whose score reaches ``score``, whatever the config's
-    SCORE_THRESH_TEST.
-    """
+    """A detector; draws the objects of this score at least, whatever SCORE_THRESH_TEST is."""
 
     def __init__(self, cfg: CfgNode, score: float = 0.4) -> None:
         cfg = cfg.clone()
@@ -133,7 +114,7 @@ class Detector(Predictor):
         super().__init__(cfg)
         self.score = score
         self.format = cfg.INPUT.FORMAT
-        self.resize = T.AugmentationList(detection_utils.build_augmentation(cfg, is_train=False))
+        (self.resize,) = detection_utils.build_augmentation(cfg, is_train=False)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, size: tuple[int, int] | None = None) -> Instances:
@@ -151,10 +132,9 @@ class Detector(Predictor):
             ValueError: this model finds no objects (it segments, say).
         """
         height, width = size or image.shape[:2]
-        converted = detection_utils.convert_PIL_to_numpy(Image.fromarray(image), self.format)
-        resized = T.AugInput(converted)
-        self.resize(resized)
-        tensor = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        pixels = detection_utils.convert_PIL_to_numpy(Image.fromarray(image), self.format)
+        pixels = self.resize.get_transform(pixels).apply_image(pixels)
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         output = self.model([{"image": tensor, "height": height, "width": width}])[0]
         if "instances" not in output:
             raise ValueError(f"{type(self.model).__name__} gives {', '.join(output)}: no instances")
@@ -201,21 +181,6 @@ def build_predictor(cfg: CfgNode, score: float = 0.4) -> Predictor:
     return Detector(cfg, score)
 
 
-def check_same_classes(predictors: Sequence[Predictor], names: Sequence[str]) -> None:
-    """
-    Refuses models that were not trained on the same classes.
-
-    Raises:
-        ValueError: with the names of two and the first class in which they differ.
-    """
-    for predictor, name in zip(predictors, names, strict=True):
-        for one, other in itertools.zip_longest(predictors[0].classes, predictor.classes):
-            if one != other:
-                raise ValueError(
-                    f"{names[0]} and {name} have not the same classes: {one!r} is {other!r} there"
-                )
-
-
 def titles(predictors: Iterable[Predictor], weights: Sequence[str]) -> list[str]:
     """Names the predictors' rules, with the weights' folder and name where two have the same."""
     rules = [predictor.rule.replace("_", " ") for predictor in predictors]
@@ -228,16 +193,13 @@ def titles(predictors: Iterable[Predictor], weights: Sequence[str]) -> list[str]
 
 def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> str:
     """Loads a checkpoint of the whole model; returns the rule it was trained by."""
-
-    def needed() -> dict[str, Tensor]:  # feedback is for training
-        state = model.state_dict().items()
-        return {n: t for n, t in state if t.is_floating_point() and "feedback" not in n}
-
-    for tensor in needed().values():
+    state = model.state_dict().items()
+    # All but feedback, which is for training.
+    needed = {n: t for n, t in state if t.is_floating_point() and "feedback" not in n}
+    for tensor in needed.values():
         tensor.fill_(math.nan)  # what the checkpoint leaves as it is, shows
     checkpoint = FeedbackCheckpointer(model, trusted_weights=trusted).load(path)
-    lacking = [name for name, tensor in needed().items() if tensor.isnan().any()]
-    if lacking:
+    if lacking := [name for name, tensor in needed.items() if tensor.isnan().any()]:
         raise ValueError(
             f"{path} has no numbers for {len(lacking)} of the model's tensors "
             f"({abbreviate(lacking)}): it is a part of a network, or its training diverged"
@@ -253,21 +215,21 @@ def _class_names(cfg: CfgNode, model: nn.Module) -> list[str]:
     """The classes of the first data set; numbered where it is not on this machine."""
     register_coco_from_config(cfg)
     register_image_folders_from_config(cfg)
-    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN][:1]
-    check_registered(names)
+    name = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
+    check_registered([name])
     part = model if hasattr(model, "num_classes") else getattr(model, "roi_heads", None)
     number = getattr(part, "num_classes", None)
-    metadata = MetadataCatalog.get(names[0])
+    metadata = MetadataCatalog.get(name)
     try:
         if not hasattr(metadata, "thing_classes"):
-            DatasetCatalog.get(metadata.name)  # reads them from the annotations
+            DatasetCatalog.get(name)  # reads them from the annotations
         classes = list(metadata.thing_classes)
     except FileNotFoundError as error:
         logger.warning("The classes have no names here, but numbers: %s", error)
         return [f"class {i}" for i in range(number)]
     if number not in (None, len(classes)):
         raise ValueError(
-            f"data set '{metadata.name}' has {len(classes)} classes, the model {number}: "
+            f"data set '{name}' has {len(classes)} classes, the model {number}: "
             "DATASETS.TEST names the data set that the classes' names are taken from"
         )
     return classes
@@ -288,43 +250,35 @@ class Panel(NamedTuple):
 
 def side_by_side(panels: Sequence[Panel]) -> np.ndarray:
     """
-    Draws panels in one row, each below its title, pixel by pixel as they are.
+    Draws panels, whose pictures are of one size, in one row, each below its title, pixel by pixel
+    as they are.
 
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    high = max(panel.picture.shape[0] for panel in panels)
-    wide = max(MIN_WIDTH, *(panel.picture.shape[1] for panel in panels))
+    high, narrow, _ = panels[0].picture.shape
+    wide = max(MIN_WIDTH, narrow)
     letters = wide // CHARACTER
-    headings = [textwrap.wrap(panel.title, letters) for panel in panels]
+    headings = [textwrap.fill(panel.title, letters) for panel in panels]
     captions = [[line[:letters] for line in panel.caption.splitlines()] for panel in panels]
-    above = 2 * MARGIN + LINE * max(map(len, headings))
+    above = 2 * MARGIN + LINE * (1 + max(heading.count("\n") for heading in headings))
     below = MARGIN + LINE * max(map(len, captions))
     size = (MARGIN + len(panels) * (wide + MARGIN), above + high + below)
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
-    font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 14)
+    pen.font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 14)
     for i, (panel, heading, caption) in enumerate(zip(panels, headings, captions, strict=True)):
         left = MARGIN + i * (wide + MARGIN)
-        canvas.paste(
-            Image.fromarray(panel.picture), (left + (wide - panel.picture.shape[1]) // 2, above)
-        )
-        for number, line in enumerate(heading):
-            place = (left + wide / 2, MARGIN + (number + 0.5) * LINE)
-            pen.text(place, line, "black", font, anchor="mm")
-        for number, line in enumerate(caption):
-            place = (left, above + high + (number + 0.5) * LINE)
-            pen.text(place, line, "black", font, anchor="lm")
+        canvas.paste(Image.fromarray(panel.picture), (left + (wide - narrow) // 2, above))
+        pen.text((left + wide / 2, MARGIN), heading, "black", anchor="ma", align="center")
+        pen.text((left, above + high), "\n".join(caption), "black", anchor="la")
     return np.asarray(canvas)
 
 
 def _fit(image: np.ndarray) -> np.ndarray:
     """The picture, enlarged or reduced to a panel's size."""
-    height, width = image.shape[:2]
-    longer = max(height, width)
-    scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
-    size = [max(1, round(side * scale)) for side in (width, height)]
-    return np.asarray(Image.fromarray(image).resize(size))
+    side = min(max(*image.shape[:2], MIN_SIDE), MAX_SIDE)
+    return np.asarray(ImageOps.contain(Image.fromarray(image), (side, side)))
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -362,11 +316,13 @@ def output_paths(files: Sequence[Path], folder: Path, suffix: str = ".png") -> l
     """
     paths: list[Path] = []
     for file in files:
-        endings = ["", *(f"_{number}" for number in range(2, len(files) + 2))]
-        names = (folder / (file.stem + ending + suffix) for ending in endings)
-        paths.append(next(path for path in names if path not in paths))
-        if paths[-1].resolve() in {file.resolve() for file in files}:
-            raise ValueError(f"'{paths[-1]}' would overwrite a file that is to be drawn")
+        path, number = folder / (file.stem + suffix), 1
+        while path in paths:
+            number += 1
+            path = folder / f"{file.stem}_{number}{suffix}"
+        if path.resolve() in {file.resolve() for file in files}:
+            raise ValueError(f"'{path}' would overwrite a file that is to be drawn")
+        paths.append(path)
     return paths
 
 
@@ -378,10 +334,8 @@ def read_picture(path: str | Path) -> np.ndarray:
     Raises:
         UnreadableImageError: naming the file and what is wrong with it.
     """
-    try:
-        return np.ascontiguousarray(detection_utils.read_image(str(path), format="RGB"))
-    except Exception as error:  # Pillow's decoders raise errors of all kinds
-        raise UnreadableImageError(f"'{path}' cannot be read as an image: {error}") from error
+    with reading(str(path)):
+        return detection_utils.read_image(str(path), format="RGB")
 
 
 def draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarray]) -> int:

@@ -1,5 +1,6 @@
 """The runs of a comparison in processes of their own, spread over the machine."""
 
+import itertools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ import detectron2
 import torch
 
 from .plan import PlannedRun
-
-__all__ = ["LOG", "environments", "hardware", "read_launches", "run_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +49,13 @@ def run_all(
         those that failed, which are reported with the end of their log.
     """
     free = environments(jobs, gpus_per_run)
-    waiting = list(enumerate(runs, 1))
+    waiting = [(run, f"{number} of {len(runs)}") for number, run in enumerate(runs, 1)]
     running: dict[subprocess.Popen, tuple[PlannedRun, str, dict[str, str]]] = {}
     failed = []
     try:
         while waiting or running:
             while waiting and free:
-                (number, run), environment = waiting.pop(0), free.pop(0)
-                place = f"{number} of {len(runs)}"
+                (run, place), environment = waiting.pop(0), free.pop(0)
                 how = "goes on" if run.has_checkpoint() else "starts"
                 logger.info("%s %s (%s)", run.name, how, place)
                 process = _start(run, train_net, gpus_per_run, environment, jobs)
@@ -72,7 +70,7 @@ def run_all(
                     failed.append(run)
                     _report(run, process.returncode)
     finally:
-        _end(running)
+        _end(list(running))
     return failed
 
 
@@ -104,9 +102,8 @@ def _report(run: PlannedRun, code: int) -> None:
     logger.error("%s %s; the end of %s:\n%s", run.name, how, log, end)
 
 
-def _end(processes: Iterable[subprocess.Popen]) -> None:
+def _end(processes: Sequence[subprocess.Popen]) -> None:
     """Ends processes, and whatever they have started."""
-    processes = list(processes)
     deadline = time.monotonic() + GRACE
     try:
         for process in processes:
@@ -132,14 +129,12 @@ def environments(jobs: int, gpus_per_run: int) -> list[dict[str, str]]:
     if count == 0:
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
         return [{"OMP_NUM_THREADS": threads}] * jobs
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if len(visible) < count:
-        visible = [str(i) for i in range(count)]
-    dealt = [
-        [visible[(job * gpus_per_run + i) % count] for i in range(gpus_per_run)]
-        for job in range(jobs)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = itertools.cycle(named.split(",") if named else map(str, range(count)))
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(itertools.islice(gpus, gpus_per_run))}
+        for _ in range(jobs)
     ]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus)} for gpus in dealt]
 
 
 def hardware() -> str:

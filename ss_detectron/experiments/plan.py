@@ -16,8 +16,7 @@ from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 
 from .runs import (
-    ERRORS,
-    SCORES,
+    METRICS,
     differences,
     matching,
     merged_config,
@@ -25,8 +24,6 @@ from .runs import (
     read_metrics,
     rule_of_config,
 )
-
-__all__ = ["PlannedRun", "describe_plan", "plan_runs", "starting_config"]
 
 # Whose config a rule without one of its own starts from: that of the nearest relative, whose gain
 # and learning rate were found for feedback of the same kind, following the weights' signs or not.
@@ -80,7 +77,7 @@ class PlannedRun:
             return False
         last = self.config["SOLVER.MAX_ITER"] - 1
         rows = (row for row in read_metrics(metrics) if row["iteration"] >= last)
-        return any(matching(row, (*ERRORS, *SCORES)) for row in rows)
+        return any(matching(row, METRICS) for row in rows)
 
     def has_checkpoint(self) -> bool:
         """Tells whether there is something to go on from."""
@@ -109,15 +106,11 @@ def plan_runs(
         FileNotFoundError: no such config.
         ValueError: options or rules that do not fit.
     """
-    if len(options) % 2:
-        raise ValueError(f"KEY VALUE ... come in pairs; got {' '.join(options)}")
     if own := OWN_KEYS.intersection(options[::2]):
         raise ValueError(f"{', '.join(sorted(own))}: the comparison sets this itself")
-    runs: list[PlannedRun] = []
+    runs = {}
     for name, seeds in rules.items():
         rule = get_rule(name)
-        if any(run.label == rule.name for run in runs):
-            raise ValueError(f"rule {rule.name} is named twice")
         start, overrides = starting_config(config_file, rule.name)
         cfg = merged_config(start, [*overrides, *options])
         if not cfg.DATASETS.TEST:
@@ -125,17 +118,17 @@ def plan_runs(
         # A metrics.json gets a row every 20 iterations. With a period of 40 at least, the
         # measurement of iteration 0 is in the first, and not yet overtaken by the next.
         period = 20 * max(2, round(cfg.SOLVER.MAX_ITER / 400))
-        shared = [*overrides, "TEST.ALIGNMENT_PERIOD", str(period), *options]
         for seed in seeds:
             folder = output / f"{rule.short_name or rule.name}_seed{seed}"
-            own = {"SEED": seed, "MODEL.FEEDBACK.SEED": seed, "OUTPUT_DIR": folder}
-            words = [*shared, *(str(word) for pair in own.items() for word in pair)]
+            own = ["SEED", seed, "MODEL.FEEDBACK.SEED", seed, "OUTPUT_DIR", folder]
+            words = [*overrides, "TEST.ALIGNMENT_PERIOD", period, *options, *own]
+            words = [str(word) for word in words]
             # By way of YAML, as the config.yaml that the run will write.
             config = flatten_config(yaml.safe_load(merged_config(start, words).dump()))
-            runs.append(
-                PlannedRun(rule.name, seed, start, tuple(overrides), tuple(words), folder, config)
+            runs[folder] = PlannedRun(
+                rule.name, seed, start, tuple(overrides), tuple(words), folder, config
             )
-    return runs
+    return list(runs.values())
 
 
 def starting_config(config_file: str, rule: str) -> tuple[str, list[str]]:

@@ -19,17 +19,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullForm
 from .runs import ERRORS, SCORES, Run, RunGroup, group_runs, matching
 from .styles import DASHES, MARKERS, RC, label_of, style_of
 
-__all__ = [
-    "DEFAULT_FORMATS",
-    "FORMATS",
-    "depth_order",
-    "draw_figures",
-    "losses_of",
-    "mean_curve",
-    "plot_curves",
-    "plot_layers",
-]
-
 logger = logging.getLogger(__name__)
 
 FORMATS = ("png", "pdf", "svg")
@@ -176,36 +165,29 @@ def draw_figures(
     _warn_of_short_runs(groups)
     keys = _keys(groups)
     losses = losses_of(keys)
-    errors, scores = matching(keys, ERRORS), matching(keys, SCORES)
-    wanted = {"losses": losses, "error": errors, "detection": scores}
+    curves = {"error": matching(keys, ERRORS), "detection": matching(keys, SCORES)}
     if metrics:
-        for key in metrics:
-            if key not in keys:
-                known = [k for k in keys if not k.startswith("alignment/")]
-                logger.error("No run has the metric %s; they have %s", key, ", ".join(known))
-        named = {re.sub(r"\W+", "_", key): [key] for key in metrics if key in keys}
-        wanted = {"losses": losses} | named
-    wanted["gradient_angle"] = matching(keys, ["alignment/gradient_angle"])
-    figures: dict[str, Figure] = {}
-    for name, needed in wanted.items():
-        having = _having(groups, needed)
-        if having and name == "detection":
-            parts = [key for key in losses if key in _keys(having)]
-            figures[name] = plot_curves(having, [*needed, *parts])
-        elif having:
-            figures[name] = plot_curves(having, needed, epochs=_by_epochs(name, having))
-    if keys and not metrics and not errors + scores:
-        logger.warning("No run was evaluated: no curves of AP or error")
+        curves = {re.sub(r"\W+", "_", key): [key] for key in metrics if key in keys}
+        if unknown := set(metrics).difference(keys):
+            known = ", ".join(key for key in keys if not key.startswith("alignment/"))
+            logger.error("No run has the metric %s; they have %s", ", ".join(unknown), known)
+    curves |= {"gradient_angle": matching(keys, ["alignment/gradient_angle"])}
+    figures = {}
+    for name, needed in {"losses": losses, **curves}.items():
+        if having := _having(groups, needed):
+            parts = [k for k in losses if k in _keys(having)] if name == "detection" else []
+            figures[name] = plot_curves(having, [*needed, *parts], epochs=_by_epochs(name, having))
     for quantity in _BY_LAYER:
         prefix = f"alignment/{quantity}/"
         having = [group for group in groups if any(prefix in key for key in _keys([group]))]
         if having:
             name = f"layer_{quantity}" if quantity == "gradient_angle" else quantity
             figures[name] = plot_layers(having, quantity)
-    files = []
-    for name, figure in figures.items():
-        files += _save(figure, Path(folder) / name, formats)
-    return files
+    return [
+        file
+        for name, figure in figures.items()
+        for file in _save(figure, Path(folder) / name, formats)
+    ]
 
 
 def losses_of(keys: Sequence[str]) -> list[str]:
@@ -349,23 +331,14 @@ def _by_epochs(name: str, groups: Sequence[RunGroup]) -> bool:
         return False
     unknown = [run for run in runs if run.epochs_per_iteration is None]
     if unknown:
-        logger.warning(
-            "%s is drawn against iterations, for the length of an epoch is not known in %s: give "
-            "the number of training images",
-            name,
-            _folders(unknown),
-        )
+        how = "%s is drawn against iterations: give the number of training images of %s"
+        logger.warning(how, name, _folders(unknown))
     return not unknown
 
 
 def _warn_of_short_runs(groups: Sequence[RunGroup]) -> None:
     for group in groups:
-        end = max(run.rows[-1]["iteration"] for run in group.runs)
-        for run in group.runs:
-            if run.rows[-1]["iteration"] + 1 < end:
-                logger.warning(
-                    "%s ends before iteration %d, others of its rule do not: from there, the mean "
-                    "is over fewer runs",
-                    run.folder,
-                    end,
-                )
+        ends = [run.rows[-1]["iteration"] for run in group.runs]
+        short = [r for r, end in zip(group.runs, ends, strict=True) if end + 1 < max(ends)]
+        if short:
+            logger.warning("From where %s ended, means are over fewer runs", _folders(short))

@@ -18,28 +18,13 @@ from detectron2.config import CfgNode, get_cfg
 from ss_detectron.config import add_ss_config, flatten_config, merge_config_file
 from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 
-__all__ = [
-    "ERRORS",
-    "SCORES",
-    "Run",
-    "RunGroup",
-    "differences",
-    "group_runs",
-    "matching",
-    "merged_config",
-    "read_config",
-    "read_metrics",
-    "read_run",
-    "read_runs",
-    "rule_of_config",
-    "warn_of_differences",
-]
-
 logger = logging.getLogger(__name__)
 
 # What an evaluation gives. With several test sets, a set's name and a slash stand before it.
 ERRORS = ("classification/top1_error", "classification/top5_error")
 SCORES = ("bbox/AP", "segm/AP", "keypoints/AP")
+
+METRICS = (*ERRORS, *SCORES)
 
 # Keys that repetitions of one experiment may differ in.
 PER_RUN_KEYS = frozenset(

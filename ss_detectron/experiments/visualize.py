@@ -13,8 +13,6 @@ from torch import tensor
 
 from .styles import COLOURS
 
-__all__ = ["ClassVisualizer", "draw_detections"]
-
 
 class ClassVisualizer(Visualizer):
     """

@@ -23,7 +23,7 @@ from ss_detectron.engine import (
     argument_parser,
     setup,
 )
-from ss_detectron.experiments import read_metrics
+from ss_detectron.experiments.runs import read_metrics
 
 LOGGERS = ("detectron2", "fvcore", "ss_detectron")
 

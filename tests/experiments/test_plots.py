@@ -13,13 +13,12 @@ from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.experiments.plots import (
     depth_order,
     draw_figures,
-    losses_of,
     mean_curve,
     plot_curves,
     plot_layers,
 )
 from ss_detectron.experiments.runs import group_runs, read_runs
-from ss_detectron.experiments.styles import RULE_STYLES, label_of, style_of
+from ss_detectron.experiments.styles import RULE_STYLES, style_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_metrics.py"
 
@@ -60,18 +59,6 @@ def test_other_names_have_looks_of_their_own():
     assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 14
 
 
-def test_metrics_are_labelled_with_their_units_and_test_set():
-    keys = ("bbox/AP", "my_val/bbox/AP", "something/else")
-    assert [label_of(key) for key in keys] == ["box AP, %", "box AP, % (my_val)", "something/else"]
-
-
-def test_one_part_of_a_loss_is_the_total():
-    keys = ["loss_cls", "lr", "total_loss", "train_top1_error"]
-    assert losses_of(keys) == ["total_loss", "train_top1_error"]
-    assert losses_of(["loss_a", "loss_b", "total_loss"]) == ["total_loss", "loss_a", "loss_b"]
-    assert losses_of(["loss_a"]) == ["loss_a"]
-
-
 # Curves ------------------------------------------------------------------------------------------
 
 
@@ -108,13 +95,6 @@ def test_curves_are_drawn_with_their_rules_colours_labels_and_bands(tmp_path):
     assert [panel.get_title("left") for panel in (left, right)] == ["a", "b"]
 
 
-def test_a_band_on_a_logarithmic_scale_stays_above_zero(tmp_path):
-    for seed, value in ((1, 1.0), (2, 30.0)):
-        write_run(tmp_path / f"bp{seed}", losses(value, value), "bp", SEED=seed)
-    (panel,) = plot_curves(groups_of(tmp_path), ["total_loss"]).axes
-    assert panel.collections[0].get_paths()[0].get_extents().y0 > 0
-
-
 def test_two_settings_of_one_rule_share_its_colour_alone(tmp_path):
     write_run(tmp_path / "a", losses(1.0, 2.0), "ss")
     write_run(tmp_path / "b", losses(1.0, 2.0), "ss", MODEL__FEEDBACK__GAIN=1.0)
@@ -125,10 +105,12 @@ def test_two_settings_of_one_rule_share_its_colour_alone(tmp_path):
     assert {line.get_label() for line in panel.lines} == {"SS, GAIN 0.5", "SS, GAIN 1.0"}
 
 
-def test_values_that_are_not_finite_leave_a_gap(tmp_path):
-    write_run(tmp_path / "bp", losses(1.0, float("nan"), float("inf"), 2.0))
+def test_a_band_on_a_logarithmic_scale_stays_above_zero_with_a_gap_where_there_is_nan(tmp_path):
+    for seed, value in ((1, 1.0), (2, 30.0)):
+        write_run(tmp_path / f"bp{seed}", losses(value, value, float("nan"), 2.0), "bp", SEED=seed)
     (panel,) = plot_curves(groups_of(tmp_path), ["total_loss"]).axes
-    np.testing.assert_array_equal(panel.lines[0].get_ydata(), [1.0, np.nan, np.inf, 2.0])
+    assert min(path.get_extents().y0 for path in panel.collections[0].get_paths()) > 0
+    np.testing.assert_array_equal(panel.lines[0].get_ydata(), [15.5, 15.5, np.nan, 2.0])
 
 
 # Layers ------------------------------------------------------------------------------------------
@@ -210,82 +192,67 @@ def classification(error: float, steps: int = 200) -> list[dict]:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Draws the figures of some runs; returns for each curves' keys, and whether in epochs."""
-    calls, saved = [], []
-    plots = "ss_detectron.experiments.plots"
-    original = plot_curves
+    """Draws the figures of some runs; returns for each its abscissa and its panels' ordinates."""
+    figures = {}
 
-    def spy(groups, keys, *, epochs=False):
-        calls.append((keys, epochs))
-        return original(groups, keys, epochs=epochs)
+    def keep(figure, path, formats):
+        labels = [axes.get_ylabel() for axes in figure.axes]
+        figures[path.name] = figure.axes[0].get_xlabel(), labels
+        return [path]
 
-    monkeypatch.setattr(f"{plots}.plot_curves", spy)
-    monkeypatch.setattr(
-        f"{plots}._save", lambda figure, path, formats: saved.append(path) or [path]
-    )
+    monkeypatch.setattr("ss_detectron.experiments.plots._save", keep)
 
     def draw(folders, metrics=(), **options):
-        calls.clear()
-        files = draw_figures(read_runs(folders, **options), "figures", metrics=metrics)
-        return [file.name for file in files], list(calls)
+        figures.clear()
+        draw_figures(read_runs(folders, **options), "figures", metrics=metrics)
+        return dict(figures)
 
     return draw
 
 
 def test_detection_is_ap_and_losses_against_iterations(tmp_path, drawn, caplog):
     folders = [write_run(tmp_path / rule, detection(50.0), rule) for rule in ("bp", "ss")]
-    parts = ["total_loss", "loss_box_reg", "loss_cls"]
-    assert drawn(folders, images_per_epoch=100) == (
-        ["losses", "detection"],
-        [(parts, False), (["bbox/AP", *parts], False)],
-    )
+    parts = ["total training loss", "training loss, boxes", "training loss, classes"]
+    expected = {"losses": ("iteration", parts), "detection": ("iteration", ["box AP, %", *parts])}
+    assert drawn(folders, images_per_epoch=100) == expected
     assert not caplog.records
 
 
 def test_classification_is_top_1_and_top_5_error_against_epochs(tmp_path, drawn, caplog):
     folder = write_run(tmp_path / "bp", classification(50.0), "bp", CLASSIFICATION)
-    curves = [
-        ["total_loss", "train_top1_error"],
-        ["classification/top1_error", "classification/top5_error"],
-    ]
-    expected = ["losses", "error"], [(keys, True) for keys in curves]
-    assert drawn([folder], images_per_epoch=2000) == expected
+    assert drawn([folder], images_per_epoch=2000) == {
+        # One part of a loss is the total.
+        "losses": ("epoch", ["total training loss", "training top-1 error, %"]),
+        "error": ("epoch", ["top-1 error, %", "top-5 error, %"]),
+    }
     assert not caplog.records
-    _, calls = drawn([folder])
-    assert [epochs for _, epochs in calls] == [False, False]
-    assert f"the length of an epoch is not known in {folder}" in caplog.text
+    assert {abscissa for abscissa, _ in drawn([folder]).values()} == {"iteration"}
+    assert f"the number of training images of {folder}" in caplog.text
 
 
 def test_alignment_is_drawn_where_it_was_measured(tmp_path, drawn):
     quantities = ("norm_ratio", "sign_agreement", "gradient_angle")
     more = {f"alignment/{quantity}/{LAYERS[0]}": 1.0 for quantity in quantities}
     fa = write_run(tmp_path / "fa", [row | more for row in aligned(50.0)], "fa")
-    names, _ = drawn([fa, write_run(tmp_path / "ss", losses(1.0), "ss")])
-    assert names == [
-        "losses",
-        "gradient_angle",
-        "weight_angle",
-        "layer_gradient_angle",
-        "norm_ratio",
-        "sign_agreement",
-    ]
+    names = ["losses", "gradient_angle", "weight_angle", "layer_gradient_angle", *quantities[:2]]
+    assert list(drawn([fa, write_run(tmp_path / "ss", losses(1.0), "ss")])) == names
 
 
 def test_a_metric_that_some_runs_lack_is_drawn_of_the_others(tmp_path, drawn, caplog):
     bp = write_run(tmp_path / "bp", detection(50.0), "bp")
     fa = write_run(tmp_path / "fa", losses(1.0, 2.0), "fa")
     cls = write_run(tmp_path / "cls", classification(50.0), "bp", CLASSIFICATION)
-    assert drawn([bp, fa, cls])[0] == ["losses", "error", "detection"]
+    assert list(drawn([bp, fa, cls])) == ["losses", "error", "detection"]
     assert f"No bbox/AP in {cls}, {fa}" in caplog.text
-    assert drawn([bp, fa, cls], ["bbox/AP", "nonsense"])[0] == ["losses", "bbox_AP"]
+    assert list(drawn([bp, fa, cls], ["bbox/AP", "nonsense"])) == ["losses", "bbox_AP"]
     assert "No run has the metric nonsense; they have bbox/AP, classification/" in caplog.text
 
 
 def test_a_run_that_ended_early_is_drawn_and_named(tmp_path, drawn, caplog):
     write_run(tmp_path / "1", losses(1.0, 2.0, 3.0), SEED=1)
     write_run(tmp_path / "2", losses(1.0), SEED=2)
-    assert drawn([tmp_path / "1", tmp_path / "2"])[0] == ["losses"]
-    assert f"{tmp_path}/2 ends before iteration 59" in caplog.text
+    assert list(drawn([tmp_path / "1", tmp_path / "2"])) == ["losses"]
+    assert f"{tmp_path}/2 ended" in caplog.text
 
 
 # The tool ----------------------------------------------------------------------------------------
