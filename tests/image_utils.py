@@ -1,5 +1,6 @@
 """What the tests of classification data share: small folders of images, and configs for them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +9,12 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
+from detectron2.utils import logger as d2_logger
 from PIL import Image
 
 from ss_detectron import add_ss_config
+from ss_detectron.data import register_shapes, register_shapes_cls
+from ss_detectron.data.generated import SPLITS
 
 
 def image_config(*folders, train=(), test=(), classes=2, **options) -> CfgNode:
@@ -50,14 +54,17 @@ def pretend_processes(monkeypatch: pytest.MonkeyPatch, processes: int) -> Iterat
 
 @contextmanager
 def datasets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder of data sets, an empty current folder; new data sets are removed after."""
+    """An empty folder of data sets, an empty current folder; catalogs are put right after."""
     (tmp_path / "sets").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
     monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(d2_logger, "_LOG_COUNTER", Counter())  # of what is logged but once
     before = set(DatasetCatalog.list())
     yield tmp_path / "sets"
-    for name in set(DatasetCatalog.list()) - before:
+    generated = {f"{kind}_{split}" for kind in ("shapes", "shapes_cls") for split in SPLITS}
+    for name in set(DatasetCatalog.list()) - before | generated:
         DatasetCatalog.remove(name)
-        if name in MetadataCatalog:
-            MetadataCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+    register_shapes()  # loading them adds to their metadata
+    register_shapes_cls()

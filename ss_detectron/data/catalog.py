@@ -31,23 +31,16 @@ def locate(path: str) -> str:
 def where_to_put() -> str:
     """Say in a sentence where data sets are looked for."""
     return (
-        "Put it there, or set DETECTRON2_DATASETS before the start to the folder that holds the "
-        f"known data sets (now '{datasets_root()}'); the paths of one's own are looked for in the "
-        f"current folder '{os.getcwd()}', then in that one."
+        f"Data sets are looked for in the folder DETECTRON2_DATASETS (now '{datasets_root()}'), "
+        f"those of one's own in the current folder '{os.getcwd()}' before that."
     )
 
 
 def new_entries(cfg: CfgNode, key: str, *attributes: str) -> Iterator[tuple[str, ...]]:
-    """Yield the entries of ``cfg.DATASETS.<key>`` that have to be registered.
+    """Yield name and absolute paths of the entries of ``cfg.DATASETS.<key>`` to be registered.
 
-    Args:
-        cfg: the config.
-        key: one of :data:`OWN_DATASETS`.
-        attributes: those of the metadata in which the entry's paths are found again. An entry
-            that is registered with these paths is passed over.
-
-    Returns:
-        for each entry its name, and its paths made absolute.
+    An entry whose name is registered with these paths, as ``attributes`` of the metadata, is
+    passed over.
 
     Raises:
         ValueError: an entry has another form, or its name belongs to another data set already.
@@ -68,12 +61,10 @@ def new_entries(cfg: CfgNode, key: str, *attributes: str) -> Iterator[tuple[str,
             continue
         # as_dict leaves out what is computed on access: nothing is generated for this.
         known = MetadataCatalog.get(name).as_dict()
-        known = [known.get(attribute) for attribute in attributes]
-        if known != paths:
-            where = f"with {known}" if all(known) else "by other means"
+        if (known := [known.get(attribute) for attribute in attributes]) != paths:
             raise ValueError(
                 f"The name '{name}' in DATASETS.{key} is taken: a data set of that name is "
-                f"registered {where}, the entry asks for {paths}. Choose another name."
+                f"registered with {known}, the entry asks for {paths}. Choose another name."
             )
 
 

@@ -12,8 +12,8 @@ from ss_detectron.utils.trust import is_url
 
 from .catalog import check_registered
 from .coco import check_coco
-from .images import skips_unreadable_images
-from .loaders import check_loader_options
+from .images import ClassificationMapper, choose, skips_unreadable_images
+from .loaders import build_training_mapper
 
 __all__ = ["check_datasets"]
 
@@ -30,8 +30,7 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     agree on the classes, and have as many as the model. Their files are there: see
     :func:`.check_coco`, and the method ``prepare`` of the metadata of others. Sets that are
     generated when first needed, or that ``DATASETS.DOWNLOAD`` lets be downloaded, are so in
-    passing. The keys that say how images are loaded have values that can be followed. No image is
-    opened.
+    passing. The keys that say how images are loaded can be followed. No image is opened.
 
     Args:
         cfg: a config whose own data sets are registered already.
@@ -51,16 +50,8 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
     check_registered(names)
     classifier = _is_classifier(cfg.MODEL.META_ARCHITECTURE)
     for name in names:
-        _check_download(cfg, name)
-        _check_kind(cfg, name, classifier)
-    if classifier:
-        check_loader_options(cfg, training)
-    elif cfg.DATALOADER.DECODER != "pillow":
-        raise ValueError(
-            f"DATALOADER.DECODER is {cfg.DATALOADER.DECODER!r}, which is for classification; "
-            "Detectron2 loads the images for detection: set it to 'pillow'"
-        )
-    skips_unreadable_images(cfg)
+        _check_kind(cfg, MetadataCatalog.get(name), classifier)
+    _check_loading(cfg, training, classifier)
     classes = {}
     for name in names:
         metadata = MetadataCatalog.get(name)
@@ -79,27 +70,47 @@ def _is_classifier(architecture: str) -> bool:
     return isinstance(model, type) and issubclass(model, META_ARCH_REGISTRY.get("ImageClassifier"))
 
 
-def _check_download(cfg: CfgNode, name: str) -> None:
-    # as_dict leaves out what is computed on access.
-    known = MetadataCatalog.get(name).as_dict()
-    for path in map(str, (known.get("json_file"), known.get("image_root"))):
-        if is_url(path) and not cfg.DATASETS.DOWNLOAD:
+def _check_kind(cfg: CfgNode, metadata: Metadata, classifier: bool) -> None:
+    known = metadata.as_dict()  # without what is computed, or generated, on access
+    for url in filter(is_url, (str(known.get(key)) for key in ("json_file", "image_root"))):
+        if not cfg.DATASETS.DOWNLOAD:
             raise ValueError(
-                f"Data set '{name}' would be downloaded from {path}: set DATASETS.DOWNLOAD "
+                f"Data set '{metadata.name}' would be downloaded from {url}: set DATASETS.DOWNLOAD "
                 "True, or download it by hand and register the files."
             )
-        if is_url(path):
-            logger.info("Data set '%s' is downloaded from %s where it is needed.", name, path)
-
-
-def _check_kind(cfg: CfgNode, name: str, classifier: bool) -> None:
-    kind = MetadataCatalog.get(name).get("evaluator_type")
+        logger.info("Data set '%s' is downloaded from %s where it is needed.", metadata.name, url)
+    kind = known.get("evaluator_type")
     if (kind == "classification") != classifier:
         raise ValueError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, but data set '{name}' is "
-            f"{'not ' * classifier}for classification (its evaluator_type is {kind!r}): "
-            "'ImageClassifier' and data sets for classification go together."
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, but data set "
+            f"'{metadata.name}' is {'not ' * classifier}for classification (its evaluator_type is "
+            f"{kind!r}): 'ImageClassifier' and data sets for classification go together."
         )
+
+
+def _check_loading(cfg: CfgNode, training: bool, classifier: bool) -> None:
+    """Look at the keys that say how images are loaded."""
+    skips_unreadable_images(cfg)
+    if classifier:
+        choose(cfg, "DATALOADER.SAMPLER_TRAIN", "TrainingSampler")
+        ClassificationMapper(cfg, training=False)
+        if training:
+            build_training_mapper(cfg)
+        if (batch := cfg.TEST.CLASSIFICATION.IMS_PER_BATCH) < 1:
+            raise ValueError(f"TEST.CLASSIFICATION.IMS_PER_BATCH is {batch}; choose at least 1")
+    elif cfg.DATALOADER.DECODER != "pillow":
+        raise ValueError(
+            f"DATALOADER.DECODER is {cfg.DATALOADER.DECODER!r}, which is for classification: for "
+            "detection, choose 'pillow'"
+        )
+    # Means of another number would be broadcast, and the image with them.
+    channels = {"L": 1, "RGBA": 4, "CMYK": 4}.get(cfg.INPUT.FORMAT, 3)
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise ValueError(
+                f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r} and MODEL.{key} {cfg.MODEL[key]}; choose a "
+                f"list of {channels}"
+            )
 
 
 def _check_classification(cfg: CfgNode, metadata: Metadata) -> list[str]:
@@ -120,17 +131,14 @@ def _check_classes(cfg: CfgNode, classes: dict[str, list[str]], classifier: bool
     (first, reference), *others = classes.items()
     for other, names in others:
         if names != reference:
-            missing = [c for c in reference if c not in names]
-            added = [c for c in names if c not in reference]
-            only = [
-                f"only '{name}' has {abbreviate(found)}"
-                for name, found in ((first, missing), (other, added))
-                if found
-            ]
+            here, there = (
+                abbreviate(c for c in these if c not in those) or "none"
+                for these, those in ((reference, names), (names, reference))
+            )
             raise ValueError(
-                f"Data sets '{first}' and '{other}' differ in their classes "
-                f"({'; '.join(only) or 'they are in another order'}). All sets of a config need "
-                "the same, in the same order."
+                f"Data sets '{first}' and '{other}' differ in their classes, or the order of these "
+                f"(only in '{first}': {here}; only in '{other}': {there}). All sets of a config "
+                "need the same, in the same order."
             )
     architecture = cfg.MODEL.META_ARCHITECTURE
     parts = [part for name, part in _NUM_CLASSES.items() if name in architecture]

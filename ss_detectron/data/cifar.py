@@ -17,16 +17,8 @@ from .catalog import datasets_root
 __all__ = ["CIFAR10_CLASSES", "CIFAR10Metadata", "read_cifar10", "register_cifar10"]
 
 CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 
 
@@ -48,15 +40,13 @@ def read_cifar10(train: bool, *, download: bool = False) -> CIFAR10:
     with suppress(RuntimeError):  # torchvision's, where files are missing or damaged
         return CIFAR10(folder, train)
     by_hand = (
-        f"put the archive '{CIFAR10.filename}' (md5 {CIFAR10.tgz_md5}) of {CIFAR10.url}, or the "
-        f"folder '{CIFAR10.base_folder}' it holds, into '{folder}', or set DETECTRON2_DATASETS to "
-        "the folder that holds 'cifar10'"
+        f"put '{CIFAR10.filename}' of {CIFAR10.url}, or its folder '{CIFAR10.base_folder}', there, "
+        "or set DETECTRON2_DATASETS to the folder that holds 'cifar10'"
     )
     packed = check_integrity(folder / CIFAR10.filename, CIFAR10.tgz_md5)
     if not packed and not download:
         raise FileNotFoundError(
-            f"CIFAR-10 is not in '{folder}': set DATASETS.DOWNLOAD True to have 170 MB downloaded "
-            f"there before training, or {by_hand}."
+            f"CIFAR-10 is not in '{folder}': set DATASETS.DOWNLOAD True (170 MB), or {by_hand}."
         )
     try:
         with file_lock(str(folder)):

@@ -67,9 +67,7 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
         return []
     polygons = training and cfg.INPUT.MASK_FORMAT == "polygon"
     try:
-        content = read_coco_file(
-            file, annotated=training, masks=cfg.MODEL.MASK_ON, polygons=polygons
-        )
+        content = read_coco_file(file, training, masks=cfg.MODEL.MASK_ON, polygons=polygons)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
     if folder is not None:
@@ -79,19 +77,15 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
 
 def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> None:
     present = set(os.listdir(folder))  # one look instead of one per image
-    names = [image["file_name"] for image in images]
-    missing = [
-        name
-        for name in names
-        if name not in present and not os.path.exists(os.path.join(folder, name))
-    ]
+    names = [i["file_name"] for i in images if i["file_name"] not in present]
+    missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
     if not missing:
         return
     found = (
-        f"{where} names {len(names)} images, {len(missing)} of which are not in '{folder}': "
+        f"{where} names {len(images)} images, {len(missing)} of which are not in '{folder}': "
         f"{abbreviate(missing)}"
     )
-    if len(missing) == len(names) or not skips_unreadable_images(cfg):
+    if len(missing) == len(images) or not skips_unreadable_images(cfg):
         raise FileNotFoundError(found)
     if comm.is_main_process():
         logger.warning("%s", found)

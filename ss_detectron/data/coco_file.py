@@ -17,8 +17,7 @@ Form = dict[str, tuple[Callable[[Any], bool], str]]
 """For each key of an entry, whether a value will do, and what it should be."""
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a number that can measure an image: finite, of no immoderate size."""
+def _is_number(value: Any) -> bool:  # finite, and of no immoderate size
     return type(value) in (int, float) and abs(value) < LARGEST
 
 
@@ -27,7 +26,7 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _is_polygon(value: Any) -> bool:
-    """Whether pycocotools, which fails on others in evaluation, can draw it."""
+    # Others fail in pycocotools, in evaluation.
     return (
         _is_numbers(value)
         and len(value) >= 6
@@ -63,7 +62,7 @@ _OPTIONAL = {"iscrowd", "ignore", "area", "keypoints"}
 
 
 def read_coco_file(
-    file: str, *, annotated: bool, masks: bool = False, polygons: bool = False
+    file: str, annotated: bool, *, masks: bool = False, polygons: bool = False
 ) -> dict[str, list[dict]]:
     """Read an annotation file and check all that Detectron2 and pycocotools take for granted.
 
@@ -94,8 +93,7 @@ def read_coco_file(
     for part, entries in lists.items():
         if not isinstance(entries, list):
             raise ValueError(
-                f"'{file}' is not in COCO's form, an object with the lists 'images', 'annotations' "
-                f"and 'categories': '{part}' is {reprlib.repr(entries)}"
+                f"'{file}' is not in COCO's form: '{part}' is {reprlib.repr(entries)}, not a list"
             )
         if not entries and (part != "annotations" or annotated):
             raise ValueError(f"'{file}' has no {part}.")

@@ -26,9 +26,6 @@ from .stream import EvaluationLoader, ImageDataset
 __all__ = ["DetectionMapper", "build_detection_test_loader", "load_detection_dicts"]
 
 
-# Images ------------------------------------------------------------------------------------------
-
-
 class DetectionMapper(DatasetMapper):
     """Detectron2's mapper, which says of an image that it cannot be read, and of nothing else."""
 
@@ -88,9 +85,6 @@ def _read(record: dict[str, Any], form: str) -> np.ndarray:
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
 
-# Data sets ---------------------------------------------------------------------------------------
-
-
 def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> list[dict] | Dataset:
     """Load Detectron2's dataset dicts of some data sets, together.
 
@@ -108,10 +102,16 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
     options: dict[str, Any] = {"filter_empty": filtered}
     if training and cfg.MODEL.KEYPOINT_ON:
         options["min_keypoints"] = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-    if cfg.MODEL.LOAD_PROPOSALS:
-        options["proposal_files"] = _proposal_files(cfg, names, training)
-    where = _where(names)
+    files = [MetadataCatalog.get(name).get("json_file") for name in names]
+    where = "Data set " + ", ".join(
+        f"'{name}' ('{file}')" if file else f"'{name}'"
+        for name, file in zip(names, files, strict=True)
+    )
     try:
+        if cfg.MODEL.LOAD_PROPOSALS:
+            part = "TRAIN" if training else "TEST"
+            files = zip(cfg.DATASETS[part], cfg.DATASETS[f"PROPOSAL_FILES_{part}"], strict=True)
+            options["proposal_files"] = list(map(dict(files).get, names))
         dicts = get_detection_dataset_dicts(names, **options)
     except OSError:
         raise
@@ -126,25 +126,6 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
     if not dicts:
         raise ValueError(f"{where}: no image has an object that can be used.")
     return dicts
-
-
-def _proposal_files(cfg: CfgNode, names: list[str], training: bool) -> list[str]:
-    if training:
-        return list(cfg.DATASETS.PROPOSAL_FILES_TRAIN)
-    places = [list(cfg.DATASETS.TEST).index(name) for name in names]
-    return [cfg.DATASETS.PROPOSAL_FILES_TEST[place] for place in places]
-
-
-def _where(names: list[str]) -> str:
-    """The data sets and their annotation files."""
-    files = [MetadataCatalog.get(name).get("json_file") for name in names]
-    return "Data set " + ", ".join(
-        f"'{name}' ('{file}')" if file else f"'{name}'"
-        for name, file in zip(names, files, strict=True)
-    )
-
-
-# Evaluation --------------------------------------------------------------------------------------
 
 
 def build_detection_test_loader(cfg: CfgNode, dataset_name: str) -> Any:

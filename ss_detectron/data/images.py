@@ -21,7 +21,6 @@ __all__ = [
     "ClassificationMapper",
     "RandomResizedCrop",
     "UnreadableImageError",
-    "build_image_transform",
     "choose",
     "decode",
     "open_image",
@@ -153,7 +152,13 @@ class RandomResizedCrop:
     def __call__(self, image: Image.Image) -> Image.Image:
         """Crop an image of :func:`open_image`; return 8-bit RGB, ``size`` x ``size``."""
         top, left, height, width = self.draw(image)
-        scale = self._reduce(image, width, height) if self.reduced_decoding else 1
+        scale = 1.0
+        if self.reduced_decoding:
+            full = image.size
+            sides = zip(full, (width, height), strict=True)
+            least = tuple(math.ceil(side * self.size / crop) for side, crop in sides)
+            if draft := image.draft(None, least):  # None: only JPEG's decoder can do this
+                scale = draft[1][2] / full[0]
         box = [scale * edge for edge in (left, top, left + width, top + height)]
         # Of a reduced image, the crop may begin and end within a pixel. Pixels beyond it do not
         # count, as in torchvision.
@@ -162,29 +167,12 @@ class RandomResizedCrop:
         box = [box[0] - x, box[1] - y, box[2] - x, box[3] - y]
         return part.resize((self.size, self.size), Image.Resampling.BILINEAR, box)
 
-    def _reduce(self, image: Image.Image, width: int, height: int) -> float:
-        """Have a JPEG decoded at the scale returned: such a crop keeps ``size`` pixels each way."""
-        full = image.size
-        least = math.ceil(full[0] * self.size / width), math.ceil(full[1] * self.size / height)
-        draft = image.draft(None, least)
-        return draft[1][2] / full[0] if draft else 1  # None: only JPEG's decoder can do this
-
 
 FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip}
 
 
-def build_image_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image], Image.Image]:
-    """Build torchvision's transforms for what INPUT.CLASSIFICATION and INPUT.RANDOM_FLIP say.
-
-    They use Pillow's antialiased bilinear filter, as torchvision's reference training and the
-    transforms of its weights do.
-
-    Returns:
-        what makes of an image of :func:`open_image` one of 8-bit RGB, SIZE x SIZE.
-
-    Raises:
-        ValueError: a value that is unknown or out of range.
-    """
+def _build_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image], Image.Image]:
+    """Build what makes of an image of :func:`open_image` one of 8-bit RGB, SIZE x SIZE."""
     options, size = cfg.INPUT.CLASSIFICATION, cfg.INPUT.CLASSIFICATION.SIZE
     kind = choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop", "pad_crop", "resize")
     flip = choose(cfg, "INPUT.RANDOM_FLIP", *FLIPS, "none")
@@ -215,11 +203,16 @@ def build_image_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image
 class ClassificationMapper:
     """Make of a dataset dict for classification what a batch is made of.
 
-    INPUT.FORMAT is one of Detectron2's; for the rest see :func:`build_image_transform`.
+    By torchvision's transforms for what INPUT.CLASSIFICATION and INPUT.RANDOM_FLIP say, with
+    Pillow's antialiased bilinear filter, as torchvision's reference training and the transforms of
+    its weights have it. INPUT.FORMAT is one of Detectron2's.
+
+    Raises:
+        ValueError: a value that is unknown or out of range.
     """
 
     def __init__(self, cfg: CfgNode, training: bool) -> None:
-        self.transform = build_image_transform(cfg, training)
+        self.transform = _build_transform(cfg, training)
         self.format = choose(cfg, "INPUT.FORMAT", "RGB", "BGR", "L", "YUV-BT.601")
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ __all__ = [
     "build_classification_test_loader",
     "build_classification_train_loader",
     "build_resumable_detection_train_loader",
-    "check_loader_options",
+    "build_training_mapper",
 ]
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,12 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
         "label" int64 (N,) and "file_name" list[str].
 
     Raises:
-        ImportError, ValueError: see :func:`check_loader_options`; a label that does not fit.
+        ImportError, ValueError: see :func:`build_training_mapper`; a label that does not fit.
     """
-    size = _images_per_pass(cfg)
-    check_loader_options(cfg)
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("there are no images: DATASETS.TRAIN names no data set")
-    if cfg.DATALOADER.DECODER == "dali":
-        mapper, loader = EncodedImageMapper(cfg), partial(DaliLoader, cfg)
+    size, mapper = _images_per_pass(cfg), build_training_mapper(cfg)
+    if isinstance(mapper, EncodedImageMapper):
+        loader = partial(DaliLoader, cfg)
     else:
-        mapper = ClassificationMapper(cfg, training=True)
         loader = partial(TrainingLoader, pin_memory=_pins_memory(cfg))
     records = [record for name in cfg.DATASETS.TRAIN for record in _load(cfg, name)]
     logger.info("%d images for training in %s.", len(records), ", ".join(cfg.DATASETS.TRAIN))
@@ -60,9 +56,37 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
         ImageDataset(records, mapper, skip=skips_unreadable_images(cfg), replace=True),
         lambda seed: TrainingSampler(len(records), seed=seed),
         size,
-        seed=training_seed(cfg),
+        seed=_training_seed(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
+
+
+def build_training_mapper(cfg: CfgNode) -> ClassificationMapper | EncodedImageMapper:
+    """Build the mapper of training images for DATALOADER.DECODER.
+
+    Raises:
+        ImportError: the decoder is dali, which is not installed.
+        ValueError: a value that is unknown, out of range, or not for this decoder.
+    """
+    if choose(cfg, "DATALOADER.DECODER", "pillow", "dali") == "pillow":
+        return ClassificationMapper(cfg, training=True)
+    try:
+        choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop")
+        choose(cfg, "INPUT.FORMAT", "RGB", "BGR")
+        # It decodes a batch as a whole, and cannot go on after an error.
+        choose(cfg, "DATALOADER.UNREADABLE_IMAGES", "error")
+    except ValueError as error:
+        raise ValueError(
+            f"with DATALOADER.DECODER 'dali', {error}, or the decoder 'pillow'"
+        ) from None
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"NVIDIA DALI cannot be imported ({error}): `pip install ss-detectron[dali]`, or set "
+            "DATALOADER.DECODER to 'pillow'"
+        ) from error
+    return EncodedImageMapper(cfg)
 
 
 def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
@@ -73,9 +97,8 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> Evaluat
         Images that cannot be read are left out, or an error, as DATALOADER.UNREADABLE_IMAGES says.
 
     Raises:
-        ValueError: see :func:`check_loader_options`; a label that does not fit.
+        ValueError: see :class:`.ClassificationMapper`; a label that does not fit.
     """
-    check_loader_options(cfg, training=False)
     mapper = ClassificationMapper(cfg, training=False)
     skip = skips_unreadable_images(cfg)
     return EvaluationLoader(
@@ -111,7 +134,7 @@ def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[s
         dataset,
         partial(_detection_sampler, cfg, dataset.records),
         size,
-        seed=training_seed(cfg),
+        seed=_training_seed(cfg),
         wide=_which_are_wide(dicts) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
@@ -122,11 +145,7 @@ def _which_are_wide(dicts: list[dict]) -> list[bool] | None:
     try:
         return [record["width"] > record["height"] for record in dicts]
     except KeyError as missing:
-        logger.warning(
-            "DATALOADER.ASPECT_RATIO_GROUPING is not followed: there are images whose %s the data "
-            "set does not say.",
-            missing,
-        )
+        logger.warning("DATALOADER.ASPECT_RATIO_GROUPING is not followed: no %s is known.", missing)
         return None
 
 
@@ -144,56 +163,9 @@ def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sam
     return loader.dataset.sampler
 
 
-def training_seed(cfg: CfgNode) -> int:
+def _training_seed(cfg: CfgNode) -> int:
     """Return SEED, or a random one where that is negative; the same on all ranks."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-
-
-def check_loader_options(cfg: CfgNode, training: bool = True) -> None:
-    """Refuse what classification's loaders and transforms cannot follow.
-
-    Args:
-        cfg: the config.
-        training: False for evaluation only, which never needs NVIDIA DALI.
-
-    Raises:
-        ImportError: DATALOADER.DECODER is dali, which is not installed.
-        ValueError: names the key, its value and what to choose.
-    """
-    for augment in (True, False):
-        ClassificationMapper(cfg, augment)
-    skips_unreadable_images(cfg)
-    choose(cfg, "DATALOADER.SAMPLER_TRAIN", "TrainingSampler")
-    if cfg.TEST.CLASSIFICATION.IMS_PER_BATCH < 1:
-        raise ValueError(
-            f"TEST.CLASSIFICATION.IMS_PER_BATCH is {cfg.TEST.CLASSIFICATION.IMS_PER_BATCH}; choose "
-            "at least 1"
-        )
-    channels = 1 if cfg.INPUT.FORMAT == "L" else 3
-    for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != channels:
-            raise ValueError(
-                f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r} and MODEL.{key} {cfg.MODEL[key]}; choose a "
-                f"list of {channels}"
-            )
-    if choose(cfg, "DATALOADER.DECODER", "pillow", "dali") == "dali" and training:
-        try:
-            choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop")
-            choose(cfg, "INPUT.FORMAT", "RGB", "BGR")
-            # It decodes a batch as a whole, and cannot go on after an error.
-            choose(cfg, "DATALOADER.UNREADABLE_IMAGES", "error")
-        except ValueError as error:
-            raise ValueError(
-                f"with DATALOADER.DECODER 'dali', {error}, or the decoder 'pillow'"
-            ) from None
-        try:
-            import nvidia.dali  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                "DATALOADER.DECODER is 'dali', and NVIDIA DALI cannot be imported: install it by "
-                "`pip install ss-detectron[dali]`, or set DATALOADER.DECODER to 'pillow'. "
-                f"({error})"
-            ) from error
 
 
 def _images_per_pass(cfg: CfgNode) -> int:
@@ -217,9 +189,9 @@ def _load(cfg: CfgNode, name: str) -> list[dict]:
         if "file_name" in record and isinstance(label, Integral) and 0 <= label < classes:
             continue
         raise ValueError(
-            f"Data set '{name}': an image needs a 'file_name' and a 'label', an integer from 0 to "
-            f"{classes - 1}, as MODEL.IMAGE_CLASSIFIER.NUM_CLASSES is {classes}; one has the keys "
-            f"{sorted(record)}, the name {record.get('file_name')!r} and the label {label!r}."
+            f"Data set '{name}': an image needs a 'file_name' and, as NUM_CLASSES is {classes}, an "
+            f"integer 'label' from 0 to {classes - 1}; got the keys {sorted(record)}, the name "
+            f"{record.get('file_name')!r} and the label {label!r}."
         )
     return records
 

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from coco_utils import BOXES, HEIGHT, WIDTH, coco_config, detections, picture, write_coco
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.evaluation import inference_on_dataset
-from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
-from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.file_io import PathManager
-from image_utils import datasets_folder, image_config
+from image_utils import image_config
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -39,16 +38,7 @@ from ss_detectron.data.coco_file import read_coco_file
 from ss_detectron.engine import Trainer
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "bad_data.md"
-WIDTH, HEIGHT = 64, 48
-BOXES = {i: [(4.0, 8.0, 24.0, 18.0 + i)] for i in range(4)}
-"""Of the images: left, top, right, bottom."""
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    monkeypatch.setattr(detectron2_logger, "_LOG_COUNTER", type(detectron2_logger._LOG_COUNTER)())
-    with datasets_folder(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("root")
 
 
 class Case(NamedTuple):
@@ -84,11 +74,6 @@ def left_out(name: str, spoil: Callable, message: str, boxes: Any = None, **kwar
 
 
 # Images ------------------------------------------------------------------------------------------
-
-
-def picture() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def encoded(form: str, image: Image.Image | None = None, **options: Any) -> bytes:
@@ -184,40 +169,6 @@ READABLE = [
 # Detection ---------------------------------------------------------------------------------------
 
 
-def write_set(spoil: Callable[[dict], Any]) -> None:
-    """``sky/labels.json`` and ``sky/images``, one object in each of four images, then spoiled."""
-    folder = Path("sky/images")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"images": [], "annotations": [], "categories": []}
-    for i, [(x, y, right, bottom)] in BOXES.items():
-        (folder / f"{i}.jpg").write_bytes(encoded("jpeg"))
-        content["images"].append(
-            {"id": i, "file_name": f"{i}.jpg", "height": HEIGHT, "width": WIDTH}
-        )
-        box = [x, y, right - x, bottom - y]
-        ids = {"id": i + 1, "image_id": i, "category_id": i % 2 + 1}
-        content["annotations"].append({**ids, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-    content["categories"] = [{"id": 1, "name": "kite"}, {"id": 2, "name": "balloon"}]
-    text = spoil(content)
-    if not isinstance(text, bytes):
-        text = json.dumps(content).encode()
-    Path("sky/labels.json").write_bytes(text)
-
-
-def detection_config(unreadable: str = "error", *options: Any) -> CfgNode:
-    cfg = image_config(train=("own_sky",), test=("own_sky",))
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    cfg.MODEL.RETINANET.NUM_CLASSES = 2
-    cfg.DATASETS.COCO_INSTANCES = [["own_sky", "sky/labels.json", "sky/images"]]
-    cfg.DATALOADER.UNREADABLE_IMAGES = unreadable
-    cfg.SOLVER.IMS_PER_BATCH = 2
-    cfg.INPUT.MIN_SIZE_TRAIN = cfg.INPUT.MIN_SIZE_TEST = (0,)  # not resized
-    cfg.INPUT.RANDOM_FLIP = "none"
-    cfg.SEED = 3
-    cfg.merge_from_list(list(options))
-    return cfg
-
-
 def checked(cfg: CfgNode) -> CfgNode:
     register_coco_from_config(cfg)
     check_datasets(cfg)
@@ -238,27 +189,17 @@ def trained_on(cfg: CfgNode, images: int = 4) -> dict[Any, list]:
     return found
 
 
-def oracle(images: list[dict]) -> list[dict]:
-    """Finds the objects of the untouched data set, and masks that fill their boxes."""
-    assert images  # which models need, too
-    found = []
-    for image in images:
-        number = int(image["image_id"])
-        instances = Instances((image["height"], image["width"]))
-        instances.pred_boxes = Boxes(torch.tensor(BOXES[number]))
-        instances.pred_masks = torch.tensor(np.stack([box_mask(BOXES[number][0])])).bool()
-        instances.scores = torch.ones(1)
-        instances.pred_classes = torch.tensor([number % 2])
-        found.append({"instances": instances})
-    return found
-
-
 def average_precision(cfg: CfgNode) -> float:
+    """Of a detector that finds the objects of the untouched set, as masks that fill their boxes."""
+
     def find(images: list[dict]) -> list[dict]:
-        found = oracle(images)
-        if not cfg.MODEL.MASK_ON:
-            for image in found:
-                image["instances"].remove("pred_masks")
+        assert images  # which models need, too
+        found = []
+        for image in images:
+            number = int(image["image_id"])
+            masks = {"pred_masks": torch.tensor(box_mask(BOXES[number][0]))[None].bool()}
+            more = masks if cfg.MODEL.MASK_ON else {}
+            found.append(detections(image, BOXES[number], [number % 2], **more))
         return found
 
     loader = Trainer.build_test_loader(cfg, "own_sky")
@@ -389,6 +330,7 @@ ONE_WRONG = 100 * (1 + 51 / 101 / 2) / 2  # ... after something that is none
 HALF_RIGHT = 100 * (1 + 1 / 2) / 2  # the only one is, after something that is none
 TWO_OF_THREE = 100 * (1 + 67 / 101) / 2  # two of three are
 THREE = {i: BOXES[i] for i in (0, 2, 3)}
+SKIP = ("DATALOADER.UNREADABLE_IMAGES", "skip")
 MASKS = ("MODEL.MASK_ON", True)
 BITMASKS = (*MASKS, "INPUT.MASK_FORMAT", "bitmask")
 
@@ -522,8 +464,8 @@ def both(cases: list[Case]) -> list[Any]:
 @pytest.mark.parametrize(("case", "mode"), both(DETECTION_IMAGES + DETECTION_ANNOTATIONS))
 def test_detection(case, mode, caplog):
     outcome = getattr(case, mode)
-    write_set(case.spoil)
-    cfg = detection_config(mode, *case.options)
+    write_coco(case.spoil)
+    cfg = coco_config("DATALOADER.UNREADABLE_IMAGES", mode, *case.options)
     if outcome == "stops":
         with pytest.raises((ValueError, FileNotFoundError), match=case.message) as error:
             checked(cfg)
@@ -716,16 +658,16 @@ def test_tables_are_what_is_tested():
 # Beyond the table --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_worker_processes_count_together(workers, capfd):
+def test_worker_processes_count_together(capfd):
     """An image is named once, whichever of them meets it, and counted with those of the others."""
     logger = logging.getLogger("ss_detectron.data.stream")
     handler = logging.StreamHandler()
     logger.addHandler(handler)
-    write_set(lambda content: [Path(f"sky/images/{i}.jpg").write_bytes(b"") for i in (1, 3)])
-    cfg = checked(detection_config("skip", "DATALOADER.NUM_WORKERS", workers))
+    write_coco(lambda content: [Path(f"sky/images/{i}.jpg").write_bytes(b"") for i in (1, 3)])
     try:
-        loader = Trainer.build_train_loader(cfg)
+        loader = Trainer.build_train_loader(
+            checked(coco_config(*SKIP, "DATALOADER.NUM_WORKERS", 2))
+        )
         found = [i["image_id"] for batch in islice(loader, 12) for i in batch]
     finally:
         logger.removeHandler(handler)
@@ -737,14 +679,12 @@ def test_worker_processes_count_together(workers, capfd):
 
 
 def test_worker_process_ends_the_run_with_the_name():
-    write_set(on_file(write(b"")))
-    cfg = checked(detection_config("error", "DATALOADER.NUM_WORKERS", 1))
-    for use in (trained_on, average_precision):
-        match = "1.jpg' cannot be read .*: cannot identify"
-        with pytest.raises(UnreadableImageError, match=match) as error:
-            use(cfg)
-        # Or torch's iterator is collected with its queues, and waits 5 s for workers to answer.
-        traceback.clear_frames(error.tb)
+    write_coco(on_file(write(b"")))
+    cfg = checked(coco_config("DATALOADER.NUM_WORKERS", 1))
+    with pytest.raises(UnreadableImageError, match="1.jpg' cannot be read .*: cannot") as error:
+        trained_on(cfg)
+    # Or torch's iterator is collected with its queues, and waits 5 s for workers to answer.
+    traceback.clear_frames(error.tb)
 
 
 def test_names_that_are_not_utf_8_can_be_logged(caplog):
@@ -757,64 +697,58 @@ def test_names_that_are_not_utf_8_can_be_logged(caplog):
 
 
 def test_weighted_samplers_find_the_images_they_counted():
-    write_set(on_object(bbox=[9, 9, 0, 5]))
-    cfg = checked(detection_config("error", "DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"))
+    write_coco(on_object(bbox=[9, 9, 0, 5]))
+    cfg = checked(coco_config("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"))
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []  # which some versions of Detectron2 lack
     assert trained_on(cfg, images=8) == {**BOXES, 1: []}
 
 
-def test_rank_zero_speaks_for_all(monkeypatch, caplog):
-    write_set(one_more([9, 9, 0, 5]))
-    cfg = checked(detection_config())
-    monkeypatch.setattr(comm, "get_rank", lambda: 1)
-    Trainer.build_train_loader(cfg)
-    assert "have no area" not in caplog.text
-    monkeypatch.setattr(comm, "get_rank", lambda: 0)
-    Trainer.build_train_loader(cfg)
-    assert caplog.text.count("have no area") == 1
+def test_other_ranks_do_not_repeat_what_is_left_out(monkeypatch, caplog):
+    write_coco(one_more([9, 9, 0, 5]))
+    cfg = checked(coco_config())
+    for rank, times in ((1, 0), (0, 1)):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        Trainer.build_train_loader(cfg)
+        assert caplog.text.count("have no area") == times
 
 
 def test_all_images_missing_are_too_many_to_skip():
-    write_set(lambda content: None)
-    for file in Path("sky/images").iterdir():
-        file.rename(file.with_suffix(".png"))
-    with pytest.raises(FileNotFoundError, match="names 4 images, 4 of which are not in"):
-        checked(detection_config("skip"))
+    write_coco(lambda content: [file.unlink() for file in Path("sky/images").glob("[0-2]*")])
+    checked(coco_config(*SKIP))
+    Path("sky/images/3.jpg").rename("sky/images/4.jpg")
+    with pytest.raises(FileNotFoundError, match=r"4 images, 4 .* 0.jpg, 1.jpg, 2.jpg, \.\.\."):
+        checked(coco_config(*SKIP))
 
 
 def test_nothing_to_learn_from():
-    def flatten(content: dict) -> None:
-        for annotation in content["annotations"]:
-            annotation["bbox"][2] = 0
-
-    write_set(flatten)
-    cfg = checked(detection_config())
+    write_coco(lambda content: [a["bbox"].__setitem__(2, 0) for a in content["annotations"]])
     with pytest.raises(ValueError, match="'own_sky' .*no image has an object that can be used"):
-        Trainer.build_train_loader(cfg)
+        Trainer.build_train_loader(checked(coco_config()))
+
+
+def not_parsed(cfg: CfgNode) -> CfgNode:
+    """As if the classes were known beforehand, like those of COCO."""
+    register_coco_from_config(cfg)
+    MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
+    check_datasets(cfg)
+    return cfg
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (on_object(id=1), "Annotation ids in .* are not unique"),
         (on_object(category_id=3), "category_id=3"),
         (on_object(bbox=[4, 8, float("nan"), 9]), r"1 boxes are not four.*\[4, 8, nan, 9\] of"),
-        (on_object(bbox="none"), "1 boxes are not four finite numbers: 'none' of image 1"),
         (without("annotations", "bbox"), "1 boxes are not four finite numbers: None of image 1"),
         (without("images", "width"), "KeyError"),
-        (text(b"[]"), "AssertionError"),
         (lambda content: content["annotations"].clear(), "No valid data found"),
     ],
 )
 def test_sets_that_are_not_parsed_beforehand(spoil, message):
     """As COCO's own: what Detectron2 fails on comes with the set and its file."""
-    write_set(spoil)
-    cfg = detection_config()
-    register_coco_from_config(cfg)
-    MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
-    check_datasets(cfg)
+    write_coco(spoil)
     with pytest.raises(ValueError, match=f"'own_sky' .'.*sky/labels.json'.: .*{message}"):
-        Trainer.build_train_loader(cfg)
+        Trainer.build_train_loader(not_parsed(coco_config()))
 
 
 def test_boxes_of_both_kinds_and_none():
@@ -840,11 +774,8 @@ def test_boxes_of_both_kinds_and_none():
 
 def test_mask_that_cannot_be_decoded_is_named():
     """Of a data set that is not parsed beforehand."""
-    write_set(rle("zzzzabc\x7f"))
-    cfg = detection_config("skip", *BITMASKS)
-    register_coco_from_config(cfg)
-    MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
-    check_datasets(cfg)
+    write_coco(rle("zzzzabc\x7f"))
+    cfg = not_parsed(coco_config(*SKIP, *BITMASKS))
     with pytest.raises(ValueError, match=r"annotations of '.*1.jpg' cannot be used: .*Invalid RLE"):
         trained_on(cfg)
 
@@ -852,8 +783,8 @@ def test_mask_that_cannot_be_decoded_is_named():
 @pytest.mark.parametrize("error", [TypeError, ValueError, MemoryError])
 def test_errors_of_ones_own_code_are_no_unreadable_images(error, monkeypatch):
     """Nor is a lack of memory in reading."""
-    write_set(lambda content: None)
-    loader = Trainer.build_train_loader(checked(detection_config("skip")))
+    write_coco()
+    loader = Trainer.build_train_loader(checked(coco_config(*SKIP)))
 
     def fail(*_: Any, **__: Any) -> None:
         raise error("mine")
@@ -872,7 +803,7 @@ def test_errors_of_ones_own_code_are_no_unreadable_images(error, monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("content", [encoded("jpeg"), turned("jpeg"), turned("png"), palette()])
 def test_images_are_those_of_detectron2_opened_once(form, training, content, monkeypatch):
-    cfg = detection_config("error", "INPUT.FORMAT", form, *MASKS)
+    cfg = coco_config("INPUT.FORMAT", form, *MASKS)
     Path("image").write_bytes(content)
     box = {"bbox": [4, 8, 20, 9], "bbox_mode": 1, "category_id": 0}
     record = {
@@ -894,23 +825,20 @@ def test_images_are_those_of_detectron2_opened_once(form, training, content, mon
 
 
 def rle_is_taken(counts: Any, *size: int) -> bool:
-    write_set(rle(counts, *size))
+    write_coco(rle(counts, *size))
     try:
-        read_coco_file("sky/labels.json", annotated=True, masks=True)
+        read_coco_file("sky/labels.json", True, masks=True)
     except ValueError as error:
         assert "(id 2), which has the segmentation" in str(error) and len(str(error)) < 300
         return False
     return True
 
 
-@pytest.mark.parametrize("share", [0, 1e-3, 0.01, 0.1, 0.5, 0.9, 1])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
 def test_rle_of_any_mask_is_taken(share):
-    random = np.random.default_rng(0)
-    for _ in range(3):
-        mask = (random.random((HEIGHT, WIDTH)) < share).astype(np.uint8)
-        assert rle_is_taken(compressed(mask))
-        ends = np.flatnonzero(np.diff(mask.ravel("F"), prepend=0, append=2))
-        assert rle_is_taken(np.diff(ends, prepend=0).tolist())
+    mask = (np.random.default_rng(0).random((HEIGHT, WIDTH)) < share).astype(np.uint8)
+    ends = np.flatnonzero(np.diff(mask.ravel("F"), prepend=0, append=2))
+    assert rle_is_taken(compressed(mask)) and rle_is_taken(np.diff(ends, prepend=0).tolist())
 
 
 @pytest.mark.parametrize(
@@ -924,13 +852,12 @@ def test_rle_of_any_mask_is_taken(share):
 )
 def test_damaged_rle_is_refused(counts):
     """It would keep pycocotools busy for good, or give a mask of whatever is in its memory."""
-    assert rle_is_taken(FULL) and not rle_is_taken(FULL, WIDTH, HEIGHT)
     assert not rle_is_taken(counts)
 
 
 def test_no_annotations_of_a_test_set():
-    write_set(lambda content: content.pop("annotations"))
-    cfg = detection_config()
+    write_coco(lambda content: content.pop("annotations"))
+    cfg = coco_config()
     register_coco_from_config(cfg)
     check_datasets(cfg, training=False)
 
@@ -949,8 +876,8 @@ def test_evaluation_of_sets_that_are_not_parsed_beforehand(changes, message):
         del annotation["bbox"], annotation["area"]
         annotation.update(changes)
 
-    write_set(change)
-    cfg = detection_config()
+    write_coco(change)
+    cfg = coco_config()
     register_coco_from_config(cfg)
     with pytest.raises(ValueError, match=f"Data set 'own_sky': annotation 2 {message}, not"):
         Trainer.build_evaluator(cfg, "own_sky")

@@ -1,70 +1,20 @@
-import json
+"""One's own data sets in COCO's form by config keys, and the checks before training."""
+
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
-from PIL import Image
+from coco_utils import BOXES, coco_config, write_coco
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ss_detectron import add_ss_config
 from ss_detectron.data import (
+    build_resumable_detection_train_loader,
     check_datasets,
     register_coco_from_config,
-    register_shapes,
 )
 from ss_detectron.data.shapes import SHAPES
 
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty folder of data sets, an empty current folder beside it, catalogs put right after."""
-    (tmp_path / "sets").mkdir()
-    (tmp_path / "here").mkdir()
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
-    monkeypatch.chdir(tmp_path / "here")
-    before = set(DatasetCatalog.list())
-    yield tmp_path / "sets"
-    shapes = {"shapes_train", "shapes_val"}  # loading them adds to their metadata
-    for name in set(DatasetCatalog.list()) - before | shapes:
-        DatasetCatalog.remove(name)
-        if name in MetadataCatalog:
-            MetadataCatalog.remove(name)
-    register_shapes()
-
-
-def write_coco(folder: Path, classes=("balloon", "kite"), pictures=4, **changes) -> None:
-    """``folder/labels.json`` and ``folder/images`` with one object in every picture."""
-    (folder / "images").mkdir(parents=True)
-    images, annotations = [], []
-    for i in range(pictures):
-        picture = np.full((48, 64, 3), 10 * i, dtype=np.uint8)
-        Image.fromarray(picture).save(folder / "images" / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "height": 48, "width": 64})
-        annotations.append(
-            {
-                "id": i + 1,
-                "image_id": i,
-                "category_id": 10 * (i % len(classes) + 1),
-                "bbox": [4, 8, 20, 10 + i],
-                "area": 20 * (10 + i),
-                "iscrowd": 0,
-            }
-        )
-    # Ids in descending order and with gaps: the classes are numbered by id, not as listed.
-    categories = [{"id": 10 * (i + 1), "name": name} for i, name in enumerate(classes)][::-1]
-    content = {"images": images, "annotations": annotations, "categories": categories, **changes}
-    (folder / "labels.json").write_text(json.dumps(content))
-
-
-def config(*entries, train=(), test=(), classes=2, architecture="RetinaNet"):
-    cfg = get_cfg()
-    add_ss_config(cfg)
-    cfg.DATASETS.COCO_INSTANCES = list(entries)
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
-    cfg.MODEL.META_ARCHITECTURE = architecture
-    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
-    return cfg
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def own(folder="sky", name="own_sky"):
@@ -80,9 +30,9 @@ def check(cfg, **kwargs):
 
 
 @pytest.mark.parametrize("form", ["yaml", "command line"])
-def test_own_data_set_reaches_the_train_loader(form, tmp_path):
-    write_coco(Path("sky"))
-    cfg = config()
+def test_own_data_set_reaches_the_train_loader(form):
+    write_coco()
+    cfg = coco_config(entries=(), train=())
     if form == "yaml":
         Path("my.yaml").write_text(
             "DATASETS:\n"
@@ -92,56 +42,33 @@ def test_own_data_set_reaches_the_train_loader(form, tmp_path):
         )
         cfg.merge_from_file("my.yaml")
     else:
-        cfg.merge_from_list(
-            [
-                "DATASETS.COCO_INSTANCES",
-                "[('own_sky','sky/labels.json','sky/images')]",
-                "DATASETS.TRAIN",
-                "('own_sky',)",
-            ]
-        )
-    cfg.SOLVER.IMS_PER_BATCH = 4
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.INPUT.MIN_SIZE_TRAIN = (48,)
-    cfg.INPUT.RANDOM_FLIP = "none"
-    check(cfg)
-    batch = next(iter(build_detection_train_loader(cfg)))
+        entries = "[('own_sky','sky/labels.json','sky/images')]"
+        cfg.merge_from_list(["DATASETS.COCO_INSTANCES", entries, "DATASETS.TRAIN", "('own_sky',)"])
+    for _ in range(2):  # the second time changes nothing
+        check(cfg)
     found = {}
-    for item in batch:
-        box, cls = item["instances"].gt_boxes.tensor[0], item["instances"].gt_classes[0]
-        found[item["image_id"]] = (*box.tolist(), int(cls))
-        assert item["image"].shape == (3, 48, 64)
-        assert (item["image"] == 10 * item["image_id"]).all()
-    expected = {i: (4, 8, 24, 18 + i, i % 2) for i in range(4)}
-    assert {i: expected[i] for i in found} == found and found
+    for image in sum(islice(build_resumable_detection_train_loader(cfg), 4), []):
+        objects = image["instances"]
+        boxes = [tuple(box) for box in objects.gt_boxes.tensor.tolist()]
+        found[image["image_id"]] = boxes, objects.gt_classes.tolist()
+        assert image["image"].shape == (3, 48, 64)
+    assert found == {i: (boxes, [i % 2]) for i, boxes in BOXES.items()}
 
 
 def test_paths_are_looked_for_here_then_in_the_datasets_folder(root):
-    write_coco(root / "sky")
-    check(config(own(), train=("own_sky",)))
+    write_coco(folder=root / "sky")
+    check(coco_config())
     assert MetadataCatalog.get("own_sky").json_file == str(root / "sky" / "labels.json")
-    write_coco(Path("sky"))
-    register_coco_from_config(config(own(name="own_near")))
+    write_coco()
+    register_coco_from_config(coco_config(entries=[own(name="own_near")]))
     assert MetadataCatalog.get("own_near").json_file == str(Path("sky/labels.json").absolute())
 
 
-def test_same_entry_twice_is_one_data_set():
-    write_coco(Path("sky"))
-    cfg = config(own(), tuple(own()), train=("own_sky",))
-    check(cfg)
-    check(cfg)
-    assert len(DatasetCatalog.get("own_sky")) == 4
-
-
-def test_one_name_for_two_data_sets_is_refused():
-    with pytest.raises(ValueError, match="'own_sky'.* is taken.*sky/labels.*sea/labels"):
-        register_coco_from_config(config(own(), own("sea")))
-
-
-@pytest.mark.parametrize("name", ["coco_2017_val", "shapes_train", "voc_2007_train"])
-def test_name_of_a_known_data_set_is_refused(name, root):
-    with pytest.raises(ValueError, match=f"'{name}'.* is taken.*Choose another name"):
-        register_coco_from_config(config(own(name=name)))
+@pytest.mark.parametrize("name", ["own_sea", "coco_2017_val", "shapes_train", "voc_2007_train"])
+def test_one_name_for_two_data_sets_is_refused(name, root):
+    entries = [own("sea", "own_sea"), own(name=name)]
+    with pytest.raises(ValueError, match=f"'{name}'.* is taken.*sky/labels.*Choose another name"):
+        register_coco_from_config(coco_config(entries=entries))
     assert not list(root.iterdir())  # not even the shapes are generated
 
 
@@ -150,7 +77,7 @@ def test_name_of_a_known_data_set_is_refused(name, root):
 )
 def test_malformed_entry_is_refused(entry):
     with pytest.raises(ValueError, match=r"\[name, annotation file, image folder\]") as error:
-        register_coco_from_config(config(entry))
+        register_coco_from_config(coco_config(entries=[entry]))
     assert f"the entry {entry!r}" in str(error.value)
 
 
@@ -159,78 +86,54 @@ def test_malformed_entry_is_refused(entry):
 
 def test_unregistered_name_comes_with_close_ones_and_the_remedy():
     with pytest.raises(ValueError, match="'coco_2017_vall' is.*'coco_2017_val'.*COCO_INSTANCES"):
-        check(config(train=("coco_2017_vall",), classes=80))
+        check(coco_config(train=("coco_2017_vall",)))
     with pytest.raises(ValueError, match="'zzz' is registered. Lists of your"):
-        check(config(train=("zzz",)))
+        check(coco_config(train=("zzz",)))
 
 
-def test_missing_own_file_names_both_places_looked_at(root):
-    with pytest.raises(FileNotFoundError, match="no annotation file") as error:
-        check(config(own(), train=("own_sky",)))
-    for part in ("own_sky", "sky/labels.json", str(Path.cwd()), str(root)):
+def test_missing_files_are_named(root):
+    with pytest.raises(FileNotFoundError, match="'own_sky': there is no annotation file") as error:
+        check(coco_config())
+    for part in ("sky/labels.json", str(Path.cwd()), str(root)):  # both places looked at
         assert part in str(error.value)
-
-
-def test_image_folder_has_to_be_there_with_every_image():
-    write_coco(Path("sky"), pictures=6)
-    cfg = config(own(), train=("own_sky",))
-    for i in (1, 2, 3, 4):
-        Path(f"sky/images/{i}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"6 images, 4 .* 1.png, 2.png, 3.png, \.\.\."):
-        check(cfg)
-    for i in (0, 5):
-        Path(f"sky/images/{i}.png").unlink()
-    with pytest.raises(FileNotFoundError, match="'own_sky': there is no image folder .*nothing in"):
-        check(cfg)
-    Path("sky/images").rmdir()
+    write_coco()
+    for file in Path("sky/images").iterdir():
+        file.unlink()
     with pytest.raises(FileNotFoundError, match="'own_sky': there is no image folder '.*images'"):
-        check(cfg)
-
-
-def test_images_in_subfolders_are_found():
-    write_coco(Path("sky"), images=[{"id": 0, "file_name": "a/0.png", "height": 48, "width": 64}])
-    Path("sky/images/a").mkdir()
-    Path("sky/images/0.png").rename("sky/images/a/0.png")
-    check(config(own(), train=("own_sky",)))
-
-
-def test_only_training_needs_annotations():
-    write_coco(Path("sky"), annotations=[])
-    check(config(own(), test=("own_sky",)), training=False)
+        check(coco_config())
 
 
 @pytest.mark.parametrize(
     ("architecture", "key"),
     [
-        ("RetinaNet", "MODEL.RETINANET.NUM_CLASSES"),
         ("FeedbackRetinaNet", "MODEL.RETINANET.NUM_CLASSES"),
         ("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("SemanticSegmentor", None),
     ],
 )
 def test_number_of_classes_has_to_fit_the_model(architecture, key):
-    write_coco(Path("sky"))
-    check(config(own(), train=("own_sky",), classes=2, architecture=architecture))
-    with pytest.raises(ValueError, match=f"'own_sky' has 2 classes.* to 80: set {key} to 2"):
-        check(config(own(), train=("own_sky",), classes=80, architecture=architecture))
-
-
-def test_number_of_classes_of_other_models_is_not_checked():
-    write_coco(Path("sky"))
-    check(config(own(), train=("own_sky",), classes=80, architecture="SemanticSegmentor"))
+    write_coco()
+    cfg = coco_config("MODEL.META_ARCHITECTURE", architecture)
+    cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    if key:
+        with pytest.raises(ValueError, match=f"'own_sky' has 2 classes.* to 80: set {key} to 2"):
+            check(cfg)
+        cfg.merge_from_list([key, 2])
+    check(cfg)
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("kite", "balloon"), "they are in another order"),
-        (("balloon", "kites"), "only 'own_sky' has kite; only 'own_sea' has kites"),
-        (("balloon",), "only 'own_sky' has kite"),
+        (("balloon", "kite"), "only in 'own_sky': none; only in 'own_sea': none"),
+        (("kites", "balloon"), "only in 'own_sky': kite; only in 'own_sea': kites"),
+        (("balloon",), "only in 'own_sky': kite; only in 'own_sea': none"),
     ],
 )
 def test_train_and_test_need_the_same_classes(classes, message):
-    write_coco(Path("sky"))
-    write_coco(Path("sea"), classes=classes)
-    cfg = config(own(), own("sea", "own_sea"), train=("own_sky",), test=("own_sea",))
+    write_coco()
+    write_coco(folder="sea", classes=classes)
+    cfg = coco_config(entries=[own(), own("sea", "own_sea")], test=("own_sea",))
     with pytest.raises(ValueError, match=rf"'own_sky' and 'own_sea' differ.*\({message}\)"):
         check(cfg)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
@@ -238,36 +141,46 @@ def test_train_and_test_need_the_same_classes(classes, message):
 
 
 def test_evaluation_does_not_need_the_train_set():
-    write_coco(Path("sky"))
-    check(config(own(), train=("not_here",), test=("own_sky",)), training=False)
+    write_coco()
+    check(coco_config(train=("not_here",)), training=False)
+
+
+@pytest.mark.parametrize(("form", "channels"), [("L", 1), ("BGR", 3), ("YUV-BT.601", 3)])
+def test_pixel_means_are_those_of_the_format(form, channels):
+    """Three of an image of one channel would be broadcast, and train on three."""
+    write_coco()
+    keys = ["MODEL.PIXEL_MEAN", [9.0] * channels, "MODEL.PIXEL_STD", [9.0] * channels]
+    cfg = coco_config("INPUT.FORMAT", form, *keys)
+    check(cfg)
+    for key in keys[::2]:
+        other = cfg.clone()
+        other.merge_from_list([key, [9.0] * (4 - channels)])
+        with pytest.raises(ValueError, match=f"'{form}' and {key} .*; choose a list of {channels}"):
+            check(other)
 
 
 def test_builtin_annotations_are_not_parsed(root):
     """COCO's take seconds and gigabytes to read, and its classes are known."""
-    metadata = MetadataCatalog.get("coco_2017_val")
     DatasetCatalog.register("own_known", lambda: [])
-    (root / "images").mkdir()
-    (root / "images" / "0.png").touch()
+    (root / "images" / "0").mkdir(parents=True)
     (root / "labels.json").write_text("never read")
     MetadataCatalog.get("own_known").set(
         json_file=str(root / "labels.json"),
         image_root=str(root / "images"),
-        thing_classes=metadata.thing_classes,
+        thing_classes=MetadataCatalog.get("coco_2017_val").thing_classes,
     )
-    check(config(train=("own_known",), classes=80))
     with pytest.raises(ValueError, match="'own_known' has 80 classes.*to 2"):
-        check(config(train=("own_known",), classes=2))
+        check(coco_config(train=("own_known",), test=()))
 
 
 def test_shapes_are_generated_in_passing(root, monkeypatch):
     monkeypatch.setitem(SHAPES.defaults, "train", 2)
     monkeypatch.setitem(SHAPES.defaults, "val", 1)
-    check(config(train=("shapes_train",), test=("shapes_val",), classes=3))
-    assert (root / "shapes" / "annotations" / "instances_val.json").is_file()
     with pytest.raises(ValueError, match="'shapes_val' has 3 classes"):
-        check(config(test=("shapes_val",), classes=80), training=False)
+        check(coco_config(test=("shapes_val",)), training=False)
+    assert (root / "shapes" / "annotations" / "instances_val.json").is_file()
 
 
 def test_other_kinds_of_data_sets_are_taken():
     DatasetCatalog.register("own_pictures", lambda: [])
-    check(config(train=("own_pictures",)))
+    check(coco_config(train=("own_pictures",), test=()))

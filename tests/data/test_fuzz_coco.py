@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from coco_utils import coco_config, detections
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
-from detectron2.structures import Boxes, Instances
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_utils import image_config
@@ -161,19 +160,12 @@ def _expected(content: dict) -> dict[Any, list]:
 
 
 def _config(folder: Path, unreadable: str, masks: str | None) -> CfgNode:
-    cfg = image_config(train=(NAME,), test=(NAME,))
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
-    cfg.MODEL.RETINANET.NUM_CLASSES = 2
-    cfg.DATASETS.COCO_INSTANCES = [[NAME, str(folder / "labels.json"), str(folder / "images")]]
-    cfg.DATALOADER.UNREADABLE_IMAGES = unreadable
-    cfg.SOLVER.IMS_PER_BATCH = 1
-    cfg.INPUT.MIN_SIZE_TRAIN = cfg.INPUT.MIN_SIZE_TEST = (0,)  # not resized
-    cfg.INPUT.RANDOM_FLIP = "none"
-    cfg.OUTPUT_DIR = str(folder / "output")
-    cfg.SEED = 0
+    options = ["DATALOADER.UNREADABLE_IMAGES", unreadable, "SOLVER.IMS_PER_BATCH", 1]
     if masks:
-        cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, masks
-    return cfg
+        options += ["MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", masks]
+    entry = [NAME, str(folder / "labels.json"), str(folder / "images")]
+    output = ["OUTPUT_DIR", str(folder / "output")]
+    return coco_config(*options, *output, entries=[entry], train=(NAME,), test=(NAME,))
 
 
 @contextmanager
@@ -219,15 +211,11 @@ def _train(cfg: CfgNode, expected: dict[Any, list]) -> None:
 
 def _evaluate(cfg: CfgNode, expected: dict[Any, list]) -> None:
     def oracle(images: list[dict]) -> list[dict]:
-        outputs = []
-        for image in images:
-            found = expected[image["image_id"]]
-            instances = Instances((image["height"], image["width"]))
-            instances.pred_boxes = Boxes(torch.tensor([b for _, b in found]).reshape(-1, 4))
-            instances.scores = torch.ones(len(found))
-            instances.pred_classes = torch.tensor([c for c, _ in found], dtype=torch.int64)
-            outputs.append({"instances": instances})
-        return outputs
+        objects = [expected[image["image_id"]] for image in images]
+        return [
+            detections(image, [box for _, box in found], [label for label, _ in found])
+            for image, found in zip(images, objects, strict=True)
+        ]
 
     loader = Trainer.build_test_loader(cfg, NAME)
     evaluator = Trainer.build_evaluator(cfg, NAME)

@@ -1,4 +1,3 @@
-import logging
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -6,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from image_utils import datasets_folder, image_config, pretend_processes, write_images
+from detectron2.data import DatasetCatalog
+from image_utils import image_config, pretend_processes, write_images
 from PIL import Image
 
 from ss_detectron.data import (
@@ -17,11 +16,7 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    with datasets_folder(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def pets(*, images=(4, 3), batch=2, workers=0, unreadable="error", names=("own_pets",), **options):
@@ -41,13 +36,6 @@ def pets(*, images=(4, 3), batch=2, workers=0, unreadable="error", names=("own_p
 
 def train_batches(cfg, number):
     return list(islice(build_classification_train_loader(cfg), number))
-
-
-def test_batches(cfg):
-    return list(build_classification_test_loader(cfg, "own_pets"))
-
-
-test_batches.__test__ = False
 
 
 def greys(batches):
@@ -127,7 +115,7 @@ def test_several_sets_are_one_and_a_batch_is_that_of_a_pass():
 # Evaluation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0), (3, 0), (8, 0)])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (3, 0), (8, 0)])
 @pytest.mark.parametrize("images", [(1, 1), (5, 4)])
 def test_evaluation_takes_every_image_once_in_order(images, processes, workers, monkeypatch):
     cfg = pets(images=images, batch=2, workers=workers)
@@ -147,46 +135,28 @@ def test_evaluation_leaves_random_numbers_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    test_batches(cfg)
+    list(build_classification_test_loader(cfg, "own_pets"))
     assert (torch.rand(3) == expected).all()
 
 
 # Unreadable images -------------------------------------------------------------------------------
 
 
-def test_unreadable_image_ends_the_run_with_its_name():
-    cfg = pets()
-    spoil("dog/0001.png")
-    message = r"dog/0001.png' cannot be read .* set DATALOADER.UNREADABLE_IMAGES to 'skip'"
-    for use in (lambda: train_batches(cfg, 7), lambda: test_batches(cfg)):
-        with pytest.raises(UnreadableImageError, match=message):
-            use()
-
-
-def test_another_image_takes_the_place_of_an_unreadable_one(caplog):
+def test_another_image_takes_the_place_of_an_unreadable_one():
     cfg = pets(images=(4, 3), batch=7, unreadable="skip")
     spoil("cat/0001.png", "cat/0002.png", "dog/0002.png")
     for batch in train_batches(cfg, 4):
         # the following one: 3 for 1 and 2, and 0, the first, for the last
         assert sorted(greys([batch])) == [0, 0, 3, 3, 3, 4, 5]
-    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warned) == 3  # each once in four epochs
-    for name in ("cat/0001.png", "cat/0002.png", "dog/0002.png"):
-        assert sum(f"{name}' cannot be read as an image" in text for text in warned) == 1
-    assert [text.rpartition(" has met ")[2] for text in warned] == [
-        f"{i} unreadable images." for i in (1, 2, 3)
-    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_leaves_unreadable_images_out(workers, caplog):
+def test_evaluation_leaves_unreadable_images_out(workers):
     cfg = pets(images=(4, 3), batch=2, unreadable="skip", workers=workers)
     spoil("cat/0001.png", "dog/0000.png", "dog/0001.png")
-    batches = test_batches(cfg)
+    batches = list(build_classification_test_loader(cfg, "own_pets"))
     assert [len(b["image"]) for b in batches] == [1, 2, 1]  # one batch has nothing left
     assert greys(batches) == [0, 2, 3, 6]
-    if not workers:  # theirs are logged by themselves
-        assert caplog.text.count("cannot be read as an image") == 3
 
 
 @pytest.mark.parametrize("images", [(2, 1), (120, 30)])
@@ -196,11 +166,9 @@ def test_training_without_any_readable_image_ends(images):
     for file in Path("pets").rglob("*.png"):
         file.write_bytes(b"")
     number = min(sum(images), 100)
-    with pytest.raises(
-        UnreadableImageError, match=f"{number} images in a row cannot be read, from"
-    ):
+    with pytest.raises(UnreadableImageError, match=f"{number} images in a row cannot be read"):
         train_batches(cfg, 1)
-    assert greys(test_batches(cfg)) == []
+    assert not list(build_classification_test_loader(cfg, "own_pets"))
 
 
 # Data sets of one's own --------------------------------------------------------------------------
@@ -208,38 +176,32 @@ def test_training_without_any_readable_image_ends(images):
 
 def own(records):
     DatasetCatalog.register("own_code", lambda: records)
-    MetadataCatalog.get("own_code").set(
-        evaluator_type="classification", thing_classes=["cat", "dog"]
-    )
-    return image_config(
-        train=("own_code",), test=("own_code",), TRANSFORM="pad_crop", SIZE=4, PAD=0
-    )
+    options = {"TRANSFORM": "pad_crop", "SIZE": 4, "PAD": 0}
+    return image_config(train=("own_code",), test=("own_code",), **options)
 
 
 def test_images_in_memory():
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     labels = np.array([0, 1, 1, 0, 1])  # NumPy's integers are fine
+    names = [f"own/{i}" for i in range(5)]
+    columns = zip(names, images, labels, strict=True)
     cfg = own(
-        [
-            {"file_name": f"own/{i}", "image": image, "label": label}
-            for i, (image, label) in enumerate(zip(images, labels, strict=True))
-        ]
+        [{"file_name": name, "image": image, "label": label} for name, image, label in columns]
     )
     (batch,) = build_classification_test_loader(cfg, "own_code")
     assert (batch["image"].permute(0, 2, 3, 1).numpy() == images).all()
     assert batch["label"].tolist() == labels.tolist() and batch["label"].dtype == torch.int64
-    assert batch["file_name"] == [f"own/{i}" for i in range(5)]
+    assert batch["file_name"] == names
 
 
 @pytest.mark.parametrize(
-    "change", [{"label": label} for label in (2, -1, 1.0, torch.tensor(1))] + [{"file_name": None}]
+    "record",
+    [{"file_name": "b.png", "label": label} for label in (2, -1, 1.0, torch.tensor(1))]
+    + [{"label": 1}],
 )
-def test_images_whose_name_or_label_does_not_fit_are_named(change):
-    record = {
-        k: v for k, v in ({"file_name": "b.png", "label": 1} | change).items() if v is not None
-    }
+def test_images_whose_name_or_label_does_not_fit_are_named(record):
     cfg = own([{"file_name": "a.png", "label": 1}, record])
-    message = "'own_code': an image needs a 'file_name' and a 'label', an integer from 0 to 1,"
+    message = "'own_code': an image needs a 'file_name' and, .*integer 'label' from 0 to 1;"
     with pytest.raises(ValueError, match=message) as error:
         build_classification_train_loader(cfg)
     for key, value in record.items():
@@ -247,13 +209,10 @@ def test_images_whose_name_or_label_does_not_fit_are_named(change):
 
 
 def test_sets_without_images_are_refused():
-    cfg = own([])
     for build in (
-        lambda: build_classification_train_loader(cfg),
-        lambda: build_classification_test_loader(cfg, "own_code"),
+        build_classification_train_loader,
+        lambda cfg: build_classification_test_loader(cfg, "own_code"),
     ):
         with pytest.raises(ValueError, match="'own_code' has no images"):
-            build()
-    cfg.DATASETS.TRAIN = ()
-    with pytest.raises(ValueError, match="DATASETS.TRAIN names no data set"):
-        build_classification_train_loader(cfg)
+            build(own([]))
+        DatasetCatalog.remove("own_code")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from image_utils import datasets_folder, image_config, write_images
+from image_utils import image_config, write_images
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from ss_detectron.data import (
@@ -20,11 +20,7 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    with datasets_folder(tmp_path, monkeypatch) as folder:
-        yield folder
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def check(cfg, **kwargs):
@@ -44,12 +40,12 @@ def test_own_folder_by_command_line():
     )
     for _ in range(2):  # the second time changes nothing
         check(cfg)
-        assert MetadataCatalog.get("own_pets").thing_classes == ["cat", "dog"]
-        assert MetadataCatalog.get("own_pets").evaluator_type == "classification"
-        assert DatasetCatalog.get("own_pets") == [
-            {"file_name": str(file.absolute()), "image_id": i, "label": int(i >= 3)}
-            for i, file in enumerate(files)
-        ]
+    assert MetadataCatalog.get("own_pets").thing_classes == ["cat", "dog"]
+    assert MetadataCatalog.get("own_pets").evaluator_type == "classification"
+    assert DatasetCatalog.get("own_pets") == [
+        {"file_name": str(file.absolute()), "image_id": i, "label": int(i >= 3)}
+        for i, file in enumerate(files)
+    ]
 
 
 def test_classes_and_files_are_those_of_torchvision(root):
@@ -86,11 +82,10 @@ def test_registering_looks_at_no_file(root):
     assert not list(root.iterdir()) and not list(Path.cwd().iterdir())
 
 
-@pytest.mark.parametrize("entry", ["own", ["own", 3], ["", "a"], ["own", "a", "b"], None])
+@pytest.mark.parametrize("entry", ["own", ["", "a"], ["own", "a", "b"]])
 def test_malformed_entry_is_refused(entry):
-    with pytest.raises(ValueError, match=r"IMAGE_FOLDERS is a list of \[name, folder\]") as error:
+    with pytest.raises(ValueError, match=r"IMAGE_FOLDERS is a list of \[name, folder\]"):
         register_image_folders_from_config(image_config(entry))
-    assert f"the entry {entry!r}" in str(error.value)
 
 
 # Checks before training --------------------------------------------------------------------------
@@ -120,40 +115,13 @@ def test_only_what_is_used_is_needed(root):
             check(cfg, training=training)
 
 
-@pytest.mark.parametrize(
-    ("images", "message"),
-    [
-        ([], "pets/train' has to hold one folder of images per class"),
-        ([1, 0, 1, 0], r"2 of 4 class folders hold no image \(b, d\)"),
-        ([0] * 7, r"7 of 7 class.*\(a, b, c, \.\.\.\)"),
-    ],
-)
-def test_classes_without_images_are_named(images, message):
-    Path("pets/train/").mkdir(parents=True)
-    write_images(Path("pets/train"), **dict(zip("abcdefg", images, strict=False)))
-    for folder in Path("pets/train").iterdir():
-        (folder / "readme.txt").touch()
-        (folder / "below").mkdir()
+def test_classes_without_images_are_named():
+    write_images(Path("pets/train"), a=1, b=0, c=0, d=0, e=0)
+    Path("pets/train/b/readme.txt").touch()
+    Path("pets/train/c/below").mkdir()
+    message = r"4 of 5 class folders hold no image \(b, c, d, \.\.\.\)"
     with pytest.raises(FileNotFoundError, match=message):
         check(pets())
-
-
-def test_files_that_are_not_used_are_mentioned(caplog):
-    write_pets(cat=1, dog=1)
-    check(pets())
-    assert len(DatasetCatalog.get("own_train")) == 2 and not caplog.records
-    for name in ("stray.png", "cat/readme.txt"):
-        shutil.copy("pets/train/cat/0000.png", f"pets/train/{name}")
-    assert len(DatasetCatalog.get("own_train")) == 2
-    assert "2 files are not used" in caplog.text and "stray.png, cat/readme.txt" in caplog.text
-
-
-def test_number_of_classes_has_to_fit_the_model():
-    write_pets(ant=1, bee=1, cat=1)
-    check(pets(classes=3))
-    expected = "'own_train' has 3 classes, .* to 1000: set MODEL.IMAGE_CLASSIFIER.NUM_CLASSES to 3"
-    with pytest.raises(ValueError, match=expected):
-        check(pets(classes=1000))
 
 
 def test_data_set_of_ones_own_has_to_say_its_classes():
@@ -201,9 +169,7 @@ def test_options_are_checked(key, value, message):
 def test_imagenet_with_its_defaults(root):
     """1000 synsets in the usual layout; the folder of data sets is read at use."""
     cfg = image_config(train=("imagenet_train",), test=("imagenet_val",), classes=1000)
-    with pytest.raises(
-        FileNotFoundError, match=f"'{root}/imagenet/train' has to .* set DETECTRON2_DATASETS"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"'{root}/imagenet/train' has to hold"):
         check(cfg)
     synsets = [f"n{4 * i:08d}" for i in range(1000)]
     for synset in synsets[::-1]:
@@ -218,7 +184,7 @@ def test_imagenet_with_its_defaults(root):
         assert [Path(r["file_name"]).parent.name for r in found] == synsets
         assert [r["label"] for r in found] == list(range(1000))
     shutil.rmtree(root / "imagenet/val" / synsets[7])
-    with pytest.raises(ValueError, match=rf"\(only 'imagenet_train' has {synsets[7]}\)"):
+    with pytest.raises(ValueError, match=f"only in 'imagenet_train': {synsets[7]}; "):
         check(cfg)
 
 
