@@ -1,10 +1,12 @@
 """What the core's tests share; needs torch alone."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ss_detectron import FEEDBACK_REGISTRY, convert_feedback
+from ss_detectron import FEEDBACK_REGISTRY, FeedbackRule, convert_feedback
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 each_rule = pytest.mark.parametrize("rule", RULES)
@@ -14,6 +16,23 @@ each_feedback_rule = pytest.mark.parametrize("rule", [rule for rule in RULES if 
 def assert_same(actual, expected) -> None:
     """Equal bit for bit, with the same names."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+class Flipping(FeedbackRule):
+    """A rule of one's own, which counts updates: W and -W in turns."""
+
+    name = "flipping"
+    counts_updates = True
+
+    def feedback(self, weight, state, fans):
+        return (-1) ** state * weight
+
+
+def on_the(way: str) -> AbstractContextManager:
+    """A convolution's way: the "exchange", or the "function" that others' hooks call for."""
+    if way == "exchange":
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def net(rule: str, **options) -> nn.Sequential:

@@ -88,11 +88,6 @@ def gradients(model: nn.Module, batch: list[dict] | None = None) -> dict[str, to
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(actual, expected) -> None:
-    """Equal bit for bit."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}

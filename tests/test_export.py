@@ -83,13 +83,7 @@ def test_every_builder_has_its_stock_name(backbone):
         assert f"build_{backbone}_backbone" == plain.MODEL.BACKBONE.NAME
 
 
-def test_a_head_that_stock_detectron2_has_not_is_refused():
-    @RETINANET_HEAD_REGISTRY.register()
-    class MyHead(torch.nn.Module):
-        pass
-
-    try:
-        with pytest.raises(ValueError, match="no counterpart of the head 'MyHead'"):
-            plain_config(config("MODEL.RETINANET.HEAD", "MyHead"))
-    finally:
-        del RETINANET_HEAD_REGISTRY._obj_map["MyHead"]
+def test_a_head_that_stock_detectron2_has_not_is_refused(monkeypatch):
+    monkeypatch.setitem(RETINANET_HEAD_REGISTRY._obj_map, "MyHead", torch.nn.Module)
+    with pytest.raises(ValueError, match="no counterpart of the head 'MyHead'"):
+        plain_config(config("MODEL.RETINANET.HEAD", "MyHead"))

@@ -8,17 +8,14 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from fvcore.common.checkpoint import PeriodicCheckpointer
 from group_utils import run_ranks
-from run_utils import TOOL, end, finish, model_of, start
+from run_utils import end, finish, model_of, start
 from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
@@ -213,22 +210,6 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
     assert_only(tmp_path, "last_checkpoint", "model_0000009.pth")
 
 
-def test_a_checkpoint_is_kept_until_the_next_is_complete(tmp_path):
-    saver = checkpointer(tmp_path, size=1000)
-    periodic = PeriodicCheckpointer(saver, 10, max_to_keep=1)
-    for iteration in (9, 19):
-        periodic.step(iteration)
-    assert_only(tmp_path, "last_checkpoint", "model_0000019.pth")
-    with (
-        files_of_at_most(100_000),
-        pytest.raises(OSError, match="goes on from .*model_0000019.pth"),
-    ):
-        periodic.step(29)
-    assert_only(tmp_path, "last_checkpoint", "model_0000019.pth")
-    periodic.step(29)
-    assert_only(tmp_path, "last_checkpoint", "model_0000029.pth")
-
-
 # Damaged files -----------------------------------------------------------------------------------
 
 
@@ -254,14 +235,6 @@ DAMAGES = {
     "holds a Tensor": lambda path: torch.save(torch.ones(1), path),
     "Is a directory": lambda path: (path.unlink(), path.mkdir()),
 }
-
-
-def test_torch_alone_does_not_see_a_changed_weight(tmp_path):
-    save(tmp_path, 9)
-    change_a_weight(tmp_path / "model_0000009.pth")
-    assert torch.load(tmp_path / "model_0000009.pth")["model"]["weight"].item() != 9
-    with pytest.raises(ValueError, match="model_0000009.pth .*: the checksum of .*data/0"):
-        checkpointer(tmp_path).load(str(tmp_path / "model_0000009.pth"))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -445,41 +418,3 @@ def test_a_run_that_meets_a_full_disk_fails_and_goes_on_where_there_is_room(tmp_
     path.unlink()
     finish(start("--resume", *TINY, cwd=tmp_path))
     assert read_checkpoint(str(tmp_path / "out" / "model_final.pth"))["iteration"] == 5
-
-
-# A file system of its own, in memory, with room for two checkpoints of TINY and a half.
-SMALL_DISK = """
-mount -t tmpfs -o size=340m tmpfs out || exit
-"$@"
-echo exit code $?
-echo in the folder: $(ls out)
-mount -o remount,size=1g out
-exec "$@"
-"""
-
-
-@pytest.mark.slow
-def test_a_run_on_a_disk_that_is_too_small(tmp_path):
-    (tmp_path / "out").mkdir()
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    mount = [*namespace, "mount", "-t", "tmpfs", "tmpfs", "out"]
-    if not shutil.which("unshare") or subprocess.run(mount, cwd=tmp_path).returncode:
-        pytest.skip("not everybody may mount a file system here")
-    words = [sys.executable, TOOL, "--resume", *TINY]
-    run = subprocess.run(
-        [*namespace, "sh", "-c", SMALL_DISK, "sh", *map(str, words)],
-        cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    small, _, large = run.stdout.partition("exit code 1\n")
-    assert large and run.returncode == 0, run.stdout[-5000:]
-    message = small.splitlines()[-1]
-    assert "out/model_0000005.pth could not be written: No space left on device, " in message
-    assert "--resume goes on from out/model_0000003.pth" in message
-    (folder,) = [line for line in large.splitlines() if line.startswith("in the folder:")]
-    assert "model_0000001.pth model_0000003.pth" in folder and "model_0000005" not in folder
-    assert "Starting training from iteration 4" in large
-    assert "Saving checkpoint to out/model_final.pth" in large

@@ -6,7 +6,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from modeling_utils import SLIM, assert_same, classifier
+from core_utils import assert_same
+from modeling_utils import SLIM, classifier
 from torch import Tensor, nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from core_utils import assert_same
 from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer, TrainerBase, hooks
 from detectron2.utils.events import EventStorage, JSONWriter
 from group_utils import run_ranks
-from modeling_utils import assert_same, load_config, make_batch
+from modeling_utils import load_config, make_batch
 from PIL import Image
 from run_utils import SECONDS, end, finish, model_of, rows, start
 from torch import nn

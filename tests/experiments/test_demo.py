@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from core_utils import assert_same
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -15,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import logger as detectron2_logger
 from image_utils import datasets_folder, write_images
 from matplotlib.colors import to_rgb
-from modeling_utils import assert_same, load_config
+from modeling_utils import load_config
 from PIL import Image
 
 from ss_detectron.checkpoint import FeedbackCheckpointer

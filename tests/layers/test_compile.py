@@ -5,16 +5,11 @@ import shutil
 
 import pytest
 import torch
-from core_utils import each_rule
+from core_utils import Flipping, assert_same, each_rule
 from torch import nn
 
 from ss_detectron import FEEDBACK_REGISTRY
-from ss_detectron.layers import (
-    FeedbackRule,
-    advance_feedback,
-    backpropagation,
-    convert_feedback,
-)
+from ss_detectron.layers import advance_feedback, backpropagation, convert_feedback
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -65,22 +60,13 @@ def test_compiled_training_is_eager_training(rule):
     compiled = copy.deepcopy(eager)
     expected = _train(eager, eager)
     actual = _train(compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
+    assert_same(actual, expected)
     # Compilation changes no state-dict key and what was drawn goes on.
     assert list(compiled.state_dict()) == list(eager.state_dict())
-    for a, e in zip(_train(compiled, compiled), _train(eager, eager), strict=True):
-        assert torch.equal(a, e)
+    assert_same(_train(compiled, compiled), _train(eager, eager))
 
 
 def test_a_rule_of_ones_own_that_counts_updates_is_compiled_once_registered(monkeypatch):
-    class Flipping(FeedbackRule):
-        name = "flipping"
-        counts_updates = True
-
-        def feedback(self, weight, state, fans):
-            return weight * (-1) ** state
-
     torch.manual_seed(0)
     eager = convert_feedback(Net(), Flipping)
     compiled = copy.deepcopy(eager)
@@ -91,8 +77,7 @@ def test_a_rule_of_ones_own_that_counts_updates_is_compiled_once_registered(monk
     compiled = copy.deepcopy(eager)
     expected = _train(eager, eager)
     actual = _train(compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
+    assert_same(actual, expected)
 
 
 def test_a_change_of_rule_is_noticed_by_a_compiled_model():
@@ -145,5 +130,4 @@ def test_inductor_agrees():
     compiled = copy.deepcopy(eager)
     expected = _train(eager, eager)
     actual = _train(compiled, torch.compile(compiled, fullgraph=True))
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
+    torch.testing.assert_close(actual, expected)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from core_utils import RULES, each_rule
+from core_utils import RULES, each_rule, on_the
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -343,10 +343,16 @@ def fuzz(examples: int, strange: bool) -> Counter:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(cases(strange), *map(st.sampled_from, (RULES, list(FEEDBACK_SCALES))), st.booleans())
-    def run(case, rule, scale, built):
+    @given(
+        cases(strange),
+        *map(
+            st.sampled_from, (RULES, list(FEEDBACK_SCALES), [False, True], ["exchange", "function"])
+        ),
+    )
+    def run(case, rule, scale, built, way):
         try:
-            compare(case, rule, scale, built)
+            with on_the(way):
+                compare(case, rule, scale, built)
             counts["computed"] += 1
         except Refused:
             counts["refused"] += 1

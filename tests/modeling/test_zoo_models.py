@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from core_utils import assert_same
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
@@ -9,7 +10,6 @@ from detectron2.structures import BitMasks
 from modeling_utils import (
     CPU,
     SLIM,
-    assert_same,
     layers,
     losses,
     make_batch,
