@@ -40,12 +40,7 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
     Its files are there. Sets whose classes are known beforehand (COCO, LVIS) are not parsed, which
     takes long; of the others the annotation file is checked, see :func:`.read_coco_file`, and
     every image has to be on disk, unless DATALOADER.UNREADABLE_IMAGES is skip. Of what is not on
-    this machine, no class is known.
-
-    Args:
-        cfg: the config, whose MODEL.MASK_ON and INPUT.MASK_FORMAT say which masks are needed.
-        metadata: of the data set.
-        training: whether it is trained on, and not only evaluated.
+    this machine, no class is known. Sets that are only evaluated (not ``training``) need less.
 
     Raises:
         FileNotFoundError: the annotation file, the image folder or images are missing.

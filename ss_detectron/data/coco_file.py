@@ -150,9 +150,6 @@ def _check(file: str, part: str, entries: list[Any], problem: Callable[[Any], st
         )
 
 
-# Masks -------------------------------------------------------------------------------------------
-
-
 def _expected_mask(annotation: dict, image: dict, masks: bool, polygons: bool) -> str | None:
     """What a segmentation should be that cannot be used; None for one that can."""
     mask = annotation.get("segmentation")

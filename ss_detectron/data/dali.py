@@ -40,8 +40,7 @@ class EncodedImageMapper:
             "file_name": str.
 
         Raises:
-            UnreadableImageError: see :func:`~.images.open_image`; of a JPEG, only where it has no
-                header or no end. What else is wrong with one, DALI finds.
+            UnreadableImageError: of a JPEG, only where it has no header or no end. DALI finds more.
         """
         image = open_image(record)
         top, left, height, width = self.crop.draw(image)

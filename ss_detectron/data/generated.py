@@ -67,8 +67,8 @@ class GeneratedDataset:
         Raises:
             FileExistsError: the folder holds something else. It is never overwritten.
         """
-        given = {"train": train, "val": val, "size": size, "seed": seed}
-        given = {key: value for key, value in given.items() if value is not None}
+        given = {"train": train, "val": val, "size": size, "seed": seed}.items()
+        given = {key: value for key, value in given if value is not None}
         stamp = {**self._generator, **self.defaults, **given}
         folder = self._folder(root)
         if self.read_stamp(root) is None:

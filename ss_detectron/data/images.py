@@ -58,9 +58,6 @@ def skips_unreadable_images(cfg: CfgNode) -> bool:
     return choose(cfg, "DATALOADER.UNREADABLE_IMAGES", "error", "skip") == "skip"
 
 
-# Reading -----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Raise whatever goes wrong within as an :class:`UnreadableImageError` that names the file.
@@ -127,9 +124,6 @@ def _upper_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError(f"values {values.min()} to {values.max()}, 16 bits are taken")
     return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-# Transforms --------------------------------------------------------------------------------------
 
 
 class RandomResizedCrop:

@@ -25,9 +25,6 @@ MIN_VISIBLE = 0.35  # of the whole shape: less would be an object that nobody ca
 MIN_CONTRAST = 100  # summed over three channels of 0..255, against what the shape covers
 
 
-# Drawing -----------------------------------------------------------------------------------------
-
-
 def _outline(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
     """A convex polygon in 1/SUB pixels, (n, 2) integers, that may reach beyond the picture."""
     radius = int(rng.integers(9 * SUB, 21 * SUB))
@@ -103,9 +100,6 @@ def draw_shapes(
     return add_grain(rng, picture), shapes
 
 
-# Files -------------------------------------------------------------------------------------------
-
-
 def _annotation(category: int, outline: np.ndarray) -> dict:
     (x0, y0), (x1, y1) = outline.min(0), outline.max(0)
     x, y = outline.T
@@ -154,9 +148,6 @@ SHAPES = GeneratedDataset(
 generate_shapes = SHAPES.generate
 
 
-# Registration ------------------------------------------------------------------------------------
-
-
 class _ShapesMetadata(GeneratedMetadata):
     @property
     def json_file(self) -> str:
@@ -164,11 +155,11 @@ class _ShapesMetadata(GeneratedMetadata):
         return str(SHAPES.ensure() / "annotations" / f"instances_{self.split}.json")
 
 
-def _load(metadata: _ShapesMetadata) -> list[dict]:
-    return load_coco_json(metadata.json_file, metadata.image_root, metadata.name)
-
-
 def register_shapes() -> None:
     """Register ``shapes_train`` and ``shapes_val`` with Detectron2; nothing is generated yet."""
-    classes = list(SHAPES_CLASSES)
-    SHAPES.register(_load, _ShapesMetadata, evaluator_type="coco", thing_classes=classes)
+    SHAPES.register(
+        lambda metadata: load_coco_json(metadata.json_file, metadata.image_root, metadata.name),
+        _ShapesMetadata,
+        evaluator_type="coco",
+        thing_classes=list(SHAPES_CLASSES),
+    )

@@ -29,12 +29,7 @@ class ImageDataset(Dataset):
     """The images of dataset dicts, read and transformed when they are asked for."""
 
     def __init__(
-        self,
-        records: list[dict],
-        mapper: Callable[[dict], dict[str, Any]],
-        *,
-        skip: bool,
-        replace: bool,
+        self, records: list[dict], mapper: Callable[[dict], dict], *, skip: bool, replace: bool
     ) -> None:
         """
         Args:
@@ -68,24 +63,18 @@ class ImageDataset(Dataset):
                 self._pass_over(place % len(self), error)
         if not self.replace:
             return None
-        raise UnreadableImageError(
-            f"{tries} images in a row cannot be read, from '{self.records[index]['file_name']}' "
-            "on: see the warnings for what is wrong with them"
-        )
+        name = self.records[index]["file_name"]
+        raise UnreadableImageError(f"{tries} images in a row cannot be read, from '{name}' on")
 
     def _pass_over(self, index: int, error: UnreadableImageError) -> None:
         if not self.skip:
             raise UnreadableImageError(
-                f"{error}. Repair or remove it, or set DATALOADER.UNREADABLE_IMAGES to 'skip' to "
-                "go on without such images."
+                f"{error}. Repair or remove it, or set DATALOADER.UNREADABLE_IMAGES to 'skip'"
             ) from error
         if not self.unreadable[index]:
             self.unreadable[index] = True
-            logger.warning(
-                "%s. Left out; so far, this process has met %d unreadable images.",
-                error,
-                self.unreadable.sum(),
-            )
+            message = "%s. Left out; so far, this process has met %d unreadable images."
+            logger.warning(message, error, self.unreadable.sum())
 
 
 class EvaluationLoader(DataLoader):
@@ -96,11 +85,7 @@ class EvaluationLoader(DataLoader):
     """
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        collate: Callable[[list], Any] = list,
-        **options: Any,
+        self, dataset: ImageDataset, batch_size: int, collate: Callable = list, **options: Any
     ) -> None:
         super().__init__(
             dataset,
@@ -215,8 +200,7 @@ class TrainingLoader:
         if differ:
             self.batches = state["batches"] * state["images_per_batch"] // here["images_per_batch"]
             logger.warning(
-                "The data are not those of the run that is resumed (%s): after as many images, the "
-                "order goes on, but not as it would have.",
+                "The data are not those of the run that is resumed: their order will differ (%s).",
                 ", ".join(f"{key} {state[key]} then, {here[key]} now" for key in differ),
             )
 

@@ -280,25 +280,6 @@ def test_reduced_decoding_notices_damage(tmp_path, progressive, decoded):
 # Options -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("CLASSIFICATION.TRANSFORM crop", "'crop'; choose 'resized_crop' or 'pad_crop' or"),
-        ("CLASSIFICATION.SIZE 0", "SIZE is 0; choose at least 1"),
-        ("CLASSIFICATION.SIZE 300", "RESIZE is 256; choose at least SIZE, 300"),
-        ("CLASSIFICATION.TRANSFORM pad_crop CLASSIFICATION.PAD -1", "PAD is -1; choose at least 0"),
-        ("RANDOM_FLIP diagonal", "INPUT.RANDOM_FLIP is 'diagonal'; choose 'horizontal'"),
-        ("FORMAT HSV", "INPUT.FORMAT is 'HSV'; choose 'RGB' or 'BGR' or"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    cfg = image_config()
-    cfg.INPUT.merge_from_list(options.split())
-    with pytest.raises(ValueError, match=message):
-        for training in (True, False):
-            ClassificationMapper(cfg, training)
-
-
 def test_options_that_are_not_read_are_not_checked():
     ClassificationMapper(image_config(TRANSFORM="pad_crop", SIZE=300, RESIZE=1), False)
     ClassificationMapper(image_config(TRANSFORM="resize", SIZE=300, RESIZE=1, PAD=-1), False)
