@@ -194,9 +194,7 @@ def _current_name(key: str) -> str:
 
 def _refuse_download(file: str) -> None:
     if is_url(file):
-        raise ValueError(
-            f"the config {file} would be downloaded: do so by hand and look at it, {_ALLOW}"
-        )
+        raise ValueError(f"the config {file} would be downloaded: look at it first, {_ALLOW}")
 
 
 def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) -> str:
@@ -299,6 +297,6 @@ def find_config(name: str) -> str:
     shipped = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
     near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4) or shipped
     raise FileNotFoundError(
-        f"there is no config file {name!r}, neither as a path (from {Path.cwd()}) nor among those "
-        f"that ship with ss_detectron; did you mean {', '.join(near)}?"
+        f"there is no config file {name!r} in {Path.cwd()} nor in the package; did you mean "
+        f"{', '.join(near)}?"
     )
