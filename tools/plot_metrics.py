@@ -27,17 +27,11 @@ def main(words: list[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="output folders")
     add("--output", type=Path, default="figures", metavar="DIR", help="default: figures")
-    add(
-        "--metric",
-        nargs="+",
-        default=(),
-        metavar="KEY",
-        help="of metrics.json, such as bbox/AP50 (default: AP, or top-1 and top-5 error)",
-    )
+    metrics = "of metrics.json, such as bbox/AP50 (default: AP, or top-1 and top-5 error)"
+    add("--metric", nargs="+", default=(), metavar="KEY", help=metrics)
     add("--format", nargs="+", default=DEFAULT_FORMATS, choices=FORMATS, help="default: png pdf")
-    add("--images-per-epoch", type=int, metavar="N", help="for runs that log no epoch")
     args = parser.parse_args(words)
-    runs = read_runs(args.runs, args.images_per_epoch)
+    runs = read_runs(args.runs)
     warn_of_differences(runs)
     files = draw_figures(runs, args.output, metrics=args.metric, formats=args.format)
     if not files:

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,7 @@ def write_report(
         the table in Markdown; empty where no run is finished.
     """
     started = {run.folder: run for run in runs if (run.folder / "metrics.json").is_file()}
-    found = [
-        replace(run, label=started[run.folder].label, config=started[run.folder].config)
-        for run in read_runs(started)
-    ]
+    found = read_runs(started)
     warn_of_differences(found)
     pictures = [file for file in draw_figures(found, output) if file.suffix == ".png"]
 

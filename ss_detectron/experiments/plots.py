@@ -27,12 +27,12 @@ DEFAULT_FORMATS = ("png", "pdf")
 _WIDTH = 7.0  # inches
 _REFERENCE = {"color": "#888888", "linestyle": (0, (2, 2)), "linewidth": 0.8, "zorder": 0}
 
-# What is measured in each layer, its axis' label, and the value of interest.
+# What is measured in each layer: its axis' label, the value of interest, the range that is shown.
 _BY_LAYER = {
-    "weight_angle": ("angle between W and B, °", 90),
-    "gradient_angle": ("gradient angle to BP, °", 90),
-    "norm_ratio": ("norm of B / norm of W", 1),
-    "sign_agreement": ("share of equal signs in W and B", 0.5),
+    "weight_angle": ("angle between W and B, °", 90, (-3, 99)),
+    "gradient_angle": ("gradient angle to BP, °", 90, (-3, 99)),
+    "norm_ratio": ("norm of B / norm of W", 1, (0.4, 2.5)),
+    "sign_agreement": ("share of equal signs in W and B", 0.5, (-0.02, 1.02)),
 }
 
 
@@ -69,9 +69,6 @@ def plot_curves(groups: Sequence[RunGroup], keys: Sequence[str], *, epochs: bool
         for panel, key in zip(panels, keys, strict=True):
             _draw_curves(panel, groups, key, epochs)
             panel.set(xlabel="epoch" if epochs else "iteration", ylabel=label_of(key))
-        if len(panels) > 1:
-            for letter, panel in zip("abcdefghijklmnopqrstuvwxyz", panels, strict=False):
-                panel.set_title(letter, loc="left", fontweight="bold", fontsize=9)
         figure.align_ylabels(panels)
         handles = {}
         for panel in panels:
@@ -88,7 +85,7 @@ def plot_layers(groups: Sequence[RunGroup], quantity: str) -> Figure:
     """
     prefix = f"alignment/{quantity}/"
     layers = depth_order(key.removeprefix(prefix) for key in _keys(groups) if prefix in key)
-    label, reference = _BY_LAYER[quantity]
+    label, reference, (low, high) = _BY_LAYER[quantity]
     with matplotlib.rc_context(RC):
         figure, panels = _panels(len(groups), sharey=True)
         colours = matplotlib.colormaps["viridis"].resampled(max(len(layers), 2))
@@ -104,14 +101,11 @@ def plot_layers(groups: Sequence[RunGroup], quantity: str) -> Figure:
             if panel.get_subplotspec().is_first_col():
                 panel.set_ylabel(label)
         shared = panels[0]
+        shared.set_ylim(min(low, shared.get_ylim()[0]), max(high, shared.get_ylim()[1]))
         if quantity == "norm_ratio":
-            low, high = shared.get_ylim()
-            shared.set_ylim(min(low, 0.4), max(high, 2.5))
             _logarithmic(shared)
-        elif quantity == "sign_agreement":
-            shared.set_ylim(-0.02, 1.02)
-        else:
-            _in_degrees(shared)
+        elif reference == 90:
+            shared.yaxis.set_major_locator(MultipleLocator(30))
         _depth_bar(figure, panels, layers, colours)
     return figure
 
@@ -176,7 +170,7 @@ def draw_figures(
     for name, needed in {"losses": losses, **curves}.items():
         if having := _having(groups, needed):
             parts = [k for k in losses if k in _keys(having)] if name == "detection" else []
-            figures[name] = plot_curves(having, [*needed, *parts], epochs=_by_epochs(name, having))
+            figures[name] = plot_curves(having, [*needed, *parts], epochs=_by_epochs(having))
     for quantity in _BY_LAYER:
         prefix = f"alignment/{quantity}/"
         having = [group for group in groups if any(prefix in key for key in _keys([group]))]
@@ -252,7 +246,8 @@ def _draw_curves(panel: Axes, groups: Sequence[RunGroup], key: str, epochs: bool
         _logarithmic(panel)
     elif key == "alignment/gradient_angle":
         panel.axhline(90, **_REFERENCE)
-        _in_degrees(panel)
+        panel.set_ylim(-3, max(99, panel.get_ylim()[1]))
+        panel.yaxis.set_major_locator(MultipleLocator(30))
     else:
         panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
     _from_zero(panel)
@@ -266,11 +261,6 @@ def _logarithmic(panel: Axes) -> None:
     panel.yaxis.set_major_locator(locator)
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _in_degrees(panel: Axes) -> None:
-    panel.set_ylim(-3, max(99, panel.get_ylim()[1]))
-    panel.yaxis.set_major_locator(MultipleLocator(30))
 
 
 def _from_zero(panel: Axes) -> None:
@@ -325,15 +315,11 @@ def _folders(runs: Sequence[Run]) -> str:
     return ", ".join(str(run.folder) for run in runs)
 
 
-def _by_epochs(name: str, groups: Sequence[RunGroup]) -> bool:
+def _by_epochs(groups: Sequence[RunGroup]) -> bool:
+    """Whether all are runs of classification, and know how long an epoch is."""
     runs = [run for group in groups for run in group.runs]
-    if not all(any(key.endswith("top1_error") for key in run.metrics) for run in runs):
-        return False
-    unknown = [run for run in runs if run.epochs_per_iteration is None]
-    if unknown:
-        how = "%s is drawn against iterations: give the number of training images of %s"
-        logger.warning(how, name, _folders(unknown))
-    return not unknown
+    classify = all(any(key.endswith("top1_error") for key in run.metrics) for run in runs)
+    return classify and all(run.epochs_per_iteration for run in runs)
 
 
 def _warn_of_short_runs(groups: Sequence[RunGroup]) -> None:

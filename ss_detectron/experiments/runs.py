@@ -109,13 +109,10 @@ class Run:
         return next((row[key] for row in reversed(self.rows) if key in row), float("nan"))
 
 
-def read_run(folder: str | Path, images_per_epoch: int | None = None) -> Run:
+def read_run(folder: str | Path) -> Run:
     """
-    Reads a run of tools/train_net.py, or of anything else that writes Detectron2's metrics.json.
-
-    Args:
-        folder: OUTPUT_DIR.
-        images_per_epoch: the number of training images, for runs that log no "epoch".
+    Reads the OUTPUT_DIR of tools/train_net.py, or of anything else that writes Detectron2's
+    metrics.json.
 
     Raises:
         FileNotFoundError: no metrics.json is there.
@@ -129,17 +126,15 @@ def read_run(folder: str | Path, images_per_epoch: int | None = None) -> Run:
         raise ValueError(f"{folder}/metrics.json is empty: the run logged nothing, at least so far")
     config = read_config(folder / "config.yaml")
     epochs = [row["epoch"] / (row["iteration"] + 1) for row in rows if "epoch" in row]
-    if images_per_epoch and "SOLVER.IMS_PER_BATCH" in config:
-        epochs = [config["SOLVER.IMS_PER_BATCH"] / images_per_epoch]
     return Run(folder, rows, config, rule_of_config(config), epochs[-1] if epochs else None)
 
 
-def read_runs(folders: Iterable[str | Path], images_per_epoch: int | None = None) -> list[Run]:
+def read_runs(folders: Iterable[str | Path]) -> list[Run]:
     """Reads each folder once. Those that cannot be read are reported and left out."""
     runs = []
     for folder in {Path(folder).resolve(): folder for folder in folders}.values():
         try:
-            runs.append(read_run(folder, images_per_epoch))
+            runs.append(read_run(folder))
         except (OSError, ValueError) as error:
             logger.warning("%s; left out", error)
     return runs
@@ -252,8 +247,6 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
 
 def _details(groups: list[list[Run]]) -> list[str]:
     """What tells groups of one label from each other: one or two settings, or else the folder."""
-    if len(groups) == 1:
-        return [""]
     configs = [group[0].config for group in groups]
     keys = sorted({key for c in configs for key in differences(configs[0], c, PER_RUN_KEYS)})
     details = [", ".join(f"{k.rpartition('.')[2]} {c.get(k)}" for k in keys) for c in configs]

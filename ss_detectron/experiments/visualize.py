@@ -59,33 +59,29 @@ def draw_detections(
     """
     records = DatasetCatalog.get(dataset_name)[:count]
     metadata = MetadataCatalog.get(dataset_name)
-    to_class = metadata.get("thing_dataset_id_to_contiguous_id", None)
+    to_class = metadata.get("thing_dataset_id_to_contiguous_id", {})
     figure = Figure(figsize=(2.2 * len(records), 4.9), layout="constrained")
     rows = figure.subplots(2, len(records), squeeze=False)
     for record, above, below in zip(records, *rows, strict=True):
         image = read_image(record["file_name"], format="RGB")
         scale = max(1, 400 / max(image.shape[:2]))
-        keys = ("bbox", "bbox_mode", "category_id")
-        true = [{key: a[key] for key in keys} for a in record["annotations"]]
         found = [
-            result
+            {**result, "bbox_mode": BoxMode.XYWH_ABS}
+            | {"category_id": to_class.get(result["category_id"], result["category_id"])}
             for result in results
             if result["image_id"] == record["image_id"] and result["score"] >= score_threshold
         ]
-        classes = [to_class[r["category_id"]] if to_class else r["category_id"] for r in found]
-        boxes = tensor([result["bbox"] for result in found]).reshape(-1, 4)
-        instances = Instances(
-            image.shape[:2],
-            pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-            pred_classes=tensor(classes),
-            scores=tensor([result["score"] for result in found]),
-        )
-        for axes, draw, what in (
-            (above, Visualizer.draw_dataset_dict, {"annotations": true}),
-            (below, Visualizer.draw_instance_predictions, instances),
-        ):
+        for axes, objects in ((above, record["annotations"]), (below, found)):
+            instances = Instances(image.shape[:2])
+            corners = [
+                BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects
+            ]
+            instances.pred_boxes = Boxes(corners)
+            instances.pred_classes = tensor([o["category_id"] for o in objects])
+            if objects is found:
+                instances.scores = tensor([o["score"] for o in objects])
             drawing = ClassVisualizer(image, metadata.thing_classes, scale)
-            axes.imshow(draw(drawing, what).get_image())
+            axes.imshow(drawing.draw_instance_predictions(instances).get_image())
             axes.set(xticks=[], yticks=[])
     rows[0][0].set_ylabel("ground truth")
     rows[1][0].set_ylabel(f"predicted, score over {score_threshold:g}")

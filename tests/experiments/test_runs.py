@@ -55,6 +55,8 @@ def test_a_run_of_stock_detectron2_needs_metrics_alone(tmp_path):
     write_rows(tmp_path, ROWS)
     run = read_run(tmp_path)
     assert (run.label, run.config, run.epochs_per_iteration) == (None, {}, None)
+    write_rows(tmp_path, [*ROWS, {"iteration": 39, "epoch": 3.0}])
+    assert read_run(tmp_path).epochs_per_iteration == 3 / 40
     backbone = "MODEL: {BACKBONE: {NAME: build_resnet_fpn_backbone}}\nSEED: 3\n"
     (tmp_path / "config.yaml").write_text(backbone)
     assert read_run(tmp_path).label is None
@@ -87,15 +89,6 @@ def test_a_run_resumed_for_its_evaluation_alone_ends_where_the_others_do(tmp_pat
     rows = [{"iteration": 399, "total_loss": 1.0}, {"iteration": 401, "bbox/AP": 5.0}]
     run = read_run(write_run(tmp_path, rows, SOLVER__MAX_ITER=400))
     np.testing.assert_array_equal(run.series("bbox/AP"), [[400], [5]])
-
-
-def test_epochs_are_known_from_the_metrics_or_the_caller(tmp_path):
-    write_run(tmp_path, ROWS, SOLVER__IMS_PER_BATCH=8)
-    assert read_run(tmp_path).epochs_per_iteration is None
-    assert read_run(tmp_path, images_per_epoch=400).epochs_per_iteration == 8 / 400
-    write_rows(tmp_path, [{"iteration": 39, "epoch": 3.0}])
-    assert read_run(tmp_path).epochs_per_iteration == 3 / 40
-    assert read_run(tmp_path, images_per_epoch=400).epochs_per_iteration == 8 / 400
 
 
 def test_folders_that_hold_no_run_are_named_and_left_out(tmp_path, caplog):
