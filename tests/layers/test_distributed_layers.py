@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from core_utils import RULES
+from core_utils import RULES, assert_same, each_rule
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,30 +82,20 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_feedback_is_the_same_on_both_processes(ranks, rule):
     (start0, record0), (start1, record1) = (rank[rule] for rank in ranks)
-    assert all(torch.equal(start0[n], start1[n]) for n in start0)
-    for (gradients0, feedback0), (gradients1, feedback1) in zip(record0, record1, strict=True):
-        assert feedback0.keys() == feedback1.keys()
-        assert all(torch.equal(feedback0[n], feedback1[n]) for n in feedback0)
-        assert all(torch.equal(gradients0[n], gradients1[n]) for n in gradients0)
-    has_state = rule not in ("bp", "ss")
-    assert bool(record0[0][1]) == has_state
-    changes = any(
-        not torch.equal(record0[0][1][n], record0[STEPS - 1][1][n]) for n in record0[0][1]
-    )
-    assert changes == (rule in ("brsf", "kp"))
+    assert_same(start0, start1)
+    assert_same(record0, record1)
+    first, last = record0[0][1], record0[STEPS - 1][1]
+    assert bool(first) == (rule not in ("bp", "ss"))
+    assert any(not torch.equal(first[n], last[n]) for n in first) == (rule in ("brsf", "kp"))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_two_processes_train_as_one(ranks, rule):
     start, two = ranks[0][rule]
     model = _model(rule)
     model.load_state_dict(start)
     one = _train(model, _images())
-    for actual, expected in zip(two, one, strict=True):
-        for part, expected_part in zip(actual, expected, strict=True):
-            assert part.keys() == expected_part.keys()
-            for name, tensor in expected_part.items():
-                torch.testing.assert_close(part[name], tensor, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)

@@ -82,15 +82,18 @@ def test_a_rule_is_found_by_name_short_name_and_class(name, rule):
 
 
 @pytest.mark.parametrize("gain", [1, 0.5])
+@pytest.mark.parametrize("rule", ["ss", "fasi"])
 @each_scale
 @each_layer
-def test_sign_symmetry_in_closed_form_and_following_the_weight(kind, scale, gain):
-    layer = _layer(kind, "ss", scale=scale, gain=gain)
-    for _ in range(2):
-        expected = gain * _magnitude(scale, layer.weight, LAYERS[kind][1]) * layer.weight.sign()
-        torch.testing.assert_close(layer.current_feedback(), expected.detach())
+def test_signs_in_closed_form_of_the_weight_now_or_at_the_start(kind, scale, rule, gain):
+    layer = _layer(kind, rule, scale=scale, gain=gain)
+    first = layer.weight.detach().clone()
+    for weight in (first, 3 * torch.randn_like(first)):
         with torch.no_grad():
-            layer.weight.copy_(torch.randn_like(layer.weight) * 3)
+            layer.weight.copy_(weight)
+        origin = weight if rule == "ss" else first
+        expected = gain * _magnitude(scale, origin, LAYERS[kind][1]) * origin.sign()
+        torch.testing.assert_close(layer.current_feedback(), expected)
 
 
 @each_layer
@@ -138,40 +141,18 @@ def test_drawn_feedback_has_the_magnitude_of_the_scale(kind, sizes, rule, scale,
         assert 0.99 * uniform_bound < state.abs().max() <= uniform_bound * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("rule", ["frsf", "fa", "fasi"])
 @each_layer
-def test_fixed_magnitude_keeps_m_and_follows_the_sign(kind):
-    layer = _layer(kind, "frsf")
-    magnitude = layer.feedback_magnitude.clone()
-    optimizer = _sgd(layer, lr=0.1)
-    before = layer.weight.sign()
-    for _ in range(3):
-        _step(layer, optimizer)
-        assert torch.equal(layer.current_feedback(), magnitude * layer.weight.detach().sign())
-    assert not torch.equal(before, layer.weight.sign())
-    assert torch.equal(layer.feedback_magnitude, magnitude)
-
-
-@pytest.mark.parametrize("rule", ["fa", "fasi"])
-@each_layer
-def test_fixed_feedback_stays_fixed_in_training(kind, rule):
+def test_what_is_fixed_stays_fixed_in_training(kind, rule):
     layer = _layer(kind, rule)
-    before = layer.current_feedback().clone()
+    fixed, signs = layer.feedback_state.clone(), layer.weight.sign()
     optimizer = _sgd(layer, lr=0.1, weight_decay=0.1)
     for _ in range(3):
         _step(layer, optimizer)
-    assert torch.equal(layer.current_feedback(), before)
-    assert not layer.feedback_weight.requires_grad
-
-
-@each_scale
-@each_layer
-def test_signed_initialisation_keeps_the_first_signs(kind, scale):
-    layer = _layer(kind, "fasi", scale=scale)
-    first = layer.weight.detach().clone()
-    with torch.no_grad():
-        layer.weight.neg_()
-    expected = _magnitude(scale, first, LAYERS[kind][1]) * first.sign()
-    torch.testing.assert_close(layer.current_feedback(), expected)
+        expected = fixed * layer.weight.detach().sign() if rule == "frsf" else fixed
+        assert torch.equal(layer.current_feedback(), expected)
+    assert not torch.equal(signs, layer.weight.sign())
+    assert not layer.feedback_state.requires_grad
 
 
 @pytest.mark.parametrize("rule", ["fa", "brsf"])
@@ -189,16 +170,6 @@ def test_a_default_device_changes_nothing(rule):
     assert torch.equal(first, drawn())
 
 
-def test_a_count_and_another_state_do_not_go_together():
-    class Both(FeedbackRule):
-        name = "both"
-        counts_updates = True
-        learned = True
-
-    with pytest.raises(ValueError, match="Both counts updates"):
-        get_rule(Both)
-
-
 def test_a_rule_that_counts_updates_says_that_nobody_counts(caplog):
     layer = convert_feedback(nn.Sequential(nn.Linear(3, 2)), "brsf")
     with caplog.at_level("WARNING"):
@@ -211,15 +182,11 @@ def test_a_rule_that_counts_updates_says_that_nobody_counts(caplog):
 # Batchwise random magnitude.
 
 
-def _batchwise(kind, **options):
-    """A layer whose scale does not change with its weight: abs(B) is then the magnitude drawn."""
-    return _layer(kind, "brsf", scale="kaiming", **options)
-
-
 @pytest.mark.parametrize("calls", [1, 3])
 @each_layer
 def test_batchwise_magnitude_is_new_after_each_update_and_only_then(kind, calls):
-    layer = _batchwise(kind)
+    # A scale that does not change with the weight: abs(B) is then the magnitude drawn.
+    layer = _layer(kind, "brsf", scale="kaiming")
     optimizer = _sgd(layer)
     seen = [layer.current_feedback().abs()]
     for _ in range(3):
@@ -420,6 +387,8 @@ def test_a_registered_rule_is_found_and_listed(register):
 def test_incomplete_rules_are_refused(register):
     with pytest.raises(ValueError, match="state_name is 'noise'.*must begin with 'feedback'"):
         register(type("Wrong", (FeedbackRule,), {"name": "wrong", "state_name": "noise"}))
+    with pytest.raises(ValueError, match="Both counts updates"):
+        register(type("Both", (Flipping,), {"name": "both", "learned": True}))
     silent = type("Silent", (FeedbackRule,), {"name": "silent"})
     layer = convert_feedback(nn.Linear(2, 2), silent)
     with pytest.raises(NotImplementedError, match="'silent'"):

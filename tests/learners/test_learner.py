@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from core_utils import each_rule
+from core_utils import assert_same, each_rule
 from torch import nn
 
 from ss_detectron import advance_feedback, convert_feedback
@@ -41,9 +41,7 @@ def test_the_default_learner_is_a_plain_training_loop(rule):
         optimizer.zero_grad()
         nn.functional.cross_entropy(expected(x), y).backward()
         optimizer.step()
-    actual = model.state_dict()
-    assert list(actual) == list(expected.state_dict())
-    assert all(torch.equal(actual[n], t) for n, t in expected.state_dict().items())
+    assert_same(model.state_dict(), expected.state_dict())
     assert learner.own_state_dict() == {}
 
 
@@ -51,8 +49,7 @@ def test_reference_gradients_are_backpropagations():
     model, (x, y) = _model("fa"), next(_batches())
     loss = nn.functional.cross_entropy(model(x), y)
     expected = backpropagation_gradients(model, loss)
-    actual = Backpropagation(model).reference_gradients(loss)
-    assert all(torch.equal(actual[n], g) for n, g in expected.items())
+    assert_same(Backpropagation(model).reference_gradients(loss), expected)
 
 
 class Inverse(Learner):
@@ -112,10 +109,10 @@ def test_own_parameters_have_a_group_and_own_state_is_saved_apart(inverse):
     assert set(state) == {"inverse.weight", "steps"}
 
     other = Inverse(_model("kp"))
-    before = {n: t.clone() for n, t in other.model.state_dict().items()}
+    before = copy.deepcopy(other.model.state_dict())
     other.load_own_state_dict(state)
     assert int(other.steps) == 1 and torch.equal(other.inverse.weight, learner.inverse.weight)
-    assert all(torch.equal(other.model.state_dict()[n], t) for n, t in before.items())
+    assert_same(other.model.state_dict(), before)
     for wrong in ({}, {**state, "more": torch.zeros(1)}):
         with pytest.raises(RuntimeError, match="another learner"):
             other.load_own_state_dict(wrong)

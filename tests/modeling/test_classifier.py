@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 from modeling_utils import load_config, rules
 from torch import nn
 
+from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.engine.train_loop import StepTrainer
 from ss_detectron.learners import Backpropagation
 from ss_detectron.modeling import AlexNet, ImageClassifier
@@ -80,30 +81,20 @@ def test_alexnet_takes_images_of_other_sizes_and_is_frozen_from_below():
 
 
 @torch.no_grad()
-def test_cifar_resnet_is_torchvisions_with_another_stem():
-    model = build().eval()
-    reference = torchvision.models.resnet18(num_classes=10).eval()
+def test_cifar_resnet_is_torchvisions_with_another_stem(tmp_path):
+    reference = torchvision.models.resnet18(num_classes=10)
     reference.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     reference.maxpool = nn.Identity()
-    ours = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    for name, layer in ours.items():
-        other = (
-            name.replace("backbone.", "")
-            .replace("stem.conv1", "conv1")
-            .replace("shortcut", "downsample.0")
-        )
-        for stage in range(2, 6):
-            other = other.replace(f"res{stage}.", f"layer{stage - 1}.")
-        norm = other.replace("conv", "bn").replace("downsample.0", "downsample.1")
-        layer.weight.copy_(reference.get_submodule(other).weight)
-        layer.norm.running_mean.uniform_(-1, 1)
-        layer.norm.running_var.uniform_(1, 2)
-        reference.get_submodule(norm).load_state_dict(layer.norm.state_dict())
-    model.linear.load_state_dict(reference.fc.state_dict())
-    assert len(ours) == 20 and count(model) == count(reference)
+    for norm in (m for m in reference.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(1, 2)
+    torch.save(reference.state_dict(), tmp_path / "reference.pth")
+    model = build()
+    FeedbackCheckpointer(model).load(str(tmp_path / "reference.pth"))
+    assert count(model) == count(reference)
     images = torch.rand(2, 3, 32, 32) * 255
-    normalised = (images - model.pixel_mean) / model.pixel_std
-    torch.testing.assert_close(model.logits(images), reference(normalised), rtol=1e-4, atol=1e-5)
+    expected = reference.eval()((images - model.pixel_mean) / model.pixel_std)
+    torch.testing.assert_close(model.eval().logits(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
