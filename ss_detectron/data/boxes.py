@@ -13,29 +13,16 @@ __all__ = ["without_unusable_boxes"]
 
 logger = logging.getLogger(__name__)
 
+# The forms of boxes that are not rotated: whether the second two numbers are a size.
 AXES = {BoxMode.XYXY_ABS: False, BoxMode.XYWH_ABS: True}
-"""The forms of boxes that are not rotated: whether the second two numbers are a size."""
-
-EMPTY = 1e-5
-"""Sides of up to this many pixels are none to Detectron2 (filter_empty_instances)."""
 
 
 def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
-    """Leave out the boxes without area, and those outside their image.
+    """Leave out the boxes without area or outside their image; log how many, as ``where`` has them.
 
-    A mirrored or turned box of negative width or height would be one of positive sides to
-    Detectron2. How many there are is logged, and how many reach beyond their image, which
-    Detectron2 clips. Crowds, which are not learned from, and rotated boxes are not looked at.
-
-    Args:
-        dicts: Detectron2's dataset dicts, which are not changed.
-        where: the data set, for messages.
-
-    Returns:
-        the dataset dicts, the same list where every box can be used.
-
-    Raises:
-        ValueError: boxes that are not four finite numbers.
+    Boxes that reach beyond their image, which Detectron2 clips, are counted too. Those that are not
+    four finite numbers are a ValueError. Crowds, which are not learned from, and rotated boxes are
+    not looked at. A box of negative width would be one of positive sides to Detectron2.
     """
     places, corners, sizes = [], [], []
     for i, image in enumerate(dicts):
@@ -59,10 +46,8 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
 
     boxes, sizes = np.array(corners), np.array(sizes, dtype=float)
     if (wrong := ~np.isfinite(boxes).all(1)).any():
-        raise ValueError(
-            f"{where}: {wrong.sum()} boxes are not four finite numbers: {examples(wrong)}. Repair "
-            "or remove them."
-        )
+        message = f"{where}: {wrong.sum()} boxes are not four finite numbers: {examples(wrong)}"
+        raise ValueError(f"{message}. Repair or remove them.")
     low, high = boxes[:, :2], boxes[:, 2:]
     flat = _is_empty(low, high)
     outside = ~flat & _is_empty(np.maximum(low, 0), np.minimum(high, sizes))
@@ -87,7 +72,6 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
 
 
 def _corners(box: list, mode: BoxMode) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom; not a number for what is no box."""
     try:
         left, top, right, bottom = map(float, box)
     except (TypeError, ValueError):
@@ -98,5 +82,5 @@ def _corners(box: list, mode: BoxMode) -> tuple[float, float, float, float]:
 
 
 def _is_empty(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(N,) whether Detectron2 drops such boxes, given by two corners of (N, 2)."""
-    return (high.astype(np.float32) - low.astype(np.float32) <= EMPTY).any(1)
+    # As Detectron2 does, which drops such boxes (filter_empty_instances).
+    return (high.astype(np.float32) - low.astype(np.float32) <= 1e-5).any(1)

@@ -39,11 +39,7 @@ def where_to_put() -> str:
 def new_entries(cfg: CfgNode, key: str, *attributes: str) -> Iterator[tuple[str, ...]]:
     """Yield name and absolute paths of the entries of ``cfg.DATASETS.<key>`` to be registered.
 
-    An entry whose name is registered with these paths, as ``attributes`` of the metadata, is
-    passed over.
-
-    Raises:
-        ValueError: an entry has another form, or its name belongs to another data set already.
+    Those that are registered with these paths, as ``attributes`` of the metadata, are passed over.
     """
     form = OWN_DATASETS[key]
     for entry in cfg.DATASETS[key]:
@@ -69,11 +65,7 @@ def new_entries(cfg: CfgNode, key: str, *attributes: str) -> Iterator[tuple[str,
 
 
 def check_registered(names: Iterable[str]) -> None:
-    """Refuse names that no data set has.
-
-    Raises:
-        ValueError: names those that are like it, and how to register one's own.
-    """
+    """Refuse names that no data set has, by a ValueError that names those that are like it."""
     for name in names:
         if name not in DatasetCatalog:
             close = difflib.get_close_matches(name, DatasetCatalog.list())

@@ -25,16 +25,9 @@ CIFAR10_CLASSES = (
 def read_cifar10(train: bool, *, download: bool = False) -> CIFAR10:
     """Read CIFAR-10 from ``cifar10`` below ``DETECTRON2_DATASETS``.
 
-    Where the unpacked archive is not there, torchvision unpacks the archive that is, or downloads
-    it. Of several processes one does so, the others wait. Its files are pickles, which torchvision
-    reads only if their checksums are those of the original.
-
-    Args:
-        train: the training or the test images.
-        download: whether it may be downloaded.
-
-    Raises:
-        FileNotFoundError: it is not there, and may not or could not be downloaded.
+    Where the unpacked archive is not there, torchvision unpacks the archive that is, or may
+    ``download`` it. Of several processes one does so, the others wait. Its files are pickles, which
+    torchvision reads only if their checksums are those of the original.
     """
     folder = Path(datasets_root()) / "cifar10"
     with suppress(RuntimeError):  # torchvision's, where files are missing or damaged
@@ -74,9 +67,9 @@ def _load(split: str) -> list[dict]:
 
 
 def register_cifar10() -> None:
-    """Register ``cifar10_train`` and ``cifar10_test`` with Detectron2; nothing is fetched yet.
+    """Register ``cifar10_train`` and ``cifar10_test``, whose images are arrays; nothing is fetched.
 
-    Their images are in memory: "image" is a (32, 32, 3) uint8 RGB array.
+    "image" of their dataset dicts is a (32, 32, 3) uint8 RGB array.
     """
     for split in ("train", "test"):
         name = f"cifar10_{split}"

@@ -41,10 +41,6 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
     takes long; of the others the annotation file is checked, see :func:`.read_coco_file`, and
     every image has to be on disk, unless DATALOADER.UNREADABLE_IMAGES is skip. Of what is not on
     this machine, no class is known. Sets that are only evaluated (not ``training``) need less.
-
-    Raises:
-        FileNotFoundError: the annotation file, the image folder or images are missing.
-        ValueError: the annotation file does not have COCO's form.
     """
     file, folder = metadata.json_file, metadata.get("image_root")
     where = f"Data set '{metadata.name}':"

@@ -73,13 +73,6 @@ def read_coco_file(
         annotated: whether there have to be annotations, as for training.
         masks: whether every object and crowd needs a mask that pycocotools can evaluate.
         polygons: whether those of objects have to be given by polygons; crowds are not trained on.
-
-    Returns:
-        its "images", "annotations" and "categories".
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is not JSON, or not in COCO's form; names the entries, and what is wrong.
     """
     try:
         with open(file, encoding="utf-8") as stream:
@@ -116,7 +109,6 @@ def read_coco_file(
 
 
 def _problem(form: Form, entry: Any) -> str | None:
-    """What is wrong with an entry, as words."""
     if not isinstance(entry, dict):
         return f"is {reprlib.repr(entry)}, not an object"
     for key, (fits, expected) in form.items():

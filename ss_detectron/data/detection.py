@@ -64,12 +64,9 @@ class DetectionMapper(DatasetMapper):
 
 
 def _read(record: dict[str, Any], form: str) -> np.ndarray:
-    """Decode the image of a dataset dict as Detectron2's read_image does, (H, W, C).
-
-    What that overlooks is refused: it asks a PNG for its orientation, for which Pillow decodes it,
-    and ignores all errors of that, so that a damaged one is half black; and it clips 16-bit values
-    at 255.
-    """
+    # As Detectron2's read_image, and what that overlooks is refused: it asks a PNG for its
+    # orientation, for which Pillow decodes it, and ignores all errors of that, so that a damaged
+    # one is half black; and it clips 16-bit values at 255.
     image = open_image(record)
     with reading(record["file_name"]):
         if image.mode.startswith(("I", "F")):
@@ -86,17 +83,10 @@ def _read(record: dict[str, Any], form: str) -> np.ndarray:
 
 
 def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> list[dict] | Dataset:
-    """Load Detectron2's dataset dicts of some data sets, together.
+    """Load the dataset dicts of some data sets, or the torch Dataset where one is registered.
 
-    For training, by the keys that say which images are used, and
-    :func:`.without_unusable_boxes`.
-
-    Returns:
-        the dataset dicts, or a torch Dataset where one is registered.
-
-    Raises:
-        OSError: files are missing.
-        ValueError: the data sets cannot be loaded, or nothing in them can be used.
+    For training, by the keys that say which images are used, and :func:`.without_unusable_boxes`.
+    What cannot be loaded is an OSError or a ValueError with the data sets' names.
     """
     filtered = training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     options: dict[str, Any] = {"filter_empty": filtered}

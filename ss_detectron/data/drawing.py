@@ -14,7 +14,7 @@ SUB = 4  # shapes are drawn on a grid SUB times finer than the pixels
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cell: int) -> np.ndarray:
-    """Bilinear noise with one random value every ``cell`` pixels: (size, size), 0..255."""
+    # Bilinear, with one random value every ``cell`` pixels: (size, size), 0..255.
     grid = rng.integers(0, 256, (size // cell + 2,) * 2)
     i, f = np.divmod(np.arange(size), cell)
     rows = grid[i] * (cell - f)[:, None] + grid[i + 1] * f[:, None]
@@ -59,11 +59,9 @@ def polygon(cx: int, cy: int, radius: int, degrees: Iterable[int]) -> np.ndarray
 
 
 def fill(outline: np.ndarray, length: int) -> tuple[np.ndarray, int]:
-    """The cells inside a convex outline.
+    """Return the (length, length) mask of the cells inside a convex outline, and their number.
 
-    Returns:
-        a boolean (length, length) mask of the cells inside the picture, and the number of cells
-        of the whole shape, those outside the picture included.
+    The number counts the cells outside the picture, too.
     """
     (x0, y0), (x1, y1) = outline.min(0), outline.max(0)
     x = 2 * np.arange(x0, x1)[None, :] + 1  # twice the cell centres keeps everything whole
@@ -80,17 +78,10 @@ def fill(outline: np.ndarray, length: int) -> tuple[np.ndarray, int]:
 def paint(
     picture: np.ndarray, mask: np.ndarray, colour: np.ndarray, min_contrast: int
 ) -> np.ndarray | None:
-    """A picture with one colour, its edge smooth, where a mask of cells is true.
+    """Return a picture with one colour, its edge smooth, where a mask of cells is true.
 
-    Args:
-        picture: (size, size, 3) integers, 0..255.
-        mask: (SUB * size, SUB * size), true somewhere.
-        colour: (3,), 0..255.
-        min_contrast: the difference between the colour and the mean of what it covers, summed
-            over the three channels, that is asked for.
-
-    Returns:
-        a new picture, or None where the contrast is less.
+    None where the colour differs by less than ``min_contrast``, summed over the channels, from the
+    mean of what it covers.
     """
     size = len(picture)
     cover = mask.reshape(size, SUB, size, SUB).sum((1, 3))[..., None]

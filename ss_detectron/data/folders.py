@@ -39,12 +39,7 @@ class FolderMetadata(Metadata):
         return find_classes(self.image_root)[0]
 
     def prepare(self, cfg: CfgNode) -> None:
-        """Check that there is a folder of images for every class.
-
-        Raises:
-            OSError: there is no such folder, it has no class folders, or class folders without an
-                image, which are named.
-        """
+        """Check that there is a folder of images for every class; else raise an OSError."""
         where = f"Data set '{self.name}': "
         try:
             classes = self.thing_classes
@@ -62,9 +57,8 @@ class FolderMetadata(Metadata):
 
 
 def _holds_image(folder: str) -> bool:
-    """Look for an image in a folder or below it, no further than the first."""
     walk = os.walk(folder, followlinks=True)
-    return any(is_image_file(file) for _, _, files in walk for file in files)
+    return any(is_image_file(file) for _, _, files in walk for file in files)  # up to the first
 
 
 def load_image_folder(folder: str) -> list[dict]:

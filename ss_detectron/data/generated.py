@@ -94,9 +94,7 @@ class GeneratedDataset:
     def read_stamp(self, root: str | os.PathLike | None = None) -> dict[str, Any] | None:
         """Read what the folder was generated with; None where there is no folder.
 
-        Raises:
-            FileExistsError: the folder holds something else, or is of another version of the
-                generator, whose results do not compare.
+        What is not of this version of the generator, whose results compare, is a FileExistsError.
         """
         folder = self._folder(root)
         if not folder.exists():

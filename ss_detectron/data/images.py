@@ -38,11 +38,7 @@ class UnreadableImageError(OSError):
 
 
 def choose(cfg: CfgNode, key: str, *choices: Any) -> Any:
-    """Return the value of a key.
-
-    Raises:
-        ValueError: it is none of ``choices``.
-    """
+    """Return the value of a key, which has to be one of ``choices``."""
     value = reduce(getattr, key.split("."), cfg)
     if value not in choices:
         raise ValueError(f"{key} is {value!r}; choose {' or '.join(map(repr, choices))}")
@@ -50,11 +46,7 @@ def choose(cfg: CfgNode, key: str, *choices: Any) -> Any:
 
 
 def skips_unreadable_images(cfg: CfgNode) -> bool:
-    """Say whether DATALOADER.UNREADABLE_IMAGES is "skip", and not "error".
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Say whether DATALOADER.UNREADABLE_IMAGES is "skip", and not "error"."""
     return choose(cfg, "DATALOADER.UNREADABLE_IMAGES", "error", "skip") == "skip"
 
 
@@ -76,11 +68,7 @@ def reading(name: str) -> Iterator[None]:
 def open_image(record: dict[str, Any]) -> Image.Image:
     """Open the image of a dataset dict, for :func:`decode`. Its file is closed already.
 
-    Args:
-        record: with "image", a uint8 array (H, W, 3) or (H, W), or else with "file_name".
-
-    Raises:
-        UnreadableImageError: naming the image and what is wrong with it.
+    It is "image" of the record, a uint8 array (H, W, 3) or (H, W), or else the file "file_name".
     """
     name = record["file_name"]
     with reading(name):
@@ -99,9 +87,6 @@ def decode(image: Image.Image) -> Image.Image:
     Grey becomes three equal channels; of transparency the colour below is kept; CMYK and palettes
     become the colours they stand for; of 16-bit values the upper 8 bits are kept. As in
     torchvision, the orientation in a photograph's EXIF is not followed.
-
-    Raises:
-        UnreadableImageError: naming the image and what is wrong with it.
     """
     with reading(image.filename):
         image.load()
@@ -114,7 +99,14 @@ def decode(image: Image.Image) -> Image.Image:
 
 
 def read_image(record: dict[str, Any]) -> Image.Image:
-    """Read the image of a dataset dict: :func:`open_image` and :func:`decode`."""
+    """Read the image of a dataset dict: "image", a uint8 array, or else the file "file_name".
+
+    Returns:
+        8-bit RGB; see :func:`decode` for what becomes of other images.
+
+    Raises:
+        UnreadableImageError: names the image and what is wrong with it.
+    """
     return decode(open_image(record))
 
 

@@ -43,7 +43,9 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
         "label" int64 (N,) and "file_name" list[str].
 
     Raises:
-        ImportError, ValueError: see :func:`build_training_mapper`; a label that does not fit.
+        ImportError: the decoder is dali, which is not installed.
+        ValueError: a value of a key that is unknown, out of range or not for this decoder; a label
+            that does not fit.
     """
     size, mapper = _images_per_pass(cfg), build_training_mapper(cfg)
     if isinstance(mapper, EncodedImageMapper):
@@ -62,12 +64,7 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
 
 
 def build_training_mapper(cfg: CfgNode) -> ClassificationMapper | EncodedImageMapper:
-    """Build the mapper of training images for DATALOADER.DECODER.
-
-    Raises:
-        ImportError: the decoder is dali, which is not installed.
-        ValueError: a value that is unknown, out of range, or not for this decoder.
-    """
+    """Build the mapper of training images for DATALOADER.DECODER, if the other keys let it."""
     if choose(cfg, "DATALOADER.DECODER", "pillow", "dali") == "pillow":
         return ClassificationMapper(cfg, training=True)
     try:
@@ -150,7 +147,6 @@ def _which_are_wide(dicts: list[dict]) -> list[bool] | None:
 
 
 def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sampler[int]:
-    """Build Detectron2's sampler of DATALOADER.SAMPLER_TRAIN."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
@@ -164,7 +160,6 @@ def _detection_sampler(cfg: CfgNode, records: DatasetFromList, seed: int) -> Sam
 
 
 def _training_seed(cfg: CfgNode) -> int:
-    """Return SEED, or a random one where that is negative; the same on all ranks."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 

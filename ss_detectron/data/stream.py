@@ -33,11 +33,12 @@ class ImageDataset(Dataset):
     ) -> None:
         """
         Args:
-            records: the dataset dicts, kept in a form that worker processes share.
+            records: the dataset dicts.
             mapper: of a dataset dict; raises UnreadableImageError for an image it cannot use.
             skip: whether unreadable images are named and passed over, or an error.
             replace: whether the following image takes the place of one that was passed over.
         """
+        # In a form that worker processes share.
         self.records = DatasetFromList(records, copy=False)
         self.mapper = mapper
         self.skip = skip
