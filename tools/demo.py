@@ -43,9 +43,8 @@ def main(args: argparse.Namespace) -> None:
     labels = args.labels or demo.titles(predictors, [cfg.MODEL.WEIGHTS for cfg in cfgs])
 
     def draw(image: np.ndarray) -> np.ndarray:
-        drawn = (predictor.draw(image) for predictor in predictors)
-        panels = [demo.Panel(label, *panel) for label, panel in zip(labels, drawn, strict=True)]
-        return demo.side_by_side(panels)
+        drawn = [predictor.draw(image) for predictor in predictors]
+        return demo.side_by_side(labels, *zip(*drawn, strict=True))
 
     unreadable = 0
     for file, target in zip(files, targets, strict=True):

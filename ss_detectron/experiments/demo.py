@@ -8,7 +8,6 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -100,7 +99,7 @@ class Predictor:
         self.classes = _class_names(cfg, self.model)
 
     def draw(self, image: np.ndarray) -> tuple[np.ndarray, str]:
-        """Draws what the model sees: the picture of a :class:`Panel`, and its caption."""
+        """Draws what the model sees: the picture of a panel, (H, W, 3), and the lines below it."""
         raise NotImplementedError
 
 
@@ -238,38 +237,32 @@ def _class_names(cfg: CfgNode, model: nn.Module) -> list[str]:
 # Pictures ----------------------------------------------------------------------------------------
 
 
-class Panel(NamedTuple):
-    """What is drawn for one model."""
-
-    title: str
-    picture: np.ndarray
-    """(H, W, 3) uint8 RGB."""
-    caption: str = ""
-    """Lines below the picture."""
-
-
-def side_by_side(panels: Sequence[Panel]) -> np.ndarray:
+def side_by_side(
+    titles: Sequence[str], pictures: Sequence[np.ndarray], captions: Sequence[str]
+) -> np.ndarray:
     """
-    Draws panels, whose pictures are of one size, in one row, each below its title, pixel by pixel
-    as they are.
+    Draws panels in one row: pictures, pixel by pixel as they are, between titles and lines of text.
+
+    Args:
+        pictures: (H, W, 3) uint8 RGB, all of one size.
 
     Returns:
-        (H, W, 3) uint8 RGB.
+        the same, of another size.
     """
-    high, narrow, _ = panels[0].picture.shape
+    high, narrow, _ = pictures[0].shape
     wide = max(MIN_WIDTH, narrow)
     letters = wide // CHARACTER
-    headings = [textwrap.fill(panel.title, letters) for panel in panels]
-    captions = [[line[:letters] for line in panel.caption.splitlines()] for panel in panels]
+    headings = [textwrap.fill(title, letters) for title in titles]
+    lines = [[line[:letters] for line in caption.splitlines()] for caption in captions]
     above = 2 * MARGIN + LINE * (1 + max(heading.count("\n") for heading in headings))
-    below = MARGIN + LINE * max(map(len, captions))
-    size = (MARGIN + len(panels) * (wide + MARGIN), above + high + below)
+    below = MARGIN + LINE * max(map(len, lines))
+    size = (MARGIN + len(titles) * (wide + MARGIN), above + high + below)
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
     pen.font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 14)
-    for i, (panel, heading, caption) in enumerate(zip(panels, headings, captions, strict=True)):
+    for i, (heading, picture, caption) in enumerate(zip(headings, pictures, lines, strict=True)):
         left = MARGIN + i * (wide + MARGIN)
-        canvas.paste(Image.fromarray(panel.picture), (left + (wide - narrow) // 2, above))
+        canvas.paste(Image.fromarray(picture), (left + (wide - narrow) // 2, above))
         pen.text((left + wide / 2, MARGIN), heading, "black", anchor="ma", align="center")
         pen.text((left, above + high), "\n".join(caption), "black", anchor="la")
     return np.asarray(canvas)
@@ -296,10 +289,9 @@ def find_files(words: Iterable[str]) -> list[Path]:
         path = Path(word).expanduser()
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if is_image_file(file.name))
-        elif path.is_file():
-            files = [path]
         else:
             files = sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))))
+            files = [path] if path.is_file() else files  # its name may look like a pattern
         if not files:
             raise FileNotFoundError(f"there is no file '{word}', nor one of that pattern or in it")
         found |= {file.resolve(): file for file in files if file.resolve() not in found}
@@ -338,7 +330,7 @@ def read_picture(path: str | Path) -> np.ndarray:
         return detection_utils.read_image(str(path), format="RGB")
 
 
-def draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarray]) -> int:
+def draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarray]) -> None:
     """
     Draws every frame of a video into an MP4 file of the same frame rate, without sound.
 
@@ -346,22 +338,19 @@ def draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarr
         draw: (H, W, 3) uint8 RGB -> the same of another size, which is the same for all frames; an
             odd last row or column is cut off.
 
-    Returns:
-        the number of frames.
-
     Raises:
         UnreadableImageError: the source is no video, or has no frame that can be read.
         OSError: the target cannot be written.
     """
     capture = cv2.VideoCapture(str(source))
-    rate, announced = (capture.get(p) for p in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
     writer, frames = None, 0
     while (read := capture.read())[0]:
         drawn = draw(np.ascontiguousarray(read[1][:, :, ::-1]))
         height, width = (side // 2 * 2 for side in drawn.shape[:2])
         if writer is None:
             codec = cv2.VideoWriter_fourcc(*"mp4v")
-            writer = cv2.VideoWriter(str(target), codec, rate or 25, (width, height))
+            rate = capture.get(cv2.CAP_PROP_FPS) or 25
+            writer = cv2.VideoWriter(str(target), codec, rate, (width, height))
             if not writer.isOpened():
                 raise OSError(f"'{target}' cannot be written: OpenCV has no MPEG-4 encoder")
         writer.write(np.ascontiguousarray(drawn[:height, :width, ::-1]))
@@ -369,6 +358,5 @@ def draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarr
     if writer is None:
         raise UnreadableImageError(f"'{source}' cannot be read as a video")
     writer.release()
-    if frames < announced:
+    if frames < (announced := capture.get(cv2.CAP_PROP_FRAME_COUNT)):
         logger.warning("'%s': %d of %d frames could be read.", source, frames, announced)
-    return frames

@@ -16,7 +16,9 @@ from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 
 from .runs import (
+    MACHINE_KEYS,
     METRICS,
+    OWN_KEYS,
     differences,
     matching,
     merged_config,
@@ -33,10 +35,6 @@ RELATIVES = {
     "feedback_alignment_signed_init": "feedback_alignment",
     "kolen_pollack": "feedback_alignment",
 }
-# What a comparison sets itself.
-OWN_KEYS = frozenset({"MODEL.FEEDBACK.RULE", "MODEL.FEEDBACK.SEED", "OUTPUT_DIR", "SEED"})
-# What a run may change when it goes on: where and how fast it runs.
-MACHINE_KEYS = frozenset({"DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "OUTPUT_DIR"})
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,21 +26,13 @@ SCORES = ("bbox/AP", "segm/AP", "keypoints/AP")
 
 METRICS = (*ERRORS, *SCORES)
 
+# Keys that a run may change when it goes on: where and how fast it runs.
+MACHINE_KEYS = frozenset({"DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "OUTPUT_DIR"})
+# Keys that a comparison sets itself.
+OWN_KEYS = frozenset({"MODEL.FEEDBACK.RULE", "MODEL.FEEDBACK.SEED", "OUTPUT_DIR", "SEED"})
+PERIODS = {"SOLVER.CHECKPOINT_PERIOD", "TEST.ALIGNMENT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"}
 # Keys that repetitions of one experiment may differ in.
-PER_RUN_KEYS = frozenset(
-    {
-        "DATALOADER.NUM_WORKERS",
-        "MODEL.DEVICE",
-        "MODEL.FEEDBACK.RULE",  # as a name or a short name
-        "MODEL.FEEDBACK.SEED",
-        "OUTPUT_DIR",
-        "SEED",
-        "SOLVER.CHECKPOINT_PERIOD",
-        "TEST.ALIGNMENT_PERIOD",
-        "TEST.EVAL_PERIOD",
-        "VIS_PERIOD",
-    }
-)
+PER_RUN_KEYS = MACHINE_KEYS | OWN_KEYS | PERIODS
 # Keys in which runs do not compare if they differ.
 EXPERIMENT_KEYS = (
     "MODEL.META_ARCHITECTURE",

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from output_folders import CLASSIFICATION, write_rows, write_run
 
-from ss_detectron.config import flatten_config
 from ss_detectron.experiments.runs import (
-    differences,
     group_runs,
     read_metrics,
     read_run,
@@ -101,13 +99,6 @@ def test_folders_that_hold_no_run_are_named_and_left_out(tmp_path, caplog):
         assert message in caplog.text
 
 
-def test_differences_are_of_keys_that_both_have():
-    one = flatten_config({"A": {"B": 1, "C": [1, 2]}, "D": 3, "OLD": 1})
-    other = flatten_config({"A": {"B": 2, "C": [1, 2]}, "D": 4, "NEW": {"X": 1}})
-    assert differences(one, other) == {"A.B": (1, 2), "D": (3, 4)}
-    assert differences(one, other, ignored=["D"]) == {"A.B": (1, 2)}
-
-
 def test_seeds_are_one_group_and_rules_come_in_their_order(tmp_path):
     for rule in ("kp", "ss", "bp"):
         for seed in (1, 2):
@@ -138,13 +129,10 @@ def test_one_rule_with_two_settings_is_two_groups_told_apart_by_them(tmp_path):
         ("GAIN 0.5", 0, 2),
         ("GAIN 1.0", 1, 1),
     ]
-
-
-def test_one_rule_on_two_tasks_is_told_apart_by_the_folders(tmp_path):
-    write_run(tmp_path / "detection", ROWS)
-    write_run(tmp_path / "classification", ROWS, config_file=CLASSIFICATION)
-    groups = group_runs(read_runs([tmp_path / "detection", tmp_path / "classification"]))
-    assert [group.detail for group in groups] == ["detection", "classification"]
+    # More than two settings: by the folders.
+    write_run(tmp_path / "d", ROWS, "ss", config_file=CLASSIFICATION)
+    groups = group_runs(read_runs(tmp_path / name for name in "bd"))
+    assert [group.detail for group in groups] == ["b", "d"]
 
 
 def test_runs_whose_rule_is_not_known_go_by_their_folders(tmp_path):
