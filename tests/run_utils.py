@@ -12,9 +12,33 @@ from pathlib import Path
 import torch
 from time_limit import within
 
+from ss_detectron.data import generate_shapes
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "train_net.py"
 SECONDS = 240  # a machine may be busy
+
+
+def tiny_detection(folder: Path) -> list[str]:
+    """KEY VALUE ... of the smallest training there is, on data sets that config keys alone give."""
+    shapes = generate_shapes(folder, train=8, val=3, size=64)
+    keys = {
+        "DATASETS.COCO_INSTANCES": [
+            [f"tiny_{s}", f"{shapes}/annotations/instances_{s}.json", f"{shapes}/{s}"]
+            for s in ("train", "val")
+        ],
+        "DATASETS.TRAIN": ("tiny_train",),
+        "DATASETS.TEST": (),
+        "INPUT.MIN_SIZE_TRAIN": (64,),
+        "INPUT.MIN_SIZE_TEST": 64,
+        "MODEL.RETINANET.NUM_CONVS": 1,
+        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.001,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 3,
+        "SOLVER.STEPS": (),
+        "SOLVER.CHECKPOINT_PERIOD": 1000,
+    }
+    return [str(word) for pair in keys.items() for word in pair]
 
 
 def start(
@@ -22,17 +46,9 @@ def start(
     cwd: Path,
     script: Path = TOOL,
     interpreter: str = sys.executable,
-    interrupts: signal.Handlers = signal.SIG_DFL,
     **environment: str,
 ) -> subprocess.Popen:
-    """
-    Starts the tool, or another script, where no GPU is to be seen.
-
-    Args:
-        interrupts: what it does on SIGINT, unless it has a handler; a shell has what it starts in
-            the background ignore it, these tests included.
-        environment: variables.
-    """
+    """Starts the tool, or another script, with variables, where no GPU is to be seen."""
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return subprocess.Popen(
@@ -43,7 +59,8 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupts),
+        # A shell has what it starts in the background ignore it, these tests included.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -12,7 +12,7 @@ from ss_detectron.checkpoint.files import is_checkpoint_name
 from ss_detectron.config import runs_on_cpu
 from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
 from ss_detectron.layers.feedback import Backpropagation
-from ss_detectron.modeling import FeedbackRetinaNet, FeedbackRetinaNetHead, ImageClassifier
+from ss_detectron.learners import LEARNER_REGISTRY
 from ss_detectron.modeling.compilation import check_compiler
 from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
@@ -22,19 +22,23 @@ __all__ = ["check_conversion", "check_options", "check_proposals", "check_weight
 logger = logging.getLogger(__name__)
 
 
-def check_options(cfg: CfgNode) -> None:
-    """Refuse options that do not go together, or not with this machine."""
-    on_cpu = runs_on_cpu(cfg)
+def check_options(cfg: CfgNode, *, training: bool = True) -> None:
+    """Refuse unknown names, and options that do not go together, or not with this machine."""
+    feedback, on_cpu = cfg.MODEL.FEEDBACK, runs_on_cpu(cfg)
+    if training:
+        LEARNER_REGISTRY.get(cfg.MODEL.LEARNER.NAME)
+    for rule in filter(None, (feedback.RULE, feedback.LAST_LAYER_RULE)):
+        get_rule(rule)(feedback.SCALE, feedback.GAIN)
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(
-            "MODEL.DEVICE is cpu, but Detectron2 starts several processes for the GPUs that are "
-            "here: hide them with CUDA_VISIBLE_DEVICES='' in the environment"
+            "MODEL.DEVICE is cpu, but several processes use the GPUs that are here: hide them with "
+            "CUDA_VISIBLE_DEVICES='' in the environment"
         )
     if cfg.TEST.ALIGNMENT_PERIOD and cfg.MODEL.COMPILED:
         raise ValueError(
             f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True, but "
-            "a compiled model cannot give backpropagation's gradients beside its own: set "
-            "MODEL.COMPILED False to measure the alignment, or TEST.ALIGNMENT_PERIOD 0"
+            "a compiled model cannot give backpropagation's gradients beside its own: set one of "
+            "them to 0 or False"
         )
     if on_cpu and cfg.MODEL.COMPILED:
         check_compiler()
@@ -48,30 +52,20 @@ def check_options(cfg: CfgNode) -> None:
 
 def check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> None:
     """
-    Refuse MODEL.FEEDBACK keys to no effect at all, and warn of a model that follows them only in
-    part: stock and converting builders can be mixed.
+    Refuse MODEL.FEEDBACK keys to no effect, and warn of a model that follows them only in part, as
+    stock and converting builders can be mixed.
     """
     feedback = cfg.MODEL.FEEDBACK
     check_exclude(model, feedback.EXCLUDE)
     asymmetric = any(row.rule != Backpropagation.name for row in report)
     if feedback.RULE and get_rule(feedback.RULE) is not Backpropagation and not asymmetric:
         raise ValueError(
-            f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it: "
-            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}, MODEL.META_ARCHITECTURE "
-            f"{cfg.MODEL.META_ARCHITECTURE!r} and MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}; use a "
-            "build_feedback_* backbone and ImageClassifier, or FeedbackRetinaNet with "
-            "MODEL.RETINANET.HEAD FeedbackRetinaNetHead, or call convert_feedback on the model"
+            f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it "
+            f"(MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r}, MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE!r}, MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}): use a "
+            "build_feedback_* backbone and ImageClassifier or FeedbackRetinaNet, or call "
+            "convert_feedback on the model"
         )
-    unread = []
-    if cfg.MODEL.RETINANET.HEAD != "RetinaNetHead" and not isinstance(model, FeedbackRetinaNet):
-        unread.append("MODEL.RETINANET.HEAD")
-    has_last_layers = isinstance(model, ImageClassifier) or isinstance(
-        getattr(model, "head", None), FeedbackRetinaNetHead
-    )
-    if get_rule(feedback.LAST_LAYER_RULE) is not Backpropagation and not has_last_layers:
-        unread.append("MODEL.FEEDBACK.LAST_LAYER_RULE")
-    if unread:
-        logger.warning("Nothing in this model reads %s.", " and ".join(unread))
     left = [row.name for row in report if row.reason == "not converted"]
     if asymmetric and left:
         logger.warning(
@@ -83,8 +77,8 @@ def check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> 
 
 def check_weights(cfg: CfgNode, *, training: bool) -> None:
     """
-    Refuse weights that are not there or not trusted, or that a training would move; announce those
-    that will be fetched, and warn of a start from none where that cannot work.
+    Refuse weights that are not there or not trusted, or that a training would archive; announce a
+    download, and warn of a start from none where that cannot work.
     """
     weights = cfg.MODEL.WEIGHTS
     file = weights.partition("?")[0]
@@ -93,9 +87,8 @@ def check_weights(cfg: CfgNode, *, training: bool) -> None:
         check_pickle(weights, cfg.MODEL.TRUSTED_WEIGHTS)
     if is_url(weights):
         logger.info(
-            "MODEL.WEIGHTS is %s: it will be fetched unless it is in the cache already. Without a "
-            "network, set MODEL.WEIGHTS to a local file, or to '' to start from scratch. (Those of "
-            "Detectron2's model zoo were trained by backpropagation.)",
+            "MODEL.WEIGHTS is %s: it is downloaded unless it is in the cache. Without a network, "
+            "set MODEL.WEIGHTS to a local file, or to '' to start from scratch.",
             weights,
         )
     elif weights and not os.path.isfile(file):
@@ -103,11 +96,15 @@ def check_weights(cfg: CfgNode, *, training: bool) -> None:
             f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
             "another, or set MODEL.WEIGHTS '' to start from scratch"
         )
-    elif weights and training and _is_of_run(file, cfg.OUTPUT_DIR):
+    elif (
+        weights
+        and training
+        and is_checkpoint_name(os.path.basename(file))
+        and os.path.realpath(os.path.dirname(file)) == os.path.realpath(cfg.OUTPUT_DIR)
+    ):
         raise ValueError(
-            f"MODEL.WEIGHTS is {weights!r}, a checkpoint of an earlier run in OUTPUT_DIR "
-            f"{cfg.OUTPUT_DIR!r}, which a run that starts anew sets aside: give this run another "
-            "OUTPUT_DIR, or go on with the earlier one by --resume"
+            f"MODEL.WEIGHTS is {weights!r}, of an earlier run in OUTPUT_DIR, whose files a new run "
+            "archives: give this run another OUTPUT_DIR, or go on with the earlier one by --resume"
         )
     elif not weights and not training:
         logger.warning("MODEL.WEIGHTS is empty: this evaluates a network that was never trained.")
@@ -115,15 +112,9 @@ def check_weights(cfg: CfgNode, *, training: bool) -> None:
         not weights and "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.NORM == "FrozenBN"
     ):
         logger.warning(
-            "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN, which does not learn: from "
-            "scratch, a network needs norms that do and nothing frozen, as in "
-            "retinanet_scratch_*.yaml and imagenet_*.yaml."
+            "MODEL.WEIGHTS is empty and MODEL.RESNETS.NORM is FrozenBN, which does not learn: to "
+            "start from scratch, see retinanet_scratch_*.yaml and imagenet_*.yaml."
         )
-
-
-def _is_of_run(file: str, folder: str) -> bool:
-    where, name = os.path.split(os.path.realpath(file))
-    return is_checkpoint_name(name) and where == os.path.realpath(folder)
 
 
 def check_proposals(cfg: CfgNode) -> None:

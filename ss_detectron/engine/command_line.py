@@ -17,12 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ss_detectron.checkpoint.files import find_checkpoints, has_checkpoint, read_checkpoint
-from ss_detectron.config import (
-    add_ss_config,
-    check_config,
-    merge_config_file,
-    runs_on_cpu,
-)
+from ss_detectron.config import add_ss_config, check_config, merge_config_file, runs_on_cpu
 from ss_detectron.data import (
     check_datasets,
     register_coco_from_config,
@@ -132,7 +127,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     # Checked before default_setup, which overwrites the config.yaml of an earlier run.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
-    check_options(cfg)
+    check_options(cfg, training=not args.eval_only)
     check_datasets(cfg, training=not args.eval_only)
     check_proposals(cfg)
     if not (args.resume and found):
@@ -140,7 +135,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if found and starts_anew:
         logger.warning(
             "OUTPUT_DIR %s has a checkpoint of an earlier run, but this one starts anew; --resume "
-            "would have gone on from it.",
+            "would go on from it.",
             cfg.OUTPUT_DIR,
         )
     default_setup(cfg, args)
@@ -154,26 +149,17 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def settle_feedback_seed(cfg: CfgNode, *, goes_on: bool) -> None:
     """
-    Replace a MODEL.FEEDBACK.SEED of -1 for a run, on all ranks alike: by that of the run which
-    goes on, else by SEED, else by a number that is drawn. All ranks have to call it.
-
-    Args:
-        cfg: of the run; it is changed.
-        goes_on: whether the run in OUTPUT_DIR goes on, whose checkpoint tells its seed.
+    Replace a MODEL.FEEDBACK.SEED of -1 for a run: by that of the last checkpoint in OUTPUT_DIR, if
+    its run goes on; else by SEED; else by a number that is drawn. All ranks have to call it.
     """
     seed = cfg.MODEL.FEEDBACK.SEED
     if seed >= 0:
         return
-    if goes_on:
-        seed = _seed_of_checkpoint(cfg.OUTPUT_DIR)
+    for path in find_checkpoints(cfg.OUTPUT_DIR) if goes_on else ():
+        with suppress(OSError, ValueError):  # the checkpointer tells of those
+            # Before it was saved, it was 0 unless the config said otherwise, as it does again then.
+            seed = read_checkpoint(path).get("trainer", {}).get("feedback_seed", 0)
+            break
     if seed < 0:
         seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(1 << 31)
     cfg.MODEL.FEEDBACK.SEED = comm.all_gather(seed)[0]
-
-
-def _seed_of_checkpoint(folder: str) -> int:
-    for path in find_checkpoints(folder):
-        with suppress(OSError, ValueError):  # the checkpointer tells of those
-            # Before it was saved, it was 0 unless the config said otherwise, as it does again then.
-            return read_checkpoint(path).get("trainer", {}).get("feedback_seed", 0)
-    return -1

@@ -72,10 +72,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         learner = build_learner(cfg, model).to(cfg.MODEL.DEVICE)
         optimizer = self.build_optimizer(cfg, model)
-        models = set(model.parameters())
-        for group in learner.parameter_groups():
-            if own := [p for p in group["params"] if p not in models]:
-                optimizer.add_param_group({**group, "params": own})
+        for group in learner.own_parameter_groups():
+            optimizer.add_param_group(group)
         data_loader = self.build_train_loader(cfg)
 
         on_cpu = runs_on_cpu(cfg)
@@ -100,13 +98,14 @@ class Trainer(DefaultTrainer):
         self.checkpointer = self.build_checkpointer(
             cfg,
             model,
-            trainer=weakref.proxy(self),
+            # The first to be loaded: the trainer's has an optimiser of the learner's parameters.
             learner=SimpleNamespace(
                 state_dict=learner.own_state_dict, load_state_dict=learner.load_own_state_dict
             ),
+            trainer=weakref.proxy(self),
         )
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self._evaluation_missing = False
+        self._evaluation_due = False
         self.register_hooks(self.build_hooks())
 
     @property
@@ -132,15 +131,16 @@ class Trainer(DefaultTrainer):
                 "state of a training: to begin with these weights, name it in MODEL.WEIGHTS and "
                 "give another OUTPUT_DIR, without --resume"
             )
-        self._evaluation_missing = not saved.get("evaluated", False)
+        period = self.cfg.TEST.EVAL_PERIOD
+        at_evaluation = period > 0 and self.start_iter % period == 0
+        self._evaluation_due = at_evaluation and not saved.get("evaluated", False)
         ranks = saved.get("ranks", [])
         if len(ranks) == comm.get_world_size():
             load_rank_state(self.model, self._device, ranks[comm.get_rank()])
         else:
             logger.warning(
-                "The checkpoint has the random numbers and loss normalisers of %d processes, and "
-                "these are %d: they begin anew, and the run differs from one that was not "
-                "interrupted.",
+                "The checkpoint is of %d processes, and these are %d: random numbers and loss "
+                "normalisers begin anew, and the run differs from one that was not interrupted.",
                 len(ranks),
                 comm.get_world_size(),
             )
@@ -184,14 +184,15 @@ class Trainer(DefaultTrainer):
             for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
                 group["lr"] = rate
         for name, loader in self._loaders().items():
-            if name not in state_dict:
-                reason = "the checkpoint does not say where it was"
-            elif not hasattr(loader, "load_state_dict"):
-                reason = f"a loader of type {type(loader).__name__} keeps no state"
-            else:
+            if name in state_dict and hasattr(loader, "load_state_dict"):
                 loader.load_state_dict(state_dict[name])
-                continue
-            logger.warning("The order of the images (%s) begins anew: %s.", name, reason)
+            else:
+                logger.warning(
+                    "The order of the images (%s) begins anew: the checkpoint does not say where "
+                    "it was, or a %s has no state to load.",
+                    name,
+                    type(loader).__name__,
+                )
 
     def _loaders(self) -> dict[str, Any]:
         """The loaders of training images, by the name of their state in a checkpoint."""
@@ -204,7 +205,9 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         """Train as DefaultTrainer does; what an earlier run has left in OUTPUT_DIR is archived."""
         if self.start_iter == 0:
-            self._archive_previous_run()
+            if comm.is_main_process() and (archive := archive_previous_run(self.cfg.OUTPUT_DIR)):
+                logger.warning("The files of an earlier run are now in %s.", archive)
+            comm.synchronize()
         # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
         # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
         # nothing to go without; a GPU is not exact to the bit in any case.
@@ -214,17 +217,10 @@ class Trainer(DefaultTrainer):
         ):
             return super().train()
 
-    def _archive_previous_run(self) -> None:
-        if comm.is_main_process() and (archive := archive_previous_run(self.cfg.OUTPUT_DIR)):
-            logger.warning("The files of an earlier run are now in %s.", archive)
-        comm.synchronize()
-
     def before_train(self) -> None:
         """Make up for an evaluation that the interrupted run may not have finished, as well."""
         super().before_train()
-        period = self.cfg.TEST.EVAL_PERIOD
-        due = period > 0 and self.start_iter % period == 0 and self.start_iter < self.max_iter
-        if not (self._evaluation_missing and due):
+        if not self._evaluation_due or self.start_iter >= self.max_iter:
             return
         logger.info("Resumed after the step of an evaluation, which is done first.")
         self.iter = self.storage.iter = self.start_iter - 1
@@ -292,7 +288,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See :func:`~ss_detectron.solver.build.build_optimizer`."""
+        """Build SOLVER.OPTIMIZER, see :func:`~ss_detectron.solver.build.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod
@@ -309,27 +305,9 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-        """
-        Build Detectron2's schedule.
-
-        Raises:
-            ValueError: as there, but names the keys.
-        """
-        try:
-            return super().build_lr_scheduler(cfg, optimizer)
-        except Exception as error:  # of all kinds, as it checks few of its values
-            keys = ("LR_SCHEDULER_NAME", "BASE_LR", "BASE_LR_END", "MAX_ITER", "STEPS", "GAMMA")
-            keys += ("NUM_DECAYS", "WARMUP_FACTOR", "WARMUP_ITERS", "RESCALE_INTERVAL")
-            values = ", ".join(f"{key} {cfg.SOLVER[key]!r}" for key in keys)
-            raise ValueError(
-                f"no schedule of learning rates follows from SOLVER.{values}: {error}"
-            ) from error
-
-    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """
-        Build the loader of DATASETS.TRAIN, endless. Its batches follow from SEED. A batch has the
+        Build the endless loader of DATASETS.TRAIN, whose batches follow from SEED. A batch has the
         images of one pass, see SOLVER.ACCUMULATION_STEPS.
         """
         if _is_classification(cfg.DATASETS.TRAIN[0]):
@@ -362,9 +340,8 @@ class Trainer(DefaultTrainer):
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         raise NotImplementedError(
-            f"data set {dataset_name!r} has evaluator_type {kind!r}; this trainer evaluates "
-            "'coco', 'pascal_voc' and 'classification'. Override Trainer.build_evaluator for "
-            "others."
+            f"data set {dataset_name!r} has evaluator_type {kind!r}, and this trainer evaluates "
+            "'coco', 'pascal_voc' and 'classification': override Trainer.build_evaluator"
         )
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
@@ -373,16 +350,13 @@ class Trainer(DefaultTrainer):
         and the measurement of the alignment.
         """
         built = super().build_hooks()
+        solver, test = self.cfg.SOLVER, self.cfg.TEST
         # Detectron2's is the main rank's, and saves nothing of the others.
         built = [hook for hook in built if not isinstance(hook, hooks.PeriodicCheckpointer)]
         place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        solver = self.cfg.SOLVER
-        built.insert(
-            place,
-            PeriodicCheckpointer(
-                self.checkpointer, solver.CHECKPOINT_PERIOD, keep=solver.CHECKPOINT_MAX_TO_KEEP
-            ),
-        )
+        kept = solver.CHECKPOINT_MAX_TO_KEEP
+        latest = PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, keep=kept)
+        built.insert(place, latest)
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             names = self.cfg.DATASETS.TEST
             metric, mode = "bbox/AP", "max"
@@ -390,14 +364,14 @@ class Trainer(DefaultTrainer):
                 metric, mode = "classification/top1_error", "min"
             if len(names) > 1:
                 metric = f"{names[0]}/{metric}"
-            best = BestCheckpointer(self.cfg.TEST.EVAL_PERIOD, self.checkpointer, metric, mode)
             # After the evaluation, before the writers.
+            best = BestCheckpointer(test.EVAL_PERIOD, self.checkpointer, metric, mode)
             built.insert(len(built) - 1, best)
-        if self.cfg.TEST.ALIGNMENT_PERIOD:
-            built.insert(0, AlignmentHook(self.cfg.TEST.ALIGNMENT_PERIOD))
+        if test.ALIGNMENT_PERIOD:
+            built.insert(0, AlignmentHook(test.ALIGNMENT_PERIOD))
         images = getattr(self._trainer.data_loader, "dataset", None)
         if isinstance(images, Sized):
-            built.insert(0, EpochLogger(self.cfg.SOLVER.IMS_PER_BATCH, len(images)))
+            built.insert(0, EpochLogger(solver.IMS_PER_BATCH, len(images)))
         return [*built, PreemptionHook()]
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import defaultdict
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ss_detectron.learners import Learner
@@ -97,6 +96,9 @@ class StepTrainer(SimpleTrainer):
         self.skips = skips
         self.skipped = 0
         self.stop_agreed = False
+        # The scaler does not tell whether it has taken a step, and its scale is a wait for the GPU.
+        self._stepped = True
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
 
     def run_step(self) -> None:
         """
@@ -121,13 +123,15 @@ class StepTrainer(SimpleTrainer):
         if not self._is_finite(passes):
             self._leave_out(passes, before)
             return
-        self._write_metrics(self._mean_losses(passes), data_time)
+        names = passes[0].losses
+        means = {name: sum(p.losses[name] for p in passes) / self.passes for name in names}
+        self._write_metrics(means, data_time)
         for name, value in getattr(self.model, "train_metrics", {}).items():
             get_event_storage().put_scalar(name, value.item())
-        scale = self.scaler.get_scale()
+        self._stepped = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:  # else gradients overflowed, and no step was taken
+        if self._stepped:  # else gradients overflowed
             self.learner.step()
 
     def _forward_backward(self, batch: Any, remaining: int) -> dict[str, Tensor]:
@@ -162,8 +166,8 @@ class StepTrainer(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Go on where another trainer was, but with this optimiser's own settings (learning rates,
-        which follow a schedule, excepted); which of them have changed is logged.
+        Go on where another trainer was, but with this optimiser's own settings, which are logged
+        where they have changed; but for learning rates, which follow a schedule.
 
         Raises:
             ValueError: it is the state of another optimiser, or of other parameters.
@@ -173,8 +177,8 @@ class StepTrainer(SimpleTrainer):
             raise ValueError(
                 "the checkpoint's optimiser is of another kind (SOLVER.OPTIMIZER) or has its "
                 "parameters in other groups (SOLVER, MODEL) than this config's: resume the run by "
-                "the config.yaml in its OUTPUT_DIR, or begin another one from its weights, by "
-                "MODEL.WEIGHTS and without --resume"
+                "the config.yaml in its OUTPUT_DIR, or begin another from its weights, without "
+                "--resume"
             )
         other = ("params", "lr", "foreach", "fused")  # the last two: which kernel does it
         own = [{k: v for k, v in group.items() if k not in other} for group in groups]
@@ -186,20 +190,12 @@ class StepTrainer(SimpleTrainer):
             group.update(settings)
         if changed:
             logger.warning(
-                "The optimiser's settings are not those of the run that is resumed, which goes on "
-                "with the new ones: %s.",
+                "The resumed run goes on with the config's new settings of the optimiser: %s.",
                 ", ".join(sorted(changed)),
             )
         self.skipped = state_dict.get("skipped_steps", 0)
         if self.scaler.is_enabled() and "grad_scaler" in state_dict:
             self.scaler.load_state_dict(state_dict["grad_scaler"])
-
-    def _mean_losses(self, passes: list[Pass]) -> dict[str, Tensor]:
-        means = defaultdict(float)
-        for losses, _ in passes:
-            for name, loss in losses.items():
-                means[name] += loss / self.passes
-        return means
 
     def _is_finite(self, passes: list[Pass]) -> bool:
         """
@@ -207,8 +203,13 @@ class StepTrainer(SimpleTrainer):
         ``stop_agreed`` as well, in the same reduction.
         """
         losses = [item for losses, _ in passes for item in losses.items()]
-        overflows = self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_SCALE
-        gradients = {} if overflows else self._gradients()
+        may_overflow = self.scaler.is_enabled() and (
+            self._stepped or self.scaler.get_scale() >= _SMALLEST_SCALE
+        )
+        gradients = {}
+        if not may_overflow:  # those that the optimiser would use
+            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            gradients = {p: p.grad for p in parameters if p.grad is not None}
         finite = all_finite(loss for _, loss in losses)
         if gradients:
             finite = finite & all_finite(gradients.values())
@@ -219,11 +220,6 @@ class StepTrainer(SimpleTrainer):
             return True
         return not any_rank(bool(not_finite(losses) or not_finite(gradients.items())))
 
-    def _gradients(self) -> dict[nn.Parameter, Tensor]:
-        """What the optimiser would use."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return {p: p.grad for p in parameters if p.grad is not None}
-
     def _leave_out(self, passes: list[Pass], before: ForwardState | None) -> None:
         """Tells of a step that is not finite, and ends the run or goes on without it."""
         ranks = comm.all_gather(
@@ -231,25 +227,20 @@ class StepTrainer(SimpleTrainer):
         )
         weights = any_rank(bool(not_finite(named_parameters(self.learner).items())))
         skip = before is not None and not weights
+        self.skipped += skip
+        said = f"Skipped: {self.skipped} of SOLVER.MAX_SKIPPED_STEPS {self.skips} steps."
+        if not skip:
+            said = "The run ends; its last checkpoint is kept. " + (
+                "Skipping this step is no use: the weights were not finite before it."
+                if weights
+                else f"{said} A lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, "
+                "SOLVER.CLIP_GRADIENTS or, where norm(B)/norm(W) is large, a lower "
+                "MODEL.FEEDBACK.GAIN may help."
+            )
         message = (
             f"Loss or gradient not finite at iteration {self.iter}, whose step is not taken:\n"
-            f"{describe_step(self.learner, self.optimizer, ranks)}\n"
+            f"{describe_step(self.learner, self.optimizer, ranks)}\n{said}"
         )
-        if skip:
-            self.skipped += 1
-            message += f"Skipped: {self.skipped} of SOLVER.MAX_SKIPPED_STEPS {self.skips} steps."
-        else:
-            message += "The run ends; its last checkpoint is kept. "
-            if weights:
-                message += "Skipping this step is no use: the weights were not finite before it. "
-            else:
-                message += (
-                    f"Of SOLVER.MAX_SKIPPED_STEPS {self.skips} steps, {self.skipped} were skipped. "
-                )
-            message += (
-                "A lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS, SOLVER.CLIP_GRADIENTS or, "
-                "where norm(B)/norm(W) is large, a lower MODEL.FEEDBACK.GAIN may help."
-            )
         if comm.is_main_process():
             logger.log(logging.WARNING if skip else logging.ERROR, message)
         comm.synchronize()  # no rank ends before the main one has told

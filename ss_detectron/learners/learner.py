@@ -83,13 +83,13 @@ class Learner(nn.Module):
         Learned feedback weights are in the group of their weights.
         """
         groups = [{"params": list(self.model.parameters())}]
-        own = self.own_parameters()
-        return match_feedback_groups(groups, self.model) + ([{"params": own}] if own else [])
+        return match_feedback_groups(groups, self.model) + self.own_parameter_groups()
 
-    def own_parameters(self) -> list[nn.Parameter]:
-        """Return the learner's parameters that are not the model's."""
+    def own_parameter_groups(self) -> list[dict[str, Any]]:
+        """Return parameter groups of what is not the model's; none for most learners."""
         models = set(self.model.parameters())
-        return [p for p in self.parameters() if p not in models]
+        own = [p for p in self.parameters() if p not in models]
+        return [{"params": own}] if own else []
 
     def reference_gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """
@@ -105,18 +105,26 @@ class Learner(nn.Module):
         return backpropagation_gradients(self.model, loss)
 
     def own_state_dict(self) -> dict[str, Any]:
-        """Return the learner's state dict without the model's part; empty for most learners."""
-        state = self.state_dict()
-        return {name: value for name, value in state.items() if not name.startswith("model.")}
+        """Return the learner's name and its state dict without the model's part."""
+        state = self.state_dict().items()
+        return {"name": self.name, **{k: v for k, v in state if not k.startswith("model.")}}
 
     def load_own_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Load what :meth:`own_state_dict` returned.
 
         Raises:
-            RuntimeError: it is the state of another learner.
+            ValueError: it is the state of a learner of another name.
+            RuntimeError: it has other parts than this learner.
         """
-        found = self.load_state_dict(state_dict, strict=False)
+        state = dict(state_dict)
+        name = state.pop("name", self.name)  # once, a state had none
+        if name != self.name:
+            raise ValueError(
+                f"the checkpoint is of the learner {name!r}, and this one is {self.name!r}: go on "
+                f"with MODEL.LEARNER.NAME {name}, or begin another run from its weights"
+            )
+        found = self.load_state_dict(state, strict=False)
         missing = [name for name in found.missing_keys if not name.startswith("model.")]
         if missing or found.unexpected_keys:
             raise RuntimeError(

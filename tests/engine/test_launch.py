@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_utils import ROOT, TOOL, finish, output_after, rows, start
+from run_utils import ROOT, TOOL, finish, output_after, rows, start, tiny_detection
 
-from ss_detectron.data import generate_shapes
 from ss_detectron.engine import argument_parser
 from ss_detectron.engine.launch import _report, add_launch_options, complete_launch_options
 from ss_detectron.engine.preemption import EXIT_CODE
@@ -53,6 +52,13 @@ def test_torchrun_says_how_many_processes_there_are(torchrun):
     assert options("--num-gpus", "4", "--num-machines", "2").num_gpus == 4
 
 
+def refuse(capsys, words: str, message: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        options(*words.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -60,38 +66,29 @@ def test_torchrun_says_how_many_processes_there_are(torchrun):
         ("--num-machines 1", "--num-machines 1: torchrun has set"),
         ("--machine-rank 0", "--machine-rank 0: torchrun has set"),
         ("--dist-url tcp://a:1", "--dist-url tcp://a:1: torchrun has set one"),
-        ("WORLD_SIZE 6", "the same number of processes on every machine"),
     ],
 )
-def test_options_that_contradict_torchrun_are_refused(
-    torchrun, monkeypatch, capsys, words, message
-):
-    if words.startswith("WORLD_SIZE"):
-        monkeypatch.setenv(*words.split())
-        words = ""
-    with pytest.raises(SystemExit) as exit_:
-        options(*words.split())
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+def test_options_that_contradict_torchrun_are_refused(torchrun, capsys, words, message):
+    refuse(capsys, words, message)
+
+
+def test_torchruns_machines_have_as_many_processes_each(torchrun, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    refuse(capsys, "", "the same number of processes on every machine")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--timeout 0", "--timeout 0: give minutes, above 0 and up to 525600"),
+        ("--timeout 0", "--timeout 0: give minutes, above 0"),
         ("--timeout nan", "--timeout nan"),
-        ("--timeout 1e12", "--timeout 1e+12"),
         ("--num-gpus -1", "--num-gpus -1"),
-        ("--num-machines 0", "--num-machines 0"),
         ("--machine-rank 1", "--machine-rank 1: the machines are numbered 0 to 0"),
         ("--num-machines 2", "several machines need --dist-url tcp://HOST:PORT"),
     ],
 )
 def test_options_that_cannot_work_are_refused(capsys, words, message):
-    with pytest.raises(SystemExit) as exit_:
-        options(*words.split())
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+    refuse(capsys, words, message)
 
 
 # What is said of a failure; whole runs that fail are in test_preemption.py -----------------------
@@ -126,23 +123,10 @@ def test_the_process_that_ended_the_run_is_named_last(codes, failed, errors, las
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> list[str]:
-    """KEY VALUE ... of the smallest training there is, with a worker process."""
-    shapes = generate_shapes(tmp_path_factory.mktemp("sets"), train=8, val=3, size=64)
-    sets = [["tiny", f"{shapes}/annotations/instances_train.json", f"{shapes}/train"]]
-    changes = {
-        "DATASETS.COCO_INSTANCES": sets,
-        "DATASETS.TRAIN": ("tiny",),
-        "DATASETS.TEST": (),
-        "DATALOADER.NUM_WORKERS": 1,
-        "INPUT.MIN_SIZE_TRAIN": (64,),
-        "MODEL.RETINANET.NUM_CONVS": 1,
-        "SOLVER.IMS_PER_BATCH": 2,
-        "SOLVER.STEPS": (),
-        "SOLVER.CHECKPOINT_PERIOD": 10000,
-        "OUTPUT_DIR": "out",
-    }
-    words = ["--config-file", "quick/shapes_retinanet_ss.yaml"]
-    return words + [str(word) for pair in changes.items() for word in pair]
+    """The words of the smallest training there is, with a worker process."""
+    keys = ["DATALOADER.NUM_WORKERS", 1, "SOLVER.CHECKPOINT_PERIOD", 10000, "OUTPUT_DIR", "out"]
+    config = ["--config-file", "quick/shapes_retinanet_ss.yaml"]
+    return [*config, *tiny_detection(tmp_path_factory.mktemp("sets")), *map(str, keys)]
 
 
 def last_iteration(folder: Path) -> int:
@@ -159,15 +143,11 @@ def last_iteration(folder: Path) -> int:
 @pytest.mark.parametrize("launcher", ["one process", "two processes", "torchrun"])
 def test_a_training_that_was_terminated_saves_its_last_step_and_goes_on(launcher, tiny, tmp_path):
     folder = tmp_path / "out"
-    words = {
-        "one process": [],
-        "two processes": ["--num-gpus", 2],
-        "torchrun": [*TORCHRUN, TOOL],
-    }[launcher]
+    words = {"one process": [], "two processes": ["--num-gpus", 2], "torchrun": [*TORCHRUN, TOOL]}
 
     def training(*more) -> subprocess.Popen:
         script = "-m" if launcher == "torchrun" else TOOL
-        return start(*words, *more, cwd=tmp_path, script=script)
+        return start(*words[launcher], *more, cwd=tmp_path, script=script)
 
     process = training(*tiny, "SOLVER.MAX_ITER", 100000)
     output = output_after(process, "  iter: 19  ", lambda: os.killpg(process.pid, signal.SIGTERM))
@@ -255,7 +235,9 @@ def submit(folder: Path, *words) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_goes_on(slurm, tiny, tmp_path):
+def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_one_that_fails_is_not(
+    slurm, tiny, tmp_path
+):
     process, task = submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000), tmp_path / "task"
     output = output_after(
         process, "  iter: 19  ", lambda: os.kill(int(task.read_text()), signal.SIGTERM)
@@ -263,18 +245,12 @@ def test_a_job_whose_time_is_up_on_one_node_is_requeued_and_goes_on(slurm, tiny,
     assert process.returncode == EXIT_CODE, output
     assert (tmp_path / "requeued").read_text().split() == [slurm]
     iteration = last_iteration(tmp_path / "out")
+    (tmp_path / "requeued").unlink()
 
-    output = finish(submit(tmp_path, *tiny, "SOLVER.MAX_ITER", iteration + 3))
-    assert f"Starting training from iteration {iteration + 1}" in output
-    assert (tmp_path / "requeued").read_text().split() == [slurm]
-
-
-@pytest.mark.slow
-def test_a_job_that_slurm_ends_or_that_fails_is_not_requeued(slurm, tiny, tmp_path):
     process = submit(tmp_path, *tiny, "SOLVER.MAX_ITER", 100000)
-    output = output_after(process, "  iter: 19  ", lambda: os.killpg(process.pid, signal.SIGTERM))
-    assert process.returncode == EXIT_CODE, output
-    last_iteration(tmp_path / "out")
+    resumed = f"Starting training from iteration {iteration + 1}"
+    output = output_after(process, resumed, lambda: os.killpg(process.pid, signal.SIGTERM))
+    assert process.returncode == EXIT_CODE, output  # Slurm has ended it
 
     process = submit(tmp_path, *tiny, "NO.SUCH_KEY", 1)
     output = output_after(process, "NO.SUCH_KEY", lambda: None)

@@ -12,35 +12,17 @@ import torch
 from detectron2.config import get_cfg
 from group_utils import run_ranks
 from modeling_utils import load_config
-from run_utils import assert_equal, finish, rows, start
+from run_utils import assert_equal, finish, rows, start, tiny_detection
 
 from ss_detectron import add_ss_config
-from ss_detectron.data import generate_shapes, generate_shapes_cls
+from ss_detectron.data import generate_shapes_cls
 from ss_detectron.engine import main
 from ss_detectron.engine.command_line import settle_feedback_seed
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
-    """KEY VALUE ... of the smallest training there is, on a data set given by config keys alone."""
-    shapes = generate_shapes(tmp_path_factory.mktemp("sets"), train=8, val=3, size=64)
-    sets = [
-        [f"tiny_{split}", f"{shapes}/annotations/instances_{split}.json", f"{shapes}/{split}"]
-        for split in ("train", "val")
-    ]
-    changes = {
-        "DATASETS.COCO_INSTANCES": sets,
-        "DATASETS.TRAIN": ("tiny_train",),
-        "DATASETS.TEST": (),
-        "INPUT.MIN_SIZE_TRAIN": (64,),
-        "INPUT.MIN_SIZE_TEST": 64,
-        "MODEL.RETINANET.NUM_CONVS": 1,
-        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.001,
-        "SOLVER.IMS_PER_BATCH": 2,
-        "SOLVER.STEPS": (),
-        "SOLVER.CHECKPOINT_PERIOD": 1000,
-    }
-    return [str(word) for pair in changes.items() for word in pair]
+    return tiny_detection(tmp_path_factory.mktemp("sets"))
 
 
 # One run, and what it leaves ---------------------------------------------------------------------
@@ -129,7 +111,6 @@ class Weighted(Learner):
 SCRIPT = """
 import my_learner
 from ss_detectron.engine import main
-from ss_detectron.engine.command_line import settle_feedback_seed
 main()
 """
 
@@ -171,7 +152,7 @@ def test_a_learner_of_ones_own_trains_by_a_script_of_three_lines(tmp_path, monke
         return torch.load(tmp_path / ("resumed" if more else "out") / "model_final.pth")
 
     final = run()
-    assert final["learner"].keys() == {"weight", "steps"}
+    assert final["learner"].keys() == {"name", "weight", "steps"}
     assert final["learner"]["steps"] == 4 and final["learner"]["weight"] != 1
     assert not any(name.startswith("model.") for name in final["model"])
     assert any("alignment/gradient_angle" in row for row in rows(tmp_path / "out"))

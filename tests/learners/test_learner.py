@@ -42,7 +42,7 @@ def test_the_default_learner_is_a_plain_training_loop(rule):
         nn.functional.cross_entropy(expected(x), y).backward()
         optimizer.step()
     assert_same(model.state_dict(), expected.state_dict())
-    assert learner.own_state_dict() == {}
+    assert learner.own_state_dict() == {"name": "backpropagation"}
 
 
 def test_reference_gradients_are_backpropagations():
@@ -106,13 +106,17 @@ def test_own_parameters_have_a_group_and_own_state_is_saved_apart(inverse):
     assert model[0].feedback_weight in set(models["params"])
     learner.step()
     state = learner.own_state_dict()
-    assert set(state) == {"inverse.weight", "steps"}
+    assert set(state) == {"name", "inverse.weight", "steps"}
 
     other = Inverse(_model("kp"))
     before = copy.deepcopy(other.model.state_dict())
     other.load_own_state_dict(state)
     assert int(other.steps) == 1 and torch.equal(other.inverse.weight, learner.inverse.weight)
     assert_same(other.model.state_dict(), before)
+    with pytest.raises(ValueError, match="of the learner 'inverse', and .* MODEL.LEARNER.NAME inv"):
+        Backpropagation(model).load_own_state_dict(state)
+    del state["name"]  # as before it was saved
+    other.load_own_state_dict(state)
     for wrong in ({}, {**state, "more": torch.zeros(1)}):
         with pytest.raises(RuntimeError, match="another learner"):
             other.load_own_state_dict(wrong)
