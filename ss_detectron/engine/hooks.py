@@ -34,21 +34,15 @@ class EpochLogger(HookBase):
     """
 
     def __init__(self, images_per_step: int, images: int) -> None:
-        self._images_per_step = images_per_step
-        self._images = images
+        self._step, self._images = images_per_step, images
 
     def before_train(self) -> None:
-        steps = self.trainer.max_iter
-        logger.info(
-            "%d steps of %d images are %.4g epochs of %d images.",
-            steps,
-            self._images_per_step,
-            steps * self._images_per_step / self._images,
-            self._images,
-        )
+        steps, step, images = self.trainer.max_iter, self._step, self._images
+        epochs = steps * step / images
+        logger.info(f"{steps} steps of {step} images are {epochs:.4g} epochs of {images} images.")
 
     def after_step(self) -> None:
-        epoch = (self.trainer.iter + 1) * self._images_per_step / self._images
+        epoch = (self.trainer.iter + 1) * self._step / self._images
         self.trainer.storage.put_scalar("epoch", epoch, smoothing_hint=False)
 
 

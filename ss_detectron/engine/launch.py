@@ -38,21 +38,14 @@ logger = logging.getLogger(__name__)
 
 Main = Callable[[argparse.Namespace], Any]
 
-_YEAR = 525600  # minutes
 _GRACE = 20  # seconds for the other processes to end, once one has
 _HOST = "127.0.0.1"
 _SIGNALS = {number.value: number.name for number in signal.Signals}
-_STOPPED = (
-    EXIT_CODE,
-    -signal.SIGTERM,
-)  # asked to stop, in training and before
+_STOPPED = {EXIT_CODE, -signal.SIGTERM}  # asked to stop, in training and before
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """
-    Adds what :func:`launch` takes beside Detectron2's own options. Those of them that are not given
-    are None until :func:`complete_launch_options`.
-    """
+    """Add --timeout to Detectron2's options, which are None where they are not given."""
     parser.add_argument(
         "--timeout",
         type=float,
@@ -65,17 +58,19 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 
 def complete_launch_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """
-    Fills in the options that were not given, from torchrun's environment where that has started
-    this process. Ends the program with a message on options that cannot work.
+    Fill in the options that were not given, from torchrun's environment where that has started
+    this process. End the program with a message on options that cannot work.
     """
-    if not 0 < args.timeout <= _YEAR:
-        parser.error(f"--timeout {args.timeout:g}: give minutes, above 0 and up to {_YEAR}")
+    if not args.timeout > 0:
+        parser.error(f"--timeout {args.timeout:g}: give minutes, above 0")
     torchrun = is_torchelastic_launched()
-    names = {"num_gpus": "LOCAL_WORLD_SIZE", "num_machines": "GROUP_WORLD_SIZE"}
-    names["machine_rank"] = "GROUP_RANK"
-    for name, variable in names.items():
+    for name, variable, value in (
+        ("num_gpus", "LOCAL_WORLD_SIZE", 1),
+        ("num_machines", "GROUP_WORLD_SIZE", 1),
+        ("machine_rank", "GROUP_RANK", 0),
+    ):
         given, option = getattr(args, name), "--" + name.replace("_", "-")
-        value = int(os.environ[variable]) if torchrun else int(name != "machine_rank")
+        value = int(os.environ[variable]) if torchrun else value
         if torchrun and given not in (None, value):
             parser.error(f"{option} {given}: torchrun has set it to {value}; leave {option} out")
         setattr(args, name, value if given is None else given)
@@ -97,8 +92,8 @@ def complete_launch_options(parser: argparse.ArgumentParser, args: argparse.Name
 
 def launch(main: Main, args: argparse.Namespace) -> None:
     """
-    Runs ``main(args)`` in every process of the run, each with SIGTERM and SIGINT as requests to
-    stop. Returns when all have ended, with the signal handlers that there were before.
+    Run ``main(args)`` in every process of the run, each with SIGTERM and SIGINT as requests to
+    stop. Return when all have ended, with the signal handlers that there were before.
 
     Args:
         main: a function of a module's top level.
@@ -121,12 +116,7 @@ def launch(main: Main, args: argparse.Namespace) -> None:
 
 
 def _run(main: Main, args: argparse.Namespace, local_rank: int, **rendezvous: Any) -> None:
-    """
-    Runs this machine's process number ``local_rank`` as one of a process group.
-
-    Args:
-        rendezvous: how the processes find each other, for ``init_process_group``.
-    """
+    """Runs this machine's process number ``local_rank``; ``rendezvous`` is how they all meet."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     timeout = timedelta(minutes=args.timeout)
@@ -145,8 +135,7 @@ def _run(main: Main, args: argparse.Namespace, local_rank: int, **rendezvous: An
         main(args)
     except Preempted:
         stopped = True  # raised anew below, as the frames of this one refer to the group
-    # Not after a failure: the others may not answer, and the exit code says it anyway.
-    leave_group()
+    leave_group()  # not after a failure, when the others may not answer
     if stopped:
         raise Preempted
 
@@ -170,8 +159,7 @@ def _launch_processes(main: Main, args: argparse.Namespace) -> None:
         print_safely(f"{number.name}: all {args.num_gpus} processes are asked to save and stop.")
         terminate()
 
-    # What was printed before stands before what the processes print.
-    sys.stdout.flush()
+    sys.stdout.flush()  # before what the processes print
     stop = StopSignals(pass_on)
     try:
         with stop.installed():
@@ -200,7 +188,7 @@ def _launch_processes(main: Main, args: argparse.Namespace) -> None:
                 process.join(max(0, deadline - time.monotonic()))
             codes = {process.exitcode for process in failed}
             # Those that a stopped one has left alone may fail for it, but nothing kills them.
-            if codes.intersection(_STOPPED) and min(codes.difference(_STOPPED), default=0) >= 0:
+            if codes & _STOPPED and min(codes - _STOPPED, default=0) >= 0:
                 if EXIT_CODE not in codes:
                     logger.warning("Stopped outside training: there was nothing to save.")
                 raise Preempted
@@ -218,8 +206,8 @@ def _run_process(
     main: Main, args: argparse.Namespace, local_rank: int, port: int, failures: SimpleQueue
 ) -> None:
     """
-    Is one of this machine's processes. Where an exception ends it, puts its own name into
-    ``failures``, and the exception in a line, with the traceback below.
+    Is one of this machine's processes. Puts its name and the exception that ends it into
+    ``failures``: a line, with the traceback below.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -254,7 +242,7 @@ def _report(
     Args:
         processes: all of this machine; those that are alive had time to end.
         failed: those that were first to end.
-        errors: what each process that an exception has ended says of it, the first in time first.
+        errors: what each process that an exception has ended says of it, in the order of time.
     """
 
     def ending(process: BaseProcess) -> str:

@@ -1,7 +1,6 @@
 """Losses, gradients and weights that are not finite: found, told, and a forward pass taken back."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,14 +38,12 @@ def image_names(batch: Any) -> list[str] | None:
     Return the files of a batch, which is {"file_name": names, ...} for classification and
     [{"file_name": name, ...}, ...] for detection; None for a batch of another kind.
     """
+    names = None
     if isinstance(batch, dict):
         names = batch.get("file_name")
-        return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
-    if isinstance(batch, (list, tuple)) and all(
-        isinstance(image, dict) and "file_name" in image for image in batch
-    ):
-        return [str(image["file_name"]) for image in batch]
-    return None
+    elif isinstance(batch, list) and all(isinstance(image, dict) for image in batch):
+        names = [image.get("file_name", "unnamed") for image in batch]
+    return None if names is None else [str(name) for name in names]
 
 
 @torch.no_grad()
@@ -56,18 +53,13 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     once, on its device, and nothing is waited for. Numbers so large that the sum of their squares
     overflows make it False as well: :func:`not_finite` tells.
     """
-    norms = torch._foreach_norm([_values(tensor) for tensor in tensors])
+    norms = torch._foreach_norm(list(tensors))
     return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Return the names of those in which not every number is finite."""
-    return [name for name, tensor in tensors if not _values(tensor).isfinite().all()]
-
-
-def _values(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor if tensor.layout == torch.strided else tensor.coalesce().values()
+    return [name for name, tensor in tensors if not tensor.isfinite().all()]
 
 
 def named_parameters(learner: Learner) -> dict[str, nn.Parameter]:
@@ -83,21 +75,20 @@ class ForwardState:
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
-        self._buffers = {name: buffer.clone() for name, buffer in self._moving_buffers()}
+        self._buffers = {
+            name: buffer.clone()
+            for name, buffer in learner.named_buffers()
+            if not name.rpartition(".")[2].startswith("feedback")
+        }
         self._normalizers = get_loss_normalizers(learner)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Make the learner and its model what they were."""
-        for name, buffer in self._moving_buffers():
-            if name in self._buffers:
-                buffer.copy_(self._buffers[name])
+        buffers = dict(self._learner.named_buffers())
+        for name, value in self._buffers.items():
+            buffers[name].copy_(value)
         set_loss_normalizers(self._learner, self._normalizers)
-
-    def _moving_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for name, buffer in self._learner.named_buffers():
-            if not name.rpartition(".")[2].startswith("feedback"):
-                yield name, buffer
 
 
 def describe_step(
@@ -118,11 +109,8 @@ def describe_step(
             values = ", ".join(f"{name} {value:g}" for name, value in losses.items())
             files = "the batch names none" if images is None else ", ".join(images) or "none"
             lines.append(f"{where}: {values}; images: {files}")
-    rates = Counter()
-    for group in optimizer.param_groups:
-        rates[float(group["lr"])] += len(group["params"])
-    said = ", ".join(f"{rate:g} ({count} parameters)" for rate, count in sorted(rates.items()))
-    lines.append(f"learning rate: {said}")
+    rates = sorted({float(group["lr"]) for group in optimizer.param_groups})
+    lines.append(f"learning rate: {', '.join(f'{rate:g}' for rate in rates)}")
     used = {p for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     parameters = named_parameters(learner)
     gradients = not_finite((name, p.grad) for name, p in parameters.items() if p in used)
@@ -151,13 +139,12 @@ def check_state(learner: Learner, optimizer: torch.optim.Optimizer) -> None:
     """
     named = dict(named_parameters(learner))
     names = {parameter: name for name, parameter in named.items()}
-    for name, buffer in learner.model.named_buffers():
-        if name.rpartition(".")[2] in ("running_mean", "running_var"):
-            named[name] = buffer
+    statistics = ("running_mean", "running_var")
+    named |= {n: b for n, b in learner.model.named_buffers() if n.endswith(statistics)}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                named[f"{key} of {names.get(parameter, 'a parameter')}"] = value
+            if isinstance(value, Tensor):
+                named[f"{key} of {names.get(parameter)}"] = value
     if found := not_finite(named.items()):
         raise FloatingPointError(
             f"Not finite: {_counted(found)}. The training has diverged, and no checkpoint of it is "

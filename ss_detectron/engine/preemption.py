@@ -44,36 +44,35 @@ class Preempted(SystemExit):
 
 class StopSignals:
     """
-    The SIGTERM and SIGINT that this process gets. They ask for one and the same thing, and only the
-    first is answered; but a second SIGINT, a second later or more, is a KeyboardInterrupt.
+    Answer the first SIGTERM or SIGINT that this process gets. A second SIGINT, a second later or
+    more, is a KeyboardInterrupt; others ask for the same thing again.
+
+    Args:
+        answer: called with the first signal, in its handler.
 
     Attributes:
-        first: the first of them, or None.
+        first: the first signal, or None.
     """
 
     def __init__(self, answer: Callable[[signal.Signals], None]) -> None:
-        """
-        Args:
-            answer: called with the first signal, in its handler.
-        """
         self.first: signal.Signals | None = None
         self._answer = answer
         self._interrupted = float("inf")
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Handles one of these signals."""
-        now = time.monotonic()
-        # A Ctrl-C can come twice: from the terminal, and from a program that passes it on.
-        if number == signal.SIGINT and now > self._interrupted + 1:
-            raise KeyboardInterrupt
+        """Handle one of these signals."""
         if number == signal.SIGINT:
+            now = time.monotonic()
+            # A Ctrl-C can come twice: from the terminal, and from a program that passes it on.
+            if now > self._interrupted + 1:
+                raise KeyboardInterrupt
             self._interrupted = min(now, self._interrupted)
         if self.first is None:
             self.first = signal.Signals(number)
             self._answer(self.first)
 
     def install(self) -> None:
-        """Makes :meth:`receive` the handler. SIGINT stays ignored if it is (``&`` in a script)."""
+        """Make :meth:`receive` the handler. SIGINT stays ignored if it is (``&`` in a script)."""
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGTERM:
                 signal.signal(number, self.receive)
@@ -81,8 +80,8 @@ class StopSignals:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """
-        Installs the handler, and the former ones afterwards. On the way out by an exception,
-        SIGTERM is ignored: it would change the exit code.
+        Install the handler, and the former ones afterwards. After an exception, SIGTERM is ignored
+        instead: it would change the exit code.
         """
         handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         self.install()
@@ -97,7 +96,7 @@ class StopSignals:
 
 
 def print_safely(text: str) -> None:
-    """Writes a line to standard error, as a signal handler may: logging must not be re-entered."""
+    """Write a line to standard error, as a signal handler may: logging must not be re-entered."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
@@ -109,14 +108,13 @@ _training = False
 @contextmanager
 def rank_signals(*, spawned: bool = False) -> Iterator[None]:
     """
-    Lets a request end this process: at once before training has begun, when there is nothing to
-    save, and later where :class:`PreemptionHook` lets it. Worker processes of data loaders are kept
-    out of it.
+    Let a request end this process: at once before training has begun, when there is nothing to
+    save, and later where :class:`PreemptionHook` lets it. Workers of data loaders are kept out.
 
     Args:
-        spawned: whether a parent passes every request on as SIGTERM, tells of it, and has this
-            process ignore SIGINT. Before training, SIGTERM then ends the process by its default
-            action, even while it waits for other machines, which no handler could.
+        spawned: whether a parent passes every request on as SIGTERM, and has this process ignore
+            SIGINT. Before training, SIGTERM then ends the process by its default action, even while
+            it waits for other machines, which no handler could.
     """
 
     def answer(number: signal.Signals) -> None:
@@ -147,10 +145,10 @@ def stop_requested() -> bool:
 
 class PreemptionHook(HookBase):
     """
-    Saves a checkpoint and raises :class:`Preempted` on all ranks after the first step in which they
-    agreed that one of them was asked to stop; not after the last step, when training is over. It is
-    the last hook, on every rank, of a trainer with ``save_checkpoint()`` and ``stop_agreed``, which
-    every step sets to whether :func:`stop_requested` is true on any rank.
+    Save a checkpoint and raise :class:`Preempted` on all ranks after the first step in which they
+    agreed that one of them was asked to stop; not after the last step, when training is over. The
+    last hook of a trainer with ``save_checkpoint()`` and ``stop_agreed``: whether
+    :func:`stop_requested` was true on any rank in this step.
     """
 
     def before_train(self) -> None:

@@ -15,10 +15,6 @@ def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:
     """
     Return, in tensors, numbers and strings, this rank's random numbers and the loss normalisers of
     its own images.
-
-    Args:
-        model: not wrapped.
-        device: the model's.
     """
     return {"random": get_random_state(device), "loss_normalizer": get_loss_normalizers(model)}
 
@@ -35,18 +31,17 @@ def get_loss_normalizers(model: nn.Module) -> dict[str, float]:
     their losses: moving means of the foreground anchors, which Detectron2 keeps in plain attributes
     and in no state dict. A detector has none before its first forward pass.
     """
-    found = {name: vars(module).get("loss_normalizer") for name, module in _detectors(model)}
-    return {name: value for name, value in found.items() if value is not None}
+    return {
+        name: module.loss_normalizer
+        for name, module in model.named_modules()
+        if isinstance(module, DenseDetector) and "loss_normalizer" in vars(module)
+    }
 
 
 def set_loss_normalizers(model: nn.Module, values: dict[str, float]) -> None:
     """Put back what :func:`get_loss_normalizers` gave. A detector without any begins anew."""
-    for name, module in _detectors(model):
-        if name in values:
-            module.loss_normalizer = values[name]
-        else:  # the next forward pass makes it
-            vars(module).pop("loss_normalizer", None)
-
-
-def _detectors(model: nn.Module) -> list[tuple[str, DenseDetector]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, DenseDetector)]
+    for name, module in model.named_modules():
+        if isinstance(module, DenseDetector):
+            vars(module).pop("loss_normalizer", None)  # the next forward pass makes it
+            if name in values:
+                module.loss_normalizer = values[name]

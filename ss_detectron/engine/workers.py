@@ -15,7 +15,7 @@ __all__ = ["prepare_workers"]
 
 @cache
 def prepare_workers() -> None:
-    """Has this process, a rank, fork its loaders' workers, and keeps stop requests from them."""
+    """Have this process, a rank, fork its loaders' workers, and keep stop requests from them."""
     if sys.platform != "linux":
         return
     # In a spawned process, the default is to spawn its workers. Each would import everything

@@ -8,29 +8,20 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-__all__ = [
-    "any_rank",
-    "leave_group",
-    "reduce_flags",
-    "set_collective_timeout",
-    "share_buffers",
-]
+__all__ = ["any_rank", "leave_group", "reduce_flags", "set_collective_timeout", "share_buffers"]
 
 
 def any_rank(flag: bool) -> bool:
-    """
-    Tells whether ``flag`` is true on any rank. Every rank has to call it, and gets the same answer.
-    """
+    """Return whether ``flag`` is true on any rank. Every rank has to call it."""
     return any(comm.all_gather(flag))
 
 
 def reduce_flags(flags: Tensor) -> list[bool]:
     """
-    Returns which of several flags are set on any rank. Every rank has to call it, and gets the same
-    answer.
+    Return which of several flags are set on any rank. Every rank has to call it.
 
     Args:
-        flags: of shape (N,), on the device that the ranks' backend works on (the model's).
+        flags: of shape (N,), on the model's device.
     """
     if comm.get_world_size() > 1:
         flags = flags.int()
@@ -40,7 +31,7 @@ def reduce_flags(flags: Tensor) -> list[bool]:
 
 def set_collective_timeout(timeout: timedelta) -> None:
     """
-    Sets how long ranks wait for each other's objects, as in :func:`any_rank`: beside NCCL,
+    Set how long ranks wait for each other's objects, as in :func:`any_rank`: beside NCCL,
     Detectron2 exchanges them in a group of gloo's that knows nothing of the NCCL group's timeout.
     Every rank has to call it, before any exchange.
     """
@@ -56,7 +47,7 @@ def set_collective_timeout(timeout: timedelta) -> None:
 
 def share_buffers(model: nn.Module) -> None:
     """
-    Gives every rank the main one's buffers, such as the statistics of batch norm, which each rank
+    Give every rank the main one's buffers, such as the statistics of batch norm, which each rank
     gathers from its own images. Every rank has to call it.
     """
     if comm.get_world_size() > 1:
@@ -66,10 +57,9 @@ def share_buffers(model: nn.Module) -> None:
 
 def leave_group() -> None:
     """
-    Ends this process's part in a run of several, once it has no more to say to the others: torch's
-    process group, its threads included. A thread of gloo's that is still there when Python ends,
-    and then comes to release a tensor, aborts the process ("terminate called without an active
-    exception"), whatever it has achieved. The threads end with the last reference to the group.
+    End this process's part in a run of several: torch's process group, its threads included. A
+    thread of gloo's that outlives Python and then releases a tensor aborts the process ("terminate
+    called without an active exception"). The threads end with the last reference to the group.
     """
     if not dist.is_initialized():
         return

@@ -16,8 +16,6 @@ from detectron2.engine import SimpleTrainer, TrainerBase, hooks
 from detectron2.utils.events import EventStorage, JSONWriter
 from group_utils import run_ranks
 from modeling_utils import load_config, make_batch
-from PIL import Image
-from run_utils import SECONDS, end, finish, model_of, rows, start
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,16 +113,13 @@ def test_numbers_whose_squares_overflow_are_finite():
 @pytest.mark.parametrize(
     ("batch", "names"),
     [
-        ({"image": torch.zeros(2, 3), "file_name": ["a.png", Path("b.png")]}, ["a.png", "b.png"]),
+        ({"image": 0, "file_name": ["a.png", Path("b.png")]}, ["a.png", "b.png"]),
         ([{"file_name": "a.jpg"}, {"file_name": "b.jpg", "image": 0}], ["a.jpg", "b.jpg"]),
-        ([{"image": 0}, {"file_name": "b.jpg"}], None),
+        ([{"image": 0}, {"file_name": "b.jpg"}], ["unnamed", "b.jpg"]),
         ({"image": 0}, None),
-        ({"file_name": "a.jpg"}, None),
-        (torch.zeros(3), None),
         ((torch.zeros(3), torch.zeros(3)), None),
-        ([], []),
     ],
-)  # fmt: skip
+)
 def test_the_images_of_a_batch(batch, names):
     assert image_names(batch) == names
 
@@ -153,7 +148,7 @@ def test_a_step_is_not_taken_and_everything_about_it_is_told(how, passes, caplog
     assert text.count("images: ") == passes
     for said in (
         r"not finite at iteration 1,",
-        r"learning rate: .*0\.125 \(\d+ parameters\)",
+        r"learning rate: .*0\.125",
         r"gradients that are not finite: 8: layers\.0\.weight, layers\.0\.bias, layers\.1\.weight",
     ):
         assert re.search(said, text)
@@ -163,57 +158,22 @@ def test_a_step_is_not_taken_and_everything_about_it_is_told(how, passes, caplog
     assert values == sorted(values, reverse=True) and values[0] < 1
 
 
-def test_a_gradient_that_is_not_finite_counts_although_the_losses_are():
-    trainer = make("ss", batches(1))
-    trainer.model.layers[3].weight.register_hook(
-        lambda g: g.index_fill(0, torch.tensor(1), math.inf)
-    )
+def test_of_the_gradients_those_that_the_optimiser_uses_count():
+    model = Model()
+    spoil, unused = model.layers[3].weight, model.layers[5].weight
+    unused.register_hook(lambda g: g * math.nan)
+    model.layers[1].requires_grad_(False)
+    used = [p for p in model.parameters() if p is not unused]
+    trainer = StepTrainer(Backpropagation(model), batches(3), torch.optim.SGD(used, 0.0))
+    for parameter in model.layers[0].parameters():
+        parameter.register_hook(lambda g: g + 1e30)  # large is no reason
+    train(trainer, 1)
+    assert model.layers[0].weight.grad.min() > 1e29
+    spoil.register_hook(lambda g: g.index_fill(0, torch.tensor(1), math.inf))
     with pytest.raises(
         FloatingPointError, match="gradients that are not finite: 1: layers.3.weight"
     ):
         train(trainer, 1)
-
-
-def test_a_large_gradient_is_no_reason():
-    trainer = make("ss", batches(1))
-    for parameter in trainer.model.parameters():
-        parameter.register_hook(lambda g: g + 1e30)
-    trainer.optimizer.param_groups[0]["lr"] = 0.0
-    train(trainer, 1)
-    assert trainer.model.layers[0].weight.grad.min() > 1e29
-
-
-def test_frozen_parameters_and_sparse_gradients():
-    class Sparse(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(5, 3, sparse=True)
-            self.frozen = nn.Linear(3, 3).requires_grad_(False)
-            self.unused = nn.Linear(3, 3)
-
-        def forward(self, index):
-            return {"loss": self.frozen(self.table(index)).sum()}
-
-    model = Sparse()
-    trainer = StepTrainer(
-        Backpropagation(model),
-        [torch.tensor([1, 1, 4])] * 2,
-        torch.optim.SGD(model.parameters(), 0.1),
-    )
-    before = model.table.weight.detach().clone()
-    train(trainer, 1)
-    changed = (model.table.weight != before).all(1)
-    assert changed.tolist() == [False, True, False, False, True]
-    model.frozen.weight.fill_(math.inf)
-    with pytest.raises(FloatingPointError, match=r"gradients .* not finite: 1: table\.weight"):
-        train(trainer, 1)
-
-
-def test_gradients_that_no_optimiser_uses_do_not_count():
-    model = Model()
-    model.layers[5].weight.register_hook(lambda g: g * math.nan)
-    used = [p for p in model.parameters() if p is not model.layers[5].weight]
-    train(StepTrainer(Backpropagation(model), batches(2), torch.optim.SGD(used, 0.1)), 2)
 
 
 # Skipping ----------------------------------------------------------------------------------------
@@ -228,24 +188,15 @@ def test_a_skipped_step_leaves_no_trace(rule, how, options):
     bad = batches(passes, rank=1)
     bad[-1] = spoiled(bad[-1], how)
     some, others = good[: 2 * passes], good[2 * passes :]
-    skipped = make(rule, some + bad + others, skips=1, **options)
-    logged = train(skipped, 5)
+    skipped = make(rule, bad + some + bad + others, skips=2, **options)
+    logged = train(skipped, 6)
     plain = make(rule, good, **options)
     expected = train(plain, 4)
-    assert logged == [*expected[:2], {}, *expected[2:]]
+    assert logged == [{}, *expected[:2], {}, *expected[2:]]
     assert_same(state(skipped), state(plain))
     assert int(plain.model.layers[1].num_batches_tracked) == 4 * passes
     if rule == "brsf":
         assert int(plain.model.state_dict()["layers.0.feedback_updates"]) == 4
-
-
-def test_the_very_first_step_may_be_skipped():
-    good = batches(2)
-    skipped = make("brsf", [spoiled(good[0]), *good], skips=1)
-    train(skipped, 3)
-    plain = make("brsf", good)
-    train(plain, 2)
-    assert_same(state(skipped), state(plain))
 
 
 def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(caplog, tmp_path):
@@ -253,11 +204,7 @@ def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(capl
     trainer = make("ss", [good, bad, good], skips=2)
     train(trainer, 3)
     (record,) = [r for r in caplog.records if "not finite" in r.message]
-    assert record.levelno == logging.WARNING
-    assert (
-        "rank0_batch0_3.png" in record.message
-        and "Skipped: 1 of SOLVER.MAX_SKIPPED_STEPS 2" in record.message
-    )
+    assert record.levelno == logging.WARNING and "rank0_batch0_3.png" in record.message
 
     torch.save(trainer.state_dict(), tmp_path / "state.pth")
     saved = torch.load(tmp_path / "state.pth", weights_only=True)
@@ -265,7 +212,7 @@ def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(capl
     resumed = make("ss", [bad, good, bad], skips=2)
     resumed.load_state_dict(saved)
     train(resumed, 2)
-    with pytest.raises(FloatingPointError, match=r"SOLVER\.MAX_SKIPPED_STEPS 2 steps, 2 were"):
+    with pytest.raises(FloatingPointError, match=r"Skipped: 2 of SOLVER\.MAX_SKIPPED_STEPS 2"):
         train(resumed, 1)
     assert resumed.skipped == 2
 
@@ -320,6 +267,12 @@ def test_overflows_are_the_scalers_business_until_its_scale_is_tiny():
         train(trainer, 60)
     assert trainer.iter == 30
     assert_same(dict(trainer.model.named_parameters()), before)
+
+
+def test_an_ordinary_step_does_not_wait_for_the_scale():
+    trainer = scaled(batches(2), 1024.0)
+    trainer.scaler.get_scale = None
+    train(trainer, 2)
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow_and_skipping_it_leaves_the_scale():
@@ -445,101 +398,3 @@ def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(tmp_path):
     assert "gradients that are not finite: 11: layers.0.weight" in results[0]["pixel"]
     assert re.search(r"rank 0: .*loss_c 0;.*\n  rank 1: .*loss_c inf;", results[0]["loss"])
     assert "gradients that are not finite: 0" in results[0]["loss"]
-
-
-# Whole runs --------------------------------------------------------------------------------------
-
-# A first step with a tiny learning rate, then absurd ones.
-DIVERGE = [
-    *("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 1e20, "SOLVER.LR_SCHEDULER_NAME"),
-    *("WarmupMultiStepLR", "SOLVER.WARMUP_FACTOR", 1e-23, "SOLVER.WARMUP_ITERS", 2),
-    *("SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 1),
-    *("OUTPUT_DIR", "out"),
-]
-CLASSIFIER = ["--config-file", "quick/shapes_resnet18_ss.yaml", "SOLVER.IMS_PER_BATCH", 8]
-CLASSIFIER += ["INPUT.CLASSIFICATION.SIZE", 32]
-
-
-def fail(*words, cwd: Path, **options) -> str:
-    """The error that ends a run."""
-    with start(*words, cwd=cwd, **options) as process:
-        try:
-            output, _ = process.communicate(timeout=SECONDS)
-        finally:
-            end(process)
-    assert process.returncode not in (0, None), output[-5000:]
-    return output[output.index("FloatingPointError: ") :]
-
-
-def test_a_run_that_diverges_ends_with_a_report_and_good_checkpoints(tmp_path):
-    # The step that fails is the last, after which a run that succeeds is evaluated.
-    report = fail(*CLASSIFIER, *DIVERGE, "SOLVER.MAX_ITER", 3, cwd=tmp_path)
-    for pattern in (
-        r"not finite at iteration 2,",
-        r"rank 0: loss_cls \S+.*; images: \S+\.png, ",
-        r"learning rate: 1e\+20 \(",
-        r"gradients that are not finite: [1-9]\d*: \S*backbone\S+, ",
-        r"largest norm\(B\)/norm\(W\): \S+ [\d.]+, ",
-    ):
-        assert re.search(pattern, report), pattern
-    folder = tmp_path / "out"
-    assert not (folder / "inference").exists()
-    assert (folder / "last_checkpoint").read_text() == "model_0000001.pth"
-    names = {path.name for path in folder.glob("*.pth")}
-    assert names == {"model_0000000.pth", "model_0000001.pth"}
-    for name in names:
-        assert not not_finite(model_of(folder, name).items())
-    assert all(math.isfinite(v) for row in rows(folder) for v in row.values())
-
-
-# A trainer whose model meets a pixel that is not a number wherever a batch has one image.
-PLANT = """
-import math
-from ss_detectron.engine import Trainer, main
-
-NAME = "NAME_OF_THE_IMAGE"
-
-def spoil(model, batches):
-    (batch,) = batches
-    if NAME in batch["file_name"]:
-        batch["image"] = batch["image"].float()
-        batch["image"][batch["file_name"].index(NAME), 0, 5, 5] = math.nan
-
-class Planted(Trainer):
-    @classmethod
-    def build_model(cls, cfg):
-        model = super().build_model(cfg)
-        model.register_forward_pre_hook(spoil)
-        return model
-
-main(trainer=Planted)
-"""
-
-
-@pytest.mark.slow
-def test_an_image_that_spoils_a_run_of_two_processes_is_among_those_named(tmp_path):
-    """It comes once an epoch: skipped in the first, and the end in the second, resumed."""
-    for i in range(12):
-        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 50).save(tmp_path / "images" / str(i % 2) / f"{i}.png")
-    spoiling = tmp_path / "images" / "1" / "7.png"
-    script = tmp_path / "plant.py"
-    script.write_text(PLANT.replace("NAME_OF_THE_IMAGE", str(spoiling)))
-    words = ["--num-gpus", 2, *CLASSIFIER, "OUTPUT_DIR", "out", "SOLVER.STEPS", "()"]
-    words += ["DATASETS.IMAGE_FOLDERS", f"[['mine', '{tmp_path / 'images'}']]"]
-    words += ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 4]
-    words += ["MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 2, "DATALOADER.NUM_WORKERS", 1]
-    words += ["SOLVER.MAX_SKIPPED_STEPS", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER"]
-    output = finish(start(*words, 3, cwd=tmp_path, script=script))
-    skipped = re.findall("WARNING .* Loss or gradient not finite at iteration [012],", output)
-    assert len(skipped) == 1
-    assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", output)
-    assert len(re.findall(r"  rank \d: loss_cls [\d.]+; images: ", output)) == 1
-    assert [r["skipped_steps"] for r in rows(tmp_path / "out") if "skipped_steps" in r] == [1]
-
-    report = fail("--resume", *words, 20, cwd=tmp_path, script=script)
-    iteration = int(re.search("not finite at iteration ([345]),", report)[1])
-    assert re.search(rf"  rank \d: loss_cls nan; images: .*{spoiling}", report)
-    assert (tmp_path / "out" / "last_checkpoint").read_text() == f"model_{iteration - 1:07d}.pth"
-    for path in (tmp_path / "out").glob("*.pth"):
-        assert not not_finite(model_of(path.parent, path.name).items())

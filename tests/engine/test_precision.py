@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import logging
 import math
 import shutil
@@ -16,14 +15,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from detectron2.utils.events import EventStorage
-from image_utils import write_images
 from modeling_utils import load_config, make_batch
-from run_utils import finish, rows, start
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from ss_detectron.alignment import backpropagation_gradients, compiled_parts
-from ss_detectron.data import generate_shapes
 from ss_detectron.engine import defaults as engine
 from ss_detectron.engine.checks import check_options
 from ss_detectron.layers import AsymmetricLayer, convert_part, reset_feedback
@@ -124,6 +120,19 @@ def angle(actual: Gradients, expected: Gradients) -> float:
     return math.acos(min(1.0, (a @ b / a.norm() / b.norm()).item()))
 
 
+def assert_bfloat16(actual: list[Gradients], expected: list[Gradients], model: nn.Module) -> float:
+    """Equal but for roundings; returns the bound of the angle between them."""
+    # A unit whose input has the relative error eps passes zero with a probability near eps, and
+    # then sends back all of the error or nothing: L layers make that an error of sqrt(L eps).
+    bound = math.sqrt(sum(isinstance(m, nn.Conv2d) for m in model.modules()) * 2**-8)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert angle(one, other) < bound
+        for name in other:
+            assert error(one[name], other[name]) < 2 * bound, name
+    return bound
+
+
 def assert_float32(actual: list[Gradients], expected: list[Gradients]) -> None:
     for one, other in zip(actual, expected, strict=True):
         assert one.keys() == other.keys()
@@ -197,15 +206,7 @@ def test_bfloat16_gives_float32s_gradients_but_for_its_roundings(network, rule):
     actual = train(trainer)
     assert types == {torch.bfloat16}
     assert {g.dtype for step in actual for g in step.values()} == {torch.float32}
-    # A unit whose input has the relative error eps passes zero with a probability near eps, and
-    # then sends back all of the error or nothing: L layers make that an error of sqrt(L eps).
-    layers = sum(isinstance(m, nn.Conv2d) for m in trainer.model.modules())
-    bound = math.sqrt(layers * 2**-8)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.keys() == other.keys()
-        assert angle(one, other) < bound
-        for name in other:
-            assert error(one[name], other[name]) < 2 * bound, name
+    bound = assert_bfloat16(actual, expected, trainer.model)
     if rule != "bp":  # which does not pass for the rule
         (stock, _), _ = plain(network, "bp")
         assert max(error(stock[name], expected[0][name]) for name in stock) > 3 * bound
@@ -214,22 +215,13 @@ def test_bfloat16_gives_float32s_gradients_but_for_its_roundings(network, rule):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("key", [CHANNELS_LAST, COMPILED], ids=lambda key: key[0])
 @each_rule
-def test_channels_last_gives_float32s_gradients(network, rule):
+def test_the_format_and_the_compiler_give_float32s_gradients(network, rule, key, compiler):
     expected, state = plain(network, rule)
-    trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *CHANNELS_LAST))
+    trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *key))
     assert_float32(train(trainer), expected)
-    assert_state(trainer.model, state)
-    assert_learned_feedback_learns(trainer.model)
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-@each_rule
-def test_compilation_gives_float32s_gradients(network, rule, compiler):
-    expected, state = plain(network, rule)
-    trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *COMPILED))
-    assert_float32(train(trainer), expected)
-    parts = {"classifier": 1, "detector": 2}[network]  # each one graph
+    parts = {"classifier": 1, "detector": 2}[network] * (key == COMPILED)  # each one graph
     assert (compiler.graphs, compiler.calls) == (parts, 2 * parts)
     assert_state(trainer.model, state)
     assert_learned_feedback_learns(trainer.model)
@@ -251,45 +243,28 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() != 4 or tensor.shape[1] == 1 or tensor.stride(1) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("imagenet_resnet18_ss.yaml", ()),
-        ("imagenet_alexnet_ss.yaml", ("MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 3)),
-        ("cifar10_resnet18_fa.yaml", ()),
-        ("retinanet_R_18_ss.yaml", ("MODEL.BACKBONE.FREEZE_AT", 0)),
-        ("quick/shapes_retinanet_ss.yaml", ("MODEL.FEEDBACK.RULE", "kp")),
-    ],
-)
-def test_every_feature_map_and_its_gradient_is_channels_last(name, options):
-    cfg = load_config(name, *options, *CHANNELS_LAST)
+@pytest.mark.parametrize("name", ["imagenet_alexnet_ss.yaml", "quick/shapes_retinanet_ss.yaml"])
+def test_every_feature_map_and_its_gradient_is_channels_last(name):
+    classes = ("MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 3)
+    cfg = load_config(name, *classes, "MODEL.FEEDBACK.RULE", "kp", *CHANNELS_LAST)
     model = Trainer.build_model(cfg)
-    seen, astray = [], []
+    found = []
 
-    def look(where: str, tensor: Tensor) -> None:
-        seen.append(where)
-        if not is_channels_last(tensor):
-            astray.append((where, tuple(tensor.shape), tensor.stride()))
+    def look(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        found.append(output)
+        output.register_hook(found.append)
 
-    def look_around(layer: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str) -> None:
-        look(f"{name} out", output)
-        output.register_hook(lambda gradient: look(f"{name} back", gradient))
-
-    for layer_name, layer in model.named_modules():
+    for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(functools.partial(look_around, name=layer_name))
+            layer.register_forward_hook(look)
     with EventStorage():
         sum(model(batch_for(cfg)).values()).backward()
-    assert len(seen) >= 2 * 5
-    assert {where.split()[1] for where in seen} == {"out", "back"}
-    assert astray == []
-    for kind in (model.named_parameters(), model.named_buffers()):
-        for tensor_name, tensor in kind:
-            assert is_channels_last(tensor), tensor_name
-            assert tensor.grad is None or is_channels_last(tensor.grad), tensor_name
+    assert len(found) >= 2 * 5
+    found += [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(map(is_channels_last, [*found, *model.parameters(), *model.buffers()]))
 
 
-@pytest.mark.parametrize(("rule", "compiled"), [("brsf", COMPILED), ("fa", ()), ("kp", ())])
+@pytest.mark.parametrize(("rule", "compiled"), [("brsf", COMPILED), ("kp", ())])
 def test_a_plain_run_goes_on_in_channels_last_and_so_does_its_feedback(
     rule, compiled, tmp_path, compiler
 ):
@@ -389,99 +364,5 @@ def test_all_keys_over_two_passes_are_mixed_precision_over_two_passes(network, c
     trainer = Trainer(config(network, *options, *CHANNELS_LAST, *COMPILED))
     actual = train(trainer)
     assert compiler.calls == 4 * compiler.graphs
-    bound = math.sqrt(sum(isinstance(m, nn.Conv2d) for m in trainer.model.modules()) * 2**-8)
-    for one, other in zip(actual, expected, strict=True):
-        assert angle(one, other) < bound
-        for name in other:
-            assert error(one[name], other[name]) < 2 * bound, name
+    assert_bfloat16(actual, expected, trainer.model)
     assert_learned_feedback_learns(trainer.model)
-
-
-# Whole runs ----------------------------------------------------------------------------------
-
-SCRIPT = '''
-"""tools/train_net.py with a compiler that takes no minutes."""
-import functools
-from ss_detectron.engine import defaults, main
-from ss_detectron.modeling.compilation import compile_parts
-
-defaults.compile_parts = functools.partial(compile_parts, backend="aot_eager")
-
-main()
-'''
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch) -> Callable[..., str]:
-    """(flags ..., KEY=value ...) -> what a run with all keys prints; it leaves tmp_path / "out"."""
-    script = tmp_path / "compiled.py"
-    script.write_text(SCRIPT)
-
-    def call(*flags, **keys) -> str:
-        keys |= {"OUTPUT_DIR": "out", "DATALOADER.NUM_WORKERS": 0, "SOLVER.STEPS": ()}
-        keys |= {key: True for key, _ in (AMP, CHANNELS_LAST, COMPILED)}
-        words = [str(word) for pair in keys.items() for word in pair]
-        return finish(start(*flags, *words, cwd=tmp_path, script=script))
-
-    return call
-
-
-def test_a_detector_trains_and_is_evaluated_with_all_keys(run, tmp_path):
-    shapes = generate_shapes(tmp_path / "sets", train=4, val=2, size=64)
-    keys = {
-        "DATASETS.COCO_INSTANCES": [
-            [f"tiny_{s}", f"{shapes}/annotations/instances_{s}.json", f"{shapes}/{s}"]
-            for s in ("train", "val")
-        ],
-        "DATASETS.TRAIN": ("tiny_train",),
-        "DATASETS.TEST": ("tiny_val",),
-        "INPUT.MIN_SIZE_TRAIN": (192,),
-        "INPUT.MIN_SIZE_TEST": 192,
-        "MODEL.RESNETS.OUT_FEATURES": ["res5"],
-        "MODEL.FPN.IN_FEATURES": ["res5"],
-        # Of 64 pixels, p7 would be a single one: in a graph compiled for bfloat16, torch leaves
-        # the gradient of its convolution uninitialised now and then, a stock one's too.
-        "MODEL.RETINANET.IN_FEATURES": ["p5", "p6", "p7"],
-        "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64]],
-        "MODEL.RETINANET.NUM_CONVS": 1,
-        "MODEL.RETINANET.SCORE_THRESH_TEST": 0.0,  # without a detection there is no AP
-        "SOLVER.IMS_PER_BATCH": 2,
-        "SOLVER.MAX_ITER": 2,
-    }
-    output = run("--config-file", "quick/shapes_retinanet_ss.yaml", **keys)
-    assert "MODEL.COMPILED: the model's backbone and head will be compiled" in output
-    assert "SOLVER.AMP.ENABLED on the CPU" in output
-    found = {key: value for row in rows(tmp_path / "out") for key, value in row.items()}
-    assert math.isfinite(found["total_loss"]) and math.isfinite(found["bbox/AP"])
-
-
-@pytest.mark.slow
-def test_a_classifier_trains_and_is_evaluated_with_all_keys(run, tmp_path):
-    for split in ("train", "test"):
-        write_images(tmp_path / split, size=(32, 32), dark=3, light=3)
-    keys = {
-        "DATASETS.IMAGE_FOLDERS": [[s, str(tmp_path / s)] for s in ("train", "test")],
-        "DATASETS.TRAIN": ("train",),
-        "DATASETS.TEST": ("test",),
-        "INPUT.CLASSIFICATION.TRANSFORM": "resize",
-        "INPUT.CLASSIFICATION.SIZE": 32,
-        "MODEL.IMAGE_CLASSIFIER.NUM_CLASSES": 2,
-        "MODEL.RESNETS.OUT_FEATURES": ["res2"],
-        "SOLVER.ACCUMULATION_STEPS": 2,
-        "SOLVER.IMS_PER_BATCH": 4,
-        "SOLVER.MAX_ITER": 2,
-        "TEST.EVAL_PERIOD": 0,
-    }
-    flags = ["--config-file", "imagenet_resnet18_ss.yaml"]
-    output = run(*flags, **keys)
-    assert "MODEL.COMPILED: the model's backbone will be compiled" in output
-    results = tmp_path / "out" / "inference" / "classification_results.json"
-    expected = json.loads(results.read_text())
-    assert expected["images"] == 6
-    results.unlink()
-    # The last batch is smaller than the others.
-    output = run(
-        *flags, "--resume", "--eval-only", **keys, **{"TEST.CLASSIFICATION.IMS_PER_BATCH": 4}
-    )
-    assert "Loading from out/model_final.pth" in output
-    assert json.loads(results.read_text()) == expected

@@ -6,35 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from core_utils import each_rule
+from modeling_utils import resnet
 from run_utils import SECONDS, assert_equal, end, finish, rows, start
 
-from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.data import generate_shapes, generate_shapes_cls
 
 RECORDED = Path(__file__).parents[1] / "recorded_run.py"
-RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 COMMON = (
     *("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 3),
     *("SOLVER.WARMUP_ITERS", 4, "SOLVER.IMS_PER_BATCH", 4),
-    # A slim one.
-    *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
+    *resnet(50, res2=16, stem=16, width=4),
 )
 DETECTION = (
     *("--config-file", "quick/shapes_retinanet_ss.yaml", *COMMON),
     *("INPUT.MIN_SIZE_TRAIN", "(48, 64)", "INPUT.MIN_SIZE_TEST", 48),
     # Something is found after three steps too.
     *("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 5),
-    *(
-        "MODEL.FPN.OUT_CHANNELS",
-        16,
-        "MODEL.FPN.NORM",
-        "",
-        "MODEL.RETINANET.NUM_CONVS",
-        1,
-        "MODEL.RETINANET.NORM",
-        "",
-    ),
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", ""),
+    *("MODEL.RETINANET.NUM_CONVS", 1, "MODEL.RETINANET.NORM", ""),
 )
 # Crops and flips drawn at random.
 CLASSIFICATION = (
@@ -129,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["detection", "classification"])
-@pytest.mark.parametrize("rule", RULES)
+@each_rule
 def test_every_rule(task, rule, tmp_path):
     options = ("MODEL.FEEDBACK.RULE", rule)
     assert_resumes_exactly(tmp_path, task, {"KILL_IN_EVALUATION": "1"}, options)

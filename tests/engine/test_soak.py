@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from modeling_utils import resnet
 from run_utils import SECONDS, end, start
 
 STEPS, EVALUATION = 2000, 500
@@ -20,35 +21,22 @@ EARLY, LATE = range(500, 900), range(1500, 1900)
 GROWTH = 1.02
 DIGITS = re.compile(r"\d+")
 
-COMMON = {
-    "OUTPUT_DIR": "out",
-    "DATALOADER.NUM_WORKERS": 1,
-    "SOLVER.MAX_ITER": STEPS,
-    "SOLVER.STEPS": "()",
-    "SOLVER.CHECKPOINT_PERIOD": EVALUATION // 2,
-    "SOLVER.BASE_LR": 1e-4,
-    "TEST.EVAL_PERIOD": EVALUATION,
-}
-DETECTION = {
-    "MODEL.RESNETS.DEPTH": 50,
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 8,
-    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
-    "MODEL.RESNETS.OUT_FEATURES": "['res5']",
-    "MODEL.FPN.IN_FEATURES": "['res5']",
-    "MODEL.FPN.OUT_CHANNELS": 32,
-    "MODEL.RETINANET.IN_FEATURES": "['p5']",
-    "MODEL.RETINANET.NUM_CONVS": 1,
-    "MODEL.ANCHOR_GENERATOR.SIZES": "[[32]]",
-    "INPUT.MIN_SIZE_TRAIN": "(64,)",
-    "INPUT.MIN_SIZE_TEST": 64,
-    "SOLVER.IMS_PER_BATCH": 2,
-}
-CLASSIFICATION = {
-    "MODEL.RESNETS.OUT_FEATURES": "['res2']",
-    "INPUT.CLASSIFICATION.SIZE": 32,
-    "SOLVER.IMS_PER_BATCH": 4,
-}
+COMMON = [
+    *("OUTPUT_DIR", "out", "DATALOADER.NUM_WORKERS", 1, "SOLVER.MAX_ITER", STEPS),
+    *("SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", EVALUATION // 2, "SOLVER.BASE_LR", 1e-4),
+    *("TEST.EVAL_PERIOD", EVALUATION),
+]
+DETECTION = [
+    *resnet(50, res2=8, stem=8, width=4),
+    *("MODEL.RESNETS.OUT_FEATURES", "['res5']", "MODEL.FPN.IN_FEATURES", "['res5']"),
+    *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RETINANET.IN_FEATURES", "['p5']"),
+    *("MODEL.RETINANET.NUM_CONVS", 1, "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64, "SOLVER.IMS_PER_BATCH", 2),
+]
+CLASSIFICATION = [
+    *("MODEL.RESNETS.OUT_FEATURES", "['res2']"),
+    *("INPUT.CLASSIFICATION.SIZE", 32, "SOLVER.IMS_PER_BATCH", 4),
+]
 
 
 def processes_of(session: int) -> set[int]:
@@ -67,11 +55,9 @@ def processes_of(session: int) -> set[int]:
 
 def memory_of(pid: int) -> int:
     """
-    In bytes: a process's own memory (heap, stacks, tensors), and what it shares as batches. Left
-    out is what belongs to files, which the kernel reads and drops as it likes. A page that a loader
-    worker has in common with its parent since the fork counts in both: the proportional size (PSS)
-    would leap when either first writes to it, as Python's garbage collector does now and then, with
-    nothing allocated.
+    In bytes: a process's own memory, and what it shares as batches. Not what belongs to files,
+    which the kernel drops as it likes, and not the proportional size (PSS), which leaps when a
+    worker first writes to a page that it has in common with its parent since the fork.
     """
     status = Path(f"/proc/{pid}/status").read_text()
     sizes = dict(line.split(":", 1) for line in status.splitlines())
@@ -120,8 +106,8 @@ class Samples:
 def test_memory_files_and_processes_stay_as_they_are(config, keys, ranks, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    words = [str(word) for pair in (COMMON | keys).items() for word in pair]
-    process = start("--config-file", f"quick/{config}", "--num-gpus", ranks, *words, cwd=tmp_path)
+    words = ["--config-file", f"quick/{config}", "--num-gpus", ranks, *COMMON, *keys]
+    process = start(*words, cwd=tmp_path)
     early, late, seen = Samples(), Samples(), set()
     with process:
         try:
