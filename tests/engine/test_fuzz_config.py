@@ -61,7 +61,7 @@ NAMES = [
 ]
 SCALARS = {
     bool: st.booleans(),
-    int: st.sampled_from([-1, 0, 1, 2, 3, 48, 10**9, 10**30]),
+    int: st.sampled_from([-1, 0, 1, 2, 3, 48, 10**9]),
     float: st.sampled_from([math.nan, math.inf, -1.0, 0.0, 1e-300, 0.3, 1.0, 2.0, 1e308]),
     str: st.sampled_from(["", "nope", "../nope", "no\npe", "nöpe", *NAMES]),
     type(None): st.none(),
