@@ -51,7 +51,7 @@ def add_ss_config(cfg: CfgNode) -> None:
     # ... times this.
     _C.MODEL.FEEDBACK.GAIN = 1.0
     # Determines all random feedback, together with the layers' names. -1 stands for SEED, or where
-    # that is -1 too, for a number that is drawn for the run and stands in its config.yaml.
+    # that is -1 too, for a number that is drawn for the run and stands in its checkpoints.
     _C.MODEL.FEEDBACK.SEED = -1
     # Layers that stay on backpropagation: shell-style patterns of module names in the whole model,
     # such as "backbone.fpn_*".

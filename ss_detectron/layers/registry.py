@@ -1,11 +1,17 @@
 """A registry of classes by name and short name."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 __all__ = ["Registry"]
 
-T = TypeVar("T")
+
+class _Named(Protocol):
+    name: ClassVar[str]
+    short_name: ClassVar[str]
+
+
+T = TypeVar("T", bound=_Named)
 
 
 class Registry(Generic[T]):
@@ -55,7 +61,7 @@ class Registry(Generic[T]):
         """
         if cls is None:
             return self.register
-        names = {self.check(cls).name, cls.short_name} - {""}  # type: ignore[attr-defined]
+        names = {self.check(cls).name, cls.short_name} - {""}
         for name in sorted(names):
             taken = self._find(name)
             if taken is not None:
@@ -63,7 +69,7 @@ class Registry(Generic[T]):
                     f"{cls.__name__} cannot be registered: the {self._kind} name {name!r} is "
                     f"{taken.__name__}'s"
                 )
-        self._classes[cls.name] = cls  # type: ignore[attr-defined]
+        self._classes[cls.name] = cls
         return cls
 
     def get(self, name: str) -> type[T]:
@@ -75,16 +81,13 @@ class Registry(Generic[T]):
         """
         found = self._find(name)
         if found is None:
-            known = ", ".join(
-                f"{known} ({cls.short_name})" if cls.short_name else known  # type: ignore[attr-defined]
-                for known, cls in self
-            )
+            known = ", ".join(f"{n} ({c.short_name})" if c.short_name else n for n, c in self)
             raise ValueError(f"unknown {self._kind} {name!r}; choose one of {known}")
         return found
 
     def _find(self, name: object) -> type[T] | None:
         for full_name, cls in self:
-            if name and name in (full_name, cls.short_name):  # type: ignore[attr-defined]
+            if name and name in (full_name, cls.short_name):
                 return cls
         return None
 
