@@ -79,7 +79,7 @@ def _check_kind(cfg: CfgNode, metadata: Metadata, classifier: bool) -> None:
                 "True, or download it by hand and register the files."
             )
         logger.info("Data set '%s' is downloaded from %s where it is needed.", metadata.name, url)
-    kind = known.get("evaluator_type")
+    kind = metadata.get("evaluator_type")
     if (kind == "classification") != classifier:
         raise ValueError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, but data set "
@@ -99,10 +99,8 @@ def _check_loading(cfg: CfgNode, training: bool, classifier: bool) -> None:
         if (batch := cfg.TEST.CLASSIFICATION.IMS_PER_BATCH) < 1:
             raise ValueError(f"TEST.CLASSIFICATION.IMS_PER_BATCH is {batch}; choose at least 1")
     elif cfg.DATALOADER.DECODER != "pillow":
-        raise ValueError(
-            f"DATALOADER.DECODER is {cfg.DATALOADER.DECODER!r}, which is for classification: for "
-            "detection, choose 'pillow'"
-        )
+        decoder = cfg.DATALOADER.DECODER
+        raise ValueError(f"DATALOADER.DECODER is {decoder!r}; for detection, choose 'pillow'")
     # Means of another number would be broadcast, and the image with them.
     channels = {"L": 1, "RGBA": 4, "CMYK": 4}.get(cfg.INPUT.FORMAT, 3)
     for key in ("PIXEL_MEAN", "PIXEL_STD"):

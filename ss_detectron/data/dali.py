@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from PIL import Image
 from torch.utils.data import default_collate
 
-from .images import FLIPS, RandomResizedCrop, UnreadableImageError, decode, open_image
+from .images import FLIPS, RandomResizedCrop, UnreadableImageError, choose, decode, open_image
 from .stream import TrainingLoader
 
 __all__ = ["DaliLoader", "EncodedImageMapper"]
@@ -27,7 +27,7 @@ class EncodedImageMapper:
 
     def __init__(self, cfg: CfgNode) -> None:
         self.crop = RandomResizedCrop(cfg.INPUT.CLASSIFICATION.SIZE, reduced_decoding=False)
-        self.flips = cfg.INPUT.RANDOM_FLIP in FLIPS
+        self.flips = choose(cfg, "INPUT.RANDOM_FLIP", *FLIPS, "none") != "none"
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """

@@ -76,6 +76,7 @@ def build_training_mapper(cfg: CfgNode) -> ClassificationMapper | EncodedImageMa
         raise ValueError(
             f"with DATALOADER.DECODER 'dali', {error}, or the decoder 'pillow'"
         ) from None
+    mapper = EncodedImageMapper(cfg)
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -83,7 +84,7 @@ def build_training_mapper(cfg: CfgNode) -> ClassificationMapper | EncodedImageMa
             f"NVIDIA DALI cannot be imported ({error}): `pip install ss-detectron[dali]`, or set "
             "DATALOADER.DECODER to 'pillow'"
         ) from error
-    return EncodedImageMapper(cfg)
+    return mapper
 
 
 def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> EvaluationLoader:

@@ -197,6 +197,7 @@ def test_what_only_dali_finds_is_named(dali, records):
         ("DATALOADER.DECODER", "opencv", "is 'opencv'; choose 'pillow' or 'dali'"),
         ("INPUT.CLASSIFICATION.TRANSFORM", "pad_crop", "choose 'resized_crop', or the decoder"),
         ("DATALOADER.UNREADABLE_IMAGES", "skip", "choose 'error', or the decoder"),
+        ("INPUT.RANDOM_FLIP", "diagonal", "RANDOM_FLIP is 'diagonal'; choose 'horizontal' or"),
         ("INPUT.FORMAT", "YUV-BT.601", "is 'YUV-BT.601'; choose 'RGB' or 'BGR', or the decoder"),
     ],
 )
@@ -222,5 +223,5 @@ def test_detection_is_refused():
     cfg = config()
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("own_boxes",)
-    with pytest.raises(ValueError, match="DECODER is 'dali', which is for classification"):
+    with pytest.raises(ValueError, match="DECODER is 'dali'; for detection, choose"):
         check_datasets(cfg)

@@ -302,9 +302,3 @@ def test_what_is_to_be_done_without_cifar10(archive, root, broken):
         assert CIFAR10.url in str(error.value)
         if "DOWNLOAD" in message:
             assert list(root.rglob("*")) == before
-
-
-def test_another_file_than_cifar10_is_not_taken(archive, web, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", f"{web[0]}/")
-    with pytest.raises(FileNotFoundError, match="fetching it failed .*orrupted"):
-        check(cifar10(download=True))
