@@ -35,7 +35,7 @@ def on_the(way: str) -> AbstractContextManager:
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
-def net(rule: str, **options) -> nn.Sequential:
+def net(rule: str, scale: str = "mean_abs") -> nn.Sequential:
     """A network with what an instrument must not disturb: batch statistics and dropout."""
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -48,7 +48,7 @@ def net(rule: str, **options) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(64 * 16, 5),
     )
-    return convert_feedback(model, rule, **options)
+    return convert_feedback(model, rule, scale=scale)
 
 
 def images(count: int = 4) -> Tensor:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from core_utils import assert_same, each_rule, images, loss_of, net
 from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 from group_utils import run_ranks
 from modeling_utils import NARROW, load_config, losses, make_batch
 from torch import nn
@@ -45,9 +44,9 @@ def test_retinanet_whose_head_runs_five_times(rule):
 
 
 class Losses(nn.Module):
-    def __init__(self, rule: str = "ss", **options) -> None:
+    def __init__(self, rule: str) -> None:
         super().__init__()
-        self.net = net(rule, **options)
+        self.net = net(rule)
 
     def forward(self, batch):
         return {"loss": loss_of(self.net, batch), "other": self.net(batch).mean()}
@@ -58,21 +57,16 @@ class Run(TrainerBase):
 
     linked = True
 
-    def __init__(self, rule="ss", period=0, passes=1, amp=False, wrap=lambda m: m, **options):
+    def __init__(self, rule="ss", period=0, model=None, batches=None, **options):
         super().__init__()
-        self.model = wrap(Losses(rule, **options))
+        self.model = model or Losses(rule)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
-        batches = [images() * (i + 1) / 4 for i in range(8)]
-        if passes == 1 and not amp:
-            self._trainer = SimpleTrainer(self.model, batches, self.optimizer)
+        batches = batches or [images() * (i + 1) / 4 for i in range(8)]
+        if options:
+            learner = Backpropagation(self.model)
+            self._trainer = StepTrainer(learner, batches, self.optimizer, **options)
         else:
-            self._trainer = StepTrainer(
-                Backpropagation(self.model),
-                batches,
-                self.optimizer,
-                passes=passes,
-                mixed_precision=amp,
-            )
+            self._trainer = SimpleTrainer(self.model, batches, self.optimizer)
         self.rows = {}
         if period:
             self.register_hooks([AlignmentHook(period)])
@@ -97,7 +91,7 @@ class Run(TrainerBase):
 
 
 @each_rule
-@pytest.mark.parametrize("options", [{}, {"passes": 2}, {"amp": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"passes": 2}, {"mixed_precision": True}], ids=str)
 def test_training_is_the_same_bit_for_bit_with_and_without(rule, options):
     plain = Run(rule, **options).go()
     measured = Run(rule, period=2, **options).go()
@@ -126,8 +120,7 @@ def test_angles_are_those_of_the_weights_that_the_step_began_with():
     reference = backpropagation_gradients(model, loss)
     loss.backward()
     for name, angle in gradient_angles(model, reference).per_layer.items():
-        key = "/".join(filter(None, ("alignment/gradient_angle", name)))
-        assert run.rows[0][key] == pytest.approx(angle, abs=1e-4)
+        assert run.rows[0][f"alignment/gradient_angle/{name}"] == pytest.approx(angle, abs=1e-4)
     for name, found in weight_alignment(model).items():
         assert run.rows[0][f"alignment/weight_angle/{name}"] == pytest.approx(found.angle)
 
@@ -162,13 +155,7 @@ def test_period_has_to_be_positive():
 
 def _worker(rank: int, folder: str) -> None:
     model = DistributedDataParallel(Double())
-    run = Run.__new__(Run)
-    TrainerBase.__init__(run)
-    run.model, run.rows = model, {}
-    run.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run._trainer = SimpleTrainer(model, [Double.batch()[rank::2]], run.optimizer)
-    run.register_hooks([AlignmentHook(1)])
-    run.go(1)
+    run = Run(period=1, model=model, batches=[Double.batch()[rank::2]]).go(1)
     assert bool(run.rows) == (rank == 0)
     if rank == 0:
         with open(f"{folder}/row.json", "w") as file:
@@ -197,11 +184,9 @@ def test_two_processes_measure_what_one_does(tmp_path):
     run_ranks(_worker, tmp_path)
     row = json.loads((tmp_path / "row.json").read_text())
     model = Double()
-    with EventStorage():
-        loss = model(Double.batch())["loss"]
+    loss = model(Double.batch())["loss"]
     reference = backpropagation_gradients(model, loss)
     loss.backward()
     for name, angle in gradient_angles(model, reference).per_layer.items():
-        key = "/".join(filter(None, ("alignment/gradient_angle", name)))
-        assert row[key] == pytest.approx(angle, abs=1e-5)
+        assert row[f"alignment/gradient_angle/{name}"] == pytest.approx(angle, abs=1e-5)
         assert (angle < 1e-4) == (name == "net.4")
