@@ -9,8 +9,6 @@ from detectron2.utils import comm
 
 from ss_detectron.utils.text import abbreviate
 
-__all__ = ["without_unusable_boxes"]
-
 logger = logging.getLogger(__name__)
 
 # The forms of boxes that are not rotated: whether the second two numbers are a size.

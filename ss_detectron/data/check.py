@@ -15,8 +15,6 @@ from .coco import check_coco
 from .images import ClassificationMapper, choose, skips_unreadable_images
 from .loaders import build_training_mapper
 
-__all__ = ["check_datasets"]
-
 logger = logging.getLogger(__name__)
 
 # What says a model's number of classes, by a part of MODEL.META_ARCHITECTURE.

@@ -14,8 +14,6 @@ from torchvision.datasets.utils import check_integrity
 
 from .catalog import datasets_root
 
-__all__ = ["CIFAR10_CLASSES", "CIFAR10Metadata", "read_cifar10", "register_cifar10"]
-
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),

@@ -14,8 +14,6 @@ from .catalog import new_entries, where_to_put
 from .coco_file import read_coco_file
 from .images import skips_unreadable_images
 
-__all__ = ["check_coco", "register_coco_from_config"]
-
 logger = logging.getLogger(__name__)
 
 

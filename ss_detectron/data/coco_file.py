@@ -8,8 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-__all__ = ["read_coco_file"]
-
 LARGEST = 1e9  # of a number in pixels: what lies beyond is no measure of an image
 FARTHEST = 1e6  # of a polygon's points: pycocotools takes memory for every pixel of its edges
 

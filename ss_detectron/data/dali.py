@@ -19,8 +19,6 @@ from torch.utils.data import default_collate
 from .images import FLIPS, RandomResizedCrop, UnreadableImageError, choose, decode, open_image
 from .stream import TrainingLoader
 
-__all__ = ["DaliLoader", "EncodedImageMapper"]
-
 
 class EncodedImageMapper:
     """Make of a dataset dict for classification its image, not decoded, and a crop and flip."""

@@ -23,8 +23,6 @@ from .boxes import without_unusable_boxes
 from .images import open_image, reading, skips_unreadable_images
 from .stream import EvaluationLoader, ImageDataset
 
-__all__ = ["DetectionMapper", "build_detection_test_loader", "load_detection_dicts"]
-
 
 class DetectionMapper(DatasetMapper):
     """Detectron2's mapper, which says of an image that it cannot be read, and of nothing else."""

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-__all__ = ["SUB", "add_grain", "background", "fill", "paint", "polygon"]
-
 SUB = 4  # shapes are drawn on a grid SUB times finer than the pixels
 
 

@@ -14,13 +14,6 @@ from ss_detectron.utils.text import abbreviate
 
 from .catalog import datasets_root, new_entries, where_to_put
 
-__all__ = [
-    "FolderMetadata",
-    "load_image_folder",
-    "register_image_folders_from_config",
-    "register_imagenet",
-]
-
 
 class FolderMetadata(Metadata):
     """Metadata of a folder that holds one folder of images per class.

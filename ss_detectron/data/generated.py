@@ -18,8 +18,6 @@ from tqdm import tqdm
 
 from .catalog import datasets_root
 
-__all__ = ["SPLITS", "GeneratedDataset", "GeneratedMetadata", "random_generators"]
-
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")

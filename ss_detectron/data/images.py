@@ -17,18 +17,6 @@ from torchvision.transforms import v2
 
 from ss_detectron.utils.text import printable
 
-__all__ = [
-    "ClassificationMapper",
-    "RandomResizedCrop",
-    "UnreadableImageError",
-    "choose",
-    "decode",
-    "open_image",
-    "read_image",
-    "reading",
-    "skips_unreadable_images",
-]
-
 
 class UnreadableImageError(OSError):
     """An image that cannot be used: damaged, empty, missing, or not what is said about it."""

@@ -20,13 +20,6 @@ from .detection import DetectionMapper, load_detection_dicts
 from .images import ClassificationMapper, choose, skips_unreadable_images
 from .stream import EvaluationLoader, ImageDataset, TrainingLoader
 
-__all__ = [
-    "build_classification_test_loader",
-    "build_classification_train_loader",
-    "build_resumable_detection_train_loader",
-    "build_training_mapper",
-]
-
 logger = logging.getLogger(__name__)
 
 

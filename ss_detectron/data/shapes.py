@@ -17,8 +17,6 @@ from PIL import Image
 from .drawing import SUB, add_grain, background, fill, paint, polygon
 from .generated import SPLITS, GeneratedDataset, GeneratedMetadata, random_generators
 
-__all__ = ["SHAPES_CLASSES", "draw_shapes", "generate_shapes", "register_shapes"]
-
 SHAPES_CLASSES = ("circle", "square", "triangle")
 
 MIN_VISIBLE = 0.35  # of the whole shape: less would be an object that nobody can recognise

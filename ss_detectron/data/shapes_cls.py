@@ -17,8 +17,6 @@ from .drawing import SUB, add_grain, background, fill, paint, polygon
 from .folders import load_image_folder
 from .generated import SPLITS, GeneratedDataset, random_generators
 
-__all__ = ["SHAPES_CLS_CLASSES", "draw_shape", "generate_shapes_cls", "register_shapes_cls"]
-
 # The corners, in degrees around the centre, from right (0) to down (90). In the order of folders.
 _CORNERS = {
     "bar_falling": (18, 72, 198, 252),

@@ -17,8 +17,6 @@ from ss_detectron.utils.random_state import kept_random_state, seed_all
 
 from .images import UnreadableImageError
 
-__all__ = ["EvaluationLoader", "ImageDataset", "TrainingLoader"]
-
 logger = logging.getLogger(__name__)
 
 # So many unreadable images in a row say that more is wrong than single files.
