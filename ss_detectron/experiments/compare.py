@@ -1,5 +1,6 @@
 """A whole comparison: runs what is missing and reports on what there is."""
 
+import itertools
 import json
 import logging
 import math
@@ -96,8 +97,8 @@ def write_report(
     started_as = {run.label: run for run in finished.values()}
 
     def launched(key: str) -> list[Any]:
-        values = [launch.get(key) for several in launches.values() for launch in several]
-        return list(dict.fromkeys(value for value in values if value is not None))
+        several = itertools.chain.from_iterable(launches.values())
+        return list(dict.fromkeys(launch[key] for launch in several if key in launch))
 
     facts = {
         "iterations": sorted({run.config["SOLVER.MAX_ITER"] for run in finished.values()}),
@@ -111,10 +112,8 @@ def write_report(
         "command": command,
         **facts,
         "rules": [
-            asdict(row)
-            | {"config": started_as[row.label].config_file}
-            | {"overrides": " ".join(started_as[row.label].overrides)}
-            for row in rows
+            asdict(row) | {"config": run.config_file, "overrides": " ".join(run.overrides)}
+            for row, run in ((row, started_as[row.label]) for row in rows)
         ],
         "runs": [
             {"name": run.name, "label": run.label, "seed": run.seed, "folder": str(folder)}

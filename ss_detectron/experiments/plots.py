@@ -300,15 +300,11 @@ def _keys(groups: Sequence[RunGroup]) -> list[str]:
 
 def _having(groups: Sequence[RunGroup], keys: Sequence[str]) -> list[RunGroup]:
     """The groups with those of their runs that have one of the metrics; the others are named."""
-    having, lacking = [], []
-    for group in groups:
-        runs = [run for run in group.runs if set(keys).intersection(run.metrics)]
-        lacking += [run for run in group.runs if run not in runs]
-        if runs:
-            having.append(replace(group, runs=runs))
+    lacking = [r for group in groups for r in group.runs if not set(keys).intersection(r.metrics)]
     if keys and lacking:
         logger.warning("No %s in %s", " and no ".join(keys), _folders(lacking))
-    return having
+    having = (replace(g, runs=[run for run in g.runs if run not in lacking]) for g in groups)
+    return [group for group in having if group.runs]
 
 
 def _folders(runs: Sequence[Run]) -> str:
