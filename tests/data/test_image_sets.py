@@ -14,11 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from image_utils import image_config, write_images
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from ss_detectron.data import (
-    CIFAR10_CLASSES,
-    check_datasets,
-    register_image_folders_from_config,
-)
+from ss_detectron.data import CIFAR10_CLASSES, check_datasets, register_image_folders_from_config
 
 pytestmark = pytest.mark.usefixtures("root")
 

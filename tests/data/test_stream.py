@@ -191,13 +191,3 @@ def test_kept_random_numbers_are_kept_after_an_error_too():
             draw()
             raise KeyError
         assert draw() == expected
-
-
-def test_seeds_are_many():
-    drawn = []
-    for seed in [(0, 0), (0, 1), (1, 0), (1, 1), (2**40, 2**50)]:
-        with seeded(*seed):
-            drawn.append(draw())
-        with seeded(*seed):
-            assert draw() == drawn[-1]
-    assert len({number for numbers in drawn for number in numbers}) == 3 * len(drawn)
