@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def write_report(
         the table in Markdown; empty where no run is finished.
     """
     started = {run.folder: run for run in runs if (run.folder / "metrics.json").is_file()}
-    found = read_runs(started)
+    found = [replace(run, label=started[run.folder].label) for run in read_runs(started)]
     warn_of_differences(found)
     pictures = [file for file in draw_figures(found, output) if file.suffix == ".png"]
 

@@ -153,7 +153,7 @@ def merged_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a config.yaml as dotted keys; one that cannot be read is reported, and empty."""
     try:
-        return flatten_config(yaml.safe_load(path.read_text()))
+        return flatten_config(yaml.safe_load(path.read_text()) or {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).partition("\n")[0]
         logger.warning("What %s trained with is not known: %s", path.parent, reason)

@@ -384,6 +384,7 @@ def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, c
 def test_a_folder_of_another_config_stops_the_comparison_but_not_the_report(tmp_path, fake, caplog):
     runs = plan(tmp_path, {"bp": [1], "ss": [1], "fa": [1]})
     leave(runs[0], [{"iteration": 4, "bbox/AP": float("nan")}], final=True)
+    (runs[0].folder / "config.yaml").write_text("")  # of a run that was killed
     leave(runs[1], [{"iteration": 4, "bbox/AP": 1.0}], final=True, **{"SOLVER.BASE_LR": 1.0})
     text, complete = compare(runs, tmp_path / "out", fake)
     assert not complete and calls(tmp_path, "name") == []
