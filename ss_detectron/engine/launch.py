@@ -194,8 +194,8 @@ def _launch_processes(main: Main, args: argparse.Namespace) -> None:
                 raise Preempted
             errors = {}
             while not failures.empty():
-                name, text = failures.get()
-                errors[name] = text
+                name, *said = failures.get()
+                errors[name] = said
             raise SystemExit(_report(processes, failed, errors))
     finally:
         for process in processes:
@@ -205,10 +205,7 @@ def _launch_processes(main: Main, args: argparse.Namespace) -> None:
 def _run_process(
     main: Main, args: argparse.Namespace, local_rank: int, port: int, failures: SimpleQueue
 ) -> None:
-    """
-    Is one of this machine's processes. Puts its name and the exception that ends it into
-    ``failures``: a line, with the traceback below.
-    """
+    """Is one of this machine's processes. Puts its name, error and traceback into ``failures``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with rank_signals(spawned=True):
@@ -220,8 +217,8 @@ def _run_process(
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
         # Cut, so that a pipe holds those of all processes.
-        text = f"{summary[:500]}\n{traceback.format_exc()[-4000:]}"
-        failures.put((multiprocessing.current_process().name, text))
+        texts = summary[:500], traceback.format_exc()[-4000:]
+        failures.put((multiprocessing.current_process().name, *texts))
         sys.exit(1)
     finally:
         # It would end Python on its way out, and change the exit code.
@@ -234,7 +231,9 @@ def _end_with_parent() -> None:
 
 
 def _report(
-    processes: Sequence[BaseProcess], failed: Sequence[BaseProcess], errors: dict[str, str]
+    processes: Sequence[BaseProcess],
+    failed: Sequence[BaseProcess],
+    errors: dict[str, Sequence[str]],
 ) -> str:
     """
     Says what has ended the run, with its traceback, and how the other processes ended then.
@@ -242,28 +241,30 @@ def _report(
     Args:
         processes: all of this machine; those that are alive had time to end.
         failed: those that were first to end.
-        errors: what each process that an exception has ended says of it, in the order of time.
+        errors: the error and the traceback of processes by name, in the order of time.
     """
 
     def ending(process: BaseProcess) -> str:
         code = process.exitcode
         if process.name in errors:
-            how = "failed with " + errors[process.name].partition("\n")[0]
+            how = f"failed with {errors[process.name][0]}"
         elif code is None:
             how = f"did not end within {_GRACE} seconds and was killed"
         elif code == -signal.SIGKILL:
             how = "was killed by SIGKILL (as by the kernel where memory has run out, see dmesg)"
-        elif code < 0:
-            how = f"was killed by {_SIGNALS.get(-code, -code)}"
         else:
-            how = f"ended with exit code {code}"
+            how = (
+                f"was killed by {_SIGNALS.get(-code, -code)}"
+                if code < 0
+                else f"ended with exit code {code}"
+            )
         return f"{process.name} (process {process.pid}) {how}"
 
     # An exception takes others down before its own process has ended: the first in time counts.
     names = [process.name for process in failed if process.name not in errors] + list(errors)
-    (culprit,) = (process for process in processes if process.name == names[0])
+    culprit = next(process for process in processes if process.name == names[0])
     # Where the culprit has left no traceback, another's may be of what led to its end.
-    lines = [errors.get(culprit.name, first).partition("\n")[2] for first in [*errors.values()][:1]]
+    lines = [errors.get(names[0], first)[1] for first in [*errors.values()][:1]]
     lines += [f"After that: {ending(process)}." for process in processes if process is not culprit]
     lines.append(
         f"{ending(culprit)}, which ended the run here. Nothing was saved for it: with --resume, it "

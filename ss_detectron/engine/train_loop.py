@@ -40,18 +40,15 @@ class StepTrainer(SimpleTrainer):
     """
     Train by a learner, with steps that Detectron2's trainer lacks.
 
-    A step is taken only if all losses, on all ranks, and all gradients are finite. Otherwise the
-    run ends with a report: the losses and image files of every rank, the learning rate, which
-    gradients it is, and the layers whose feedback is largest. Hooks on the backward pass come
-    before that. Nothing of such a step is kept, and a state that is not finite is refused to
-    checkpoints.
+    A step is taken only if all losses and gradients are finite on all ranks. Otherwise the run ends
+    with a report of what is not, and of the images. Nothing of such a step is kept, and a state
+    that is not finite is refused to checkpoints.
 
     A step may be of several batches, whose gradients are averaged: those of one large batch, but
     each has batch statistics of its own, and RetinaNet moves its loss normaliser in every one.
 
-    Mixed precision works on the CPU as well (Detectron2's AMPTrainer is CUDA's): float16 and a
-    gradient scaler on a GPU, bfloat16, which needs no scaling, on the CPU. Gradients that overflow
-    in float16 are the scaler's business, until it has lowered its scale to 1e-4.
+    Mixed precision is float16 with a gradient scaler on a GPU, and bfloat16 on the CPU. Gradients
+    that overflow in float16 are the scaler's business, until it has lowered its scale to 1e-4.
 
     Args:
         learner: possibly wrapped in DistributedDataParallel.

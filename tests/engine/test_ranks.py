@@ -1,6 +1,5 @@
 """The end of a process's part in a run of several."""
 
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -51,26 +50,6 @@ def test_no_thread_outlives_the_group(tmp_path, monkeypatch):
         assert comm.get_world_size() == 1 and not dist.is_initialized()
 
 
-def _end_before_a_thread(rank: int, folder: str) -> None:
-    """Of the last sum, one of the group's threads still holds what Python has to release."""
-    begun = threading.Event()
-
-    def linger(future: torch.futures.Future) -> None:
-        begun.set()
-        for _ in range(1000):
-            time.sleep(0.001)
-
-    work = dist.all_reduce(torch.ones(1), group=comm.get_local_process_group(), async_op=True)
-    work.get_future().then(linger)
-    begun.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_python_ends_after_the_groups_threads(tmp_path):
-    run_ranks(_end_before_a_thread, tmp_path)
-
-
 def _agree_and_wait(rank, folder):
     flags = torch.tensor([[True, False, False], [False, False, True]][rank])
     assert reduce_flags(flags) == [True, False, True]
@@ -88,5 +67,5 @@ def _agree_and_wait(rank, folder):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_ranks_agree_and_do_not_wait_for_each_other_for_ever(tmp_path):
-    run_ranks(_agree_and_wait, tmp_path)
+    run_ranks(_agree_and_wait, tmp_path, start_method="fork")
     assert reduce_flags(torch.tensor([False, True])) == [False, True]  # alone
