@@ -20,7 +20,7 @@ from run_utils import ROOT, end, start
 from ss_detectron import FEEDBACK_REGISTRY
 from ss_detectron.experiments import launch
 from ss_detectron.experiments.compare import compare, summarise, table, write_report
-from ss_detectron.experiments.launch import environments, hardware, read_launches, run_all
+from ss_detectron.experiments.launch import environments, hardware, run_all
 from ss_detectron.experiments.plan import describe_plan, plan_runs, starting_config
 from ss_detectron.experiments.runs import read_runs
 
@@ -222,20 +222,6 @@ def behave(fake, **behaviours) -> None:
     fake.with_suffix(".json").write_text(json.dumps(behaviours))
 
 
-def test_runs_start_or_go_on_in_their_order(tmp_path, fake, no_gpu):
-    runs = plan(tmp_path, {"bp": [2, 1], "ss": [1]})
-    leave(runs[1], checkpoint="model_0000001.pth")
-    assert run_all(runs, fake) == []
-    assert calls(tmp_path, "name") == ["bp_seed2", "bp_seed1", "ss_seed1"]
-    assert calls(tmp_path, "resume") == [False, True, False]
-    assert {*calls(tmp_path, "threads"), *calls(tmp_path, "gpus")} == {"5", "1"}
-    assert all(run.is_finished() for run in runs)
-    (launched,) = read_launches(runs[1].folder)
-    assert launched["hardware"] == hardware()
-    assert launched["command"].startswith(f"{fake} --config-file quick/shapes_retinanet_bp.yaml")
-    assert launched["command"].endswith(f"OUTPUT_DIR {runs[1].folder}")
-
-
 def wait_for(runs, file: str) -> None:
     until = time.monotonic() + 60
     while not all((run.folder / file).exists() for run in runs):
@@ -358,6 +344,8 @@ def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, c
     behave(fake, ss_seed1="nothing", fa_seed1="fail")
     text, complete = compare(runs, tmp_path / "out", fake, command="the command")
     assert not complete
+    assert calls(tmp_path, "name") == ["bp_seed1", "bp_seed3", "ss_seed1", "fa_seed1"]
+    assert {*calls(tmp_path, "threads"), *calls(tmp_path, "gpus")} == {"5", "1"}
     assert "| BP" in text and "20.0 ± 14.1" in text and "FA" not in text
     assert "ss_seed1 ended without a last evaluation" in caplog.text
     assert "fa_seed1 failed with exit code 3" in caplog.text and "no memory left" in caplog.text
@@ -374,7 +362,9 @@ def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, c
     bp = content["rules"][0]
     assert (bp["label"], bp["seeds"], bp["values"]) == (BP, [1, 3], [10.0, 30.0])
     assert bp["config"] == "quick/shapes_retinanet_bp.yaml"
-    assert len(content["runs"][3]["launches"]) == 2  # the failing one, too
+    _, launched = content["runs"][3]["launches"]  # after the failing one
+    assert launched["command"].startswith(f"{fake} --config-file quick/shapes_retinanet_fa.yaml")
+    assert launched["command"].endswith(f"OUTPUT_DIR {runs[3].folder}")
     page = (tmp_path / "out" / "comparison.md").read_text()
     for part in (text, hardware(), "the command", "Threads per run: 5", "![detection](detection"):
         assert part in page
