@@ -97,8 +97,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """
-    Make the config of a run, check it, and do Detectron2's ordinary set-up (logging, seeds, output
-    folder).
+    Make and check the config of a run, and do Detectron2's set-up (logging, seeds, output folder).
 
     Args:
         args: of :func:`argument_parser`. ``config_file`` may be the name of a config that ships
@@ -155,11 +154,11 @@ def settle_feedback_seed(cfg: CfgNode, *, goes_on: bool) -> None:
     seed = cfg.MODEL.FEEDBACK.SEED
     if seed >= 0:
         return
-    for path in find_checkpoints(cfg.OUTPUT_DIR) if goes_on else ():
+    for path in find_checkpoints(cfg.OUTPUT_DIR) if goes_on and comm.is_main_process() else ():
         with suppress(OSError, ValueError):  # the checkpointer tells of those
             # Before it was saved, it was 0 unless the config said otherwise, as it does again then.
             seed = read_checkpoint(path).get("trainer", {}).get("feedback_seed", 0)
             break
     if seed < 0:
         seed = cfg.SEED if cfg.SEED >= 0 else secrets.randbelow(1 << 31)
-    cfg.MODEL.FEEDBACK.SEED = comm.all_gather(seed)[0]
+    cfg.MODEL.FEEDBACK.SEED = comm.all_gather(seed)[0]  # the main rank's

@@ -48,9 +48,8 @@ logger = logging.getLogger(__name__)
 
 class Trainer(DefaultTrainer):
     """
-    Train as Detectron2's default trainer does, by MODEL.LEARNER.NAME and with asymmetric feedback:
-    it says at the start which layers learn by which rule, chooses SOLVER.OPTIMIZER, keeps the best
-    checkpoint, and trains on one or several CPU processes as well.
+    Train as Detectron2's default trainer does, by MODEL.LEARNER.NAME and with asymmetric feedback,
+    on one or several CPU processes as well.
 
     Args:
         cfg: of :func:`~ss_detectron.engine.setup`.
@@ -128,8 +127,7 @@ class Trainer(DefaultTrainer):
         if not self.start_iter:
             raise ValueError(
                 f"the checkpoint to resume from in {self.cfg.OUTPUT_DIR} holds weights, but no "
-                "state of a training: to begin with these weights, name it in MODEL.WEIGHTS and "
-                "give another OUTPUT_DIR, without --resume"
+                "state of a training: name it in MODEL.WEIGHTS of another run, without --resume"
             )
         period = self.cfg.TEST.EVAL_PERIOD
         at_evaluation = period > 0 and self.start_iter % period == 0
@@ -146,13 +144,9 @@ class Trainer(DefaultTrainer):
             )
 
     def save_checkpoint(self) -> None:
-        """
-        Save all that a run resumed after this iteration needs, at its very end, after evaluation.
-        Every rank has to call it.
-        """
-        name = f"model_{self.iter:07d}"
-        state = self.gather_rank_states()
-        self.checkpointer.save(name, iteration=self.iter, evaluated=True, ranks=state)
+        """Save a checkpoint at the end of an iteration, evaluated; every rank has to call it."""
+        more = {"iteration": self.iter, "evaluated": True, "ranks": self.gather_rank_states()}
+        self.checkpointer.save(f"model_{self.iter:07d}", **more)
 
     def gather_rank_states(self) -> list[dict[str, Any]]:
         """Return what each rank has of its own, on the main one; every rank has to call it."""
@@ -187,12 +181,8 @@ class Trainer(DefaultTrainer):
             if name in state_dict and hasattr(loader, "load_state_dict"):
                 loader.load_state_dict(state_dict[name])
             else:
-                logger.warning(
-                    "The order of the images (%s) begins anew: the checkpoint does not say where "
-                    "it was, or a %s has no state to load.",
-                    name,
-                    type(loader).__name__,
-                )
+                said = "The order of the images (%s) begins anew: there is no state of its loader."
+                logger.warning(said, name)
 
     def _loaders(self) -> dict[str, Any]:
         """The loaders of training images, by the name of their state in a checkpoint."""
@@ -209,12 +199,10 @@ class Trainer(DefaultTrainer):
                 logger.warning("The files of an earlier run are now in %s.", archive)
             comm.synchronize()
         # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
-        # then rounds otherwise: a resumed run would differ in the last bits. On the CPU it costs
-        # nothing to go without; a GPU is not exact to the bit in any case.
-        with (
-            torch.jit.optimized_execution(not runs_on_cpu(self.cfg)),
-            self.checkpointer.explain_full_disk(),
-        ):
+        # then rounds otherwise: a resumed run would differ. On the CPU it costs nothing to go
+        # without; a GPU is not exact to the bit in any case.
+        optimized = torch.jit.optimized_execution(not runs_on_cpu(self.cfg))
+        with optimized, self.checkpointer.explain_full_disk():
             return super().train()
 
     def before_train(self) -> None:
@@ -243,8 +231,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
         """
-        Evaluate on DATASETS.TEST. On every rank, the model is the main one's, the one that is
-        saved; and training goes on with the random numbers it would have had.
+        Evaluate the main rank's model, which is saved, on DATASETS.TEST. Training goes on with the
+        random numbers it would have had.
         """
         share_buffers(model)
         with kept_random_state(torch.device(cfg.MODEL.DEVICE)):
@@ -268,8 +256,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """
-        Build the model, on its device, in the memory format of MODEL.CHANNELS_LAST, and to be
-        compiled where MODEL.COMPILED says so; weights may be loaded into it.
+        Build the model on its device, as MODEL.CHANNELS_LAST and MODEL.COMPILED say.
 
         Raises:
             ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect, or nothing
@@ -345,10 +332,7 @@ class Trainer(DefaultTrainer):
         )
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
-        """
-        Build Detectron2's hooks, the best checkpoint by the first test set's box AP or top-1 error,
-        and the measurement of the alignment.
-        """
+        """Build Detectron2's hooks and this package's; the first test set's AP or error is best."""
         built = super().build_hooks()
         solver, test = self.cfg.SOLVER, self.cfg.TEST
         # Detectron2's is the main rank's, and saves nothing of the others.

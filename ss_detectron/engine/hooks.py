@@ -48,8 +48,7 @@ class EpochLogger(HookBase):
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     """
-    Save what every rank has of its own as well, and keep the latest checkpoints: of a run that is
-    resumed, those before count too.
+    Save every rank's own state too, and keep the latest checkpoints, of before a resumption too.
 
     Args:
         checkpointer: of the trainer.
@@ -84,9 +83,8 @@ class BestCheckpointer(hooks.BestCheckpointer):
 class AlignmentHook(HookBase):
     """
     Log the alignment of weights and gradients every ``period`` iterations, beginning with the
-    first, for Detectron2's trainers: alignment/gradient_angle (of the whole model), and with the
-    layer's name behind alignment/gradient_angle/, alignment/weight_angle/, alignment/norm_ratio/
-    and alignment/sign_agreement/.
+    first, for Detectron2's trainers: alignment/gradient_angle of the whole model, and per layer
+    alignment/{gradient_angle,weight_angle,norm_ratio,sign_agreement}/NAME.
 
     Such an iteration takes one more backward pass. Training stays as it is, bit for bit. The
     weights are those that the iteration begins with; the gradients those before clipping, except

@@ -1,9 +1,8 @@
 """
 Preemption: SIGTERM, and SIGINT (Ctrl-C), ask a run to save and stop at the next step boundary.
 
-A process's handler only notes the signal. In each step, the reduction that checks the losses also
-tells the ranks whether any of them has one, and all save and exit together after that step. A rank
-that is missing fails the reduction, so nothing is saved by what a dead rank leaves behind.
+A process's handler only notes the signal. The reduction that checks a step's losses also tells the
+ranks whether any of them has one, and all save and exit together after that step.
 """
 
 import logging

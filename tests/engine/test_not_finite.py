@@ -13,39 +13,18 @@ import torch.distributed as dist
 from core_utils import assert_same
 from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer, TrainerBase, hooks
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import JSONWriter
 from group_utils import run_ranks
 from modeling_utils import load_config, make_batch
-from torch import nn
+from step_utils import Model, train
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron import add_ss_config, convert_feedback
+from ss_detectron import add_ss_config
 from ss_detectron.engine import AlignmentHook, Trainer
 from ss_detectron.engine.not_finite import all_finite, image_names, not_finite
 from ss_detectron.engine.train_loop import StepTrainer
 from ss_detectron.learners import Backpropagation
 from ss_detectron.solver.build import build_optimizer
-
-
-class Model(nn.Module):
-    """A classifier with batch norm."""
-
-    def __init__(self, rule: str = "ss") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(
-            nn.Conv2d(2, 4, 3),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Conv2d(4, 3, 3),
-            nn.Flatten(),
-            nn.Linear(12, 5),
-        )
-        convert_feedback(self, rule)
-
-    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
-        out = self.layers(batch["image"])
-        return {"loss_a": out.square().mean(), "loss_b": batch["factor"] * out[:, 0].abs().mean()}
 
 
 def batches(count: int, rank: int = 0) -> list[dict]:
@@ -74,19 +53,8 @@ def make(rule: str, loader: list[dict], **options) -> StepTrainer:
     cfg = get_cfg()
     add_ss_config(cfg)
     cfg.merge_from_list(["SOLVER.BASE_LR", 0.01])
-    model = Model(rule)
+    model = Model(rule, norm=True)
     return StepTrainer(Backpropagation(model), loader, build_optimizer(cfg, model), **options)
-
-
-def train(trainer: SimpleTrainer, steps: int) -> list[dict[str, float]]:
-    """The losses that each step has logged."""
-    logged = []
-    for _ in range(steps):
-        with EventStorage(trainer.iter) as storage:
-            trainer.run_step()
-            logged.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
-        trainer.iter += 1
-    return logged
 
 
 def state(trainer: StepTrainer) -> tuple[dict, dict]:
@@ -159,7 +127,7 @@ def test_a_step_is_not_taken_and_everything_about_it_is_told(how, passes, caplog
 
 
 def test_of_the_gradients_those_that_the_optimiser_uses_count():
-    model = Model()
+    model = Model(norm=True)
     spoil, unused = model.layers[3].weight, model.layers[5].weight
     unused.register_hook(lambda g: g * math.nan)
     model.layers[1].requires_grad_(False)
@@ -208,7 +176,7 @@ def test_so_many_steps_are_skipped_and_the_next_ends_the_run_resumed_or_not(capl
 
     torch.save(trainer.state_dict(), tmp_path / "state.pth")
     saved = torch.load(tmp_path / "state.pth", weights_only=True)
-    SimpleTrainer(Model(), [], make("ss", []).optimizer).load_state_dict(saved)
+    SimpleTrainer(Model(norm=True), [], make("ss", []).optimizer).load_state_dict(saved)
     resumed = make("ss", [bad, good, bad], skips=2)
     resumed.load_state_dict(saved)
     train(resumed, 2)
@@ -362,7 +330,9 @@ class Constant(Model):
 
 def _worker(rank: int, folder: str) -> None:
     def make_two(loader: list[dict], **options) -> StepTrainer:
-        learner = DistributedDataParallel(Backpropagation(Constant("kp")), broadcast_buffers=False)
+        learner = DistributedDataParallel(
+            Backpropagation(Constant("kp", norm=True)), broadcast_buffers=False
+        )
         optimizer = torch.optim.SGD(learner.parameters(), 0.05, momentum=0.9)
         return StepTrainer(learner, loader, optimizer, **options)
 

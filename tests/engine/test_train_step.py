@@ -11,36 +11,18 @@ from core_utils import assert_same, each_rule
 from detectron2.config import get_cfg
 from detectron2.engine import SimpleTrainer
 from detectron2.solver.build import maybe_add_gradient_clipping
-from detectron2.utils.events import EventStorage
 from group_utils import run_ranks
+from step_utils import Model, train
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from ss_detectron import add_ss_config, advance_feedback, convert_feedback
+from ss_detectron import add_ss_config, advance_feedback
 from ss_detectron.engine.train_loop import StepTrainer
 from ss_detectron.learners import Backpropagation
 from ss_detectron.solver.build import build_optimizer
 
 STEPS, BATCH = 3, 8
-
-
-class Model(nn.Module):
-    """Without batch statistics; one of its losses is a sum of squares."""
-
-    def __init__(self, rule: str = "ss") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, 5)
-        ).double()
-        convert_feedback(self, rule)
-        self.calls = 0
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.calls += 1
-        out = self.layers(images)
-        return {"loss_a": out.square().sum(1).mean(), "loss_b": -out[:, 0].mean()}
 
 
 def images() -> torch.Tensor:
@@ -63,19 +45,9 @@ def step_trainer(model: nn.Module, loader: list, **options) -> StepTrainer:
     return StepTrainer(Backpropagation(model), loader, optimizer(model), **options)
 
 
-def train(trainer: SimpleTrainer, steps: int = STEPS) -> list[dict[str, float]]:
-    """The logged losses of each step."""
-    rows = []
-    for trainer.iter in range(steps):
-        with EventStorage(trainer.iter) as storage:
-            trainer.run_step()
-            rows.append({k: v for k, (v, _) in storage.latest().items() if "loss" in k})
-    return rows
-
-
 def stock(rule: str) -> tuple[nn.Module, list[dict[str, float]]]:
-    model = Model(rule)
-    return model, train(stock_trainer(model, list(images())))
+    model = Model(rule).double()
+    return model, train(stock_trainer(model, list(images())), STEPS)
 
 
 def parts(batches: torch.Tensor, passes: int) -> Iterator[torch.Tensor]:
@@ -88,9 +60,9 @@ def test_a_step_of_one_batch_is_detectron2s_bit_for_bit(rule):
     trained = []
     loader = list(images().float())
     for make in (stock_trainer, step_trainer):
-        model = Model(rule).float()
+        model = Model(rule)
         trainer = make(model, loader)
-        losses = train(trainer)
+        losses = train(trainer, STEPS)
         trained.append((model.state_dict(), trainer.optimizer.state_dict(), losses))
     assert_same(*trained)
 
@@ -99,9 +71,9 @@ def test_a_step_of_one_batch_is_detectron2s_bit_for_bit(rule):
 @pytest.mark.parametrize("passes", [2, 4])
 def test_several_passes_train_as_one_large_batch(rule, passes):
     expected, expected_losses = stock(rule)
-    model = Model(rule)
+    model = Model(rule).double()
     loader = list(parts(images(), passes))
-    losses = train(step_trainer(model, loader, passes=passes))
+    losses = train(step_trainer(model, loader, passes=passes), STEPS)
     assert model.calls == STEPS * passes
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-9, atol=1e-12)
     for row, other in zip(losses, expected_losses, strict=True):
@@ -111,7 +83,7 @@ def test_several_passes_train_as_one_large_batch(rule, passes):
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_hooks_see_a_steps_gradients_before_the_optimizer_does(passes):
-    model = Model()
+    model = Model().double()
     trainer = step_trainer(model, list(parts(images(), 2)), passes=passes)
     seen = []
 
@@ -133,31 +105,31 @@ def test_a_single_loss_may_be_a_tensor():
         def forward(self, images):
             return super().forward(images)["loss_a"]
 
-    model = Single()
+    model = Single().double()
     (row,) = train(step_trainer(model, [images()[0]]), 1)
-    assert row["total_loss"] == pytest.approx(Single()(images()[0]).item())
+    assert row["total_loss"] == pytest.approx(Single().double()(images()[0]).item())
 
 
 def test_state_goes_from_and_to_detectron2s_trainer():
-    model = Model()
+    model = Model().double()
     ours = step_trainer(model, list(images()))
     theirs = SimpleTrainer(copy.deepcopy(model), list(images()), optimizer(model))
-    train(ours)
+    train(ours, STEPS)
     state = ours.state_dict()
     assert set(state) - set(theirs.state_dict()) == {"skipped_steps"}
     theirs.load_state_dict(state)
     ours.load_state_dict(theirs.state_dict())
-    assert ours.iter == STEPS - 1
+    assert ours.iter == STEPS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_mixed_precision_on_a_gpu_scales_gradients_and_keeps_the_scale():
-    model, types = Model().float().cuda(), set()
+    model, types = Model().cuda(), set()
     model.layers[0].register_forward_hook(lambda m, i, out: types.add(out.dtype))
     loader = list(parts(images().float().cuda(), 2))
     options = {"passes": 2, "mixed_precision": True, "device": "cuda"}
     trainer = step_trainer(model, loader, **options)
-    train(trainer)
+    train(trainer, STEPS)
     assert types == {torch.float16}
     assert all(p.grad.isfinite().all() for p in model.parameters())
     state = trainer.state_dict()
@@ -173,7 +145,7 @@ def test_hooks_and_gradient_clipping_see_gradients_without_the_scale(fused):
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-2
     seen = []
     for scale in (None, 1024.0):
-        model = Model().float()
+        model = Model()
         sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
         trainer = StepTrainer(
             Backpropagation(model), list(images().float()), maybe_add_gradient_clipping(cfg, sgd)
@@ -184,7 +156,7 @@ def test_hooks_and_gradient_clipping_see_gradients_without_the_scale(fused):
         trainer.after_backward = lambda m=model, g=gradients: g.extend(
             p.grad.clone() for p in m.parameters()
         )
-        train(trainer)
+        train(trainer, STEPS)
         seen.append([*gradients, *model.parameters()])
     assert max(g.abs().max() for g in seen[0]) > 1e-2
     for unscaled, scaled in zip(*seen, strict=True):
@@ -198,7 +170,7 @@ def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
     batch = images()[1].float()
     trained = []
     for factors in ([math.inf, 1.0], [1.0]):
-        model = Model("brsf").float()
+        model = Model("brsf")
         gradient = iter(factors)
         model.layers[0].weight.register_hook(lambda g, factor=gradient: g * next(factor))
         trainer = StepTrainer(Backpropagation(model), [batch] * 2, build_optimizer(cfg, model))
@@ -216,7 +188,7 @@ def test_a_step_with_an_overflow_is_left_out_and_the_next_begins_the_momentum():
 
 
 def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
-    wrapped = DistributedDataParallel(Backpropagation(Model(rule)))
+    wrapped = DistributedDataParallel(Backpropagation(Model(rule).double()))
     reductions = 0
 
     def count(state, bucket):
@@ -227,7 +199,7 @@ def _worker(rank: int, folder: str, rule: str, passes: int) -> None:
     wrapped.register_comm_hook(None, count)
     mine = images().chunk(2, dim=1)[rank]
     trainer = StepTrainer(wrapped, list(parts(mine, passes)), optimizer(wrapped), passes=passes)
-    losses = train(trainer)
+    losses = train(trainer, STEPS)
     if rank == 0:
         result = {"model": trainer.model.state_dict(), "losses": losses, "reductions": reductions}
         torch.save(result, f"{folder}/result.pth")
