@@ -120,25 +120,23 @@ def angle(actual: Gradients, expected: Gradients) -> float:
     return math.acos(min(1.0, (a @ b / a.norm() / b.norm()).item()))
 
 
+def assert_close(actual: list[Gradients], expected: list[Gradients], bound: float = 5e-4) -> None:
+    """Of each step and parameter."""
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in other:
+            # Where a norm follows a norm, a bias's gradient is a sum that nearly cancels.
+            assert error(one[name], other[name]) < bound, name
+
+
 def assert_bfloat16(actual: list[Gradients], expected: list[Gradients], model: nn.Module) -> float:
     """Equal but for roundings; returns the bound of the angle between them."""
     # A unit whose input has the relative error eps passes zero with a probability near eps, and
     # then sends back all of the error or nothing: L layers make that an error of sqrt(L eps).
     bound = math.sqrt(sum(isinstance(m, nn.Conv2d) for m in model.modules()) * 2**-8)
-    for one, other in zip(actual, expected, strict=True):
-        assert one.keys() == other.keys()
-        assert angle(one, other) < bound
-        for name in other:
-            assert error(one[name], other[name]) < 2 * bound, name
+    assert_close(actual, expected, 2 * bound)
+    assert max(angle(one, other) for one, other in zip(actual, expected, strict=True)) < bound
     return bound
-
-
-def assert_float32(actual: list[Gradients], expected: list[Gradients]) -> None:
-    for one, other in zip(actual, expected, strict=True):
-        assert one.keys() == other.keys()
-        for name in other:
-            # Where a norm follows a norm, a bias's gradient is a sum that nearly cancels.
-            assert error(one[name], other[name]) < 5e-4, name
 
 
 def assert_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
@@ -220,7 +218,7 @@ def test_bfloat16_gives_float32s_gradients_but_for_its_roundings(network, rule):
 def test_the_format_and_the_compiler_give_float32s_gradients(network, rule, key, compiler):
     expected, state = plain(network, rule)
     trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *key))
-    assert_float32(train(trainer), expected)
+    assert_close(train(trainer), expected)
     parts = {"classifier": 1, "detector": 2}[network] * (key == COMPILED)  # each one graph
     assert (compiler.graphs, compiler.calls) == (parts, 2 * parts)
     assert_state(trainer.model, state)
@@ -232,7 +230,7 @@ def test_the_real_compiler_gives_float32s_gradients():
     torch._dynamo.reset()
     options = ("MODEL.RESNETS.NORM", "", "MODEL.FEEDBACK.RULE", "ss")
     expected = train(Trainer(config("classifier", *options)))
-    assert_float32(train(Trainer(config("classifier", *options, *COMPILED))), expected)
+    assert_close(train(Trainer(config("classifier", *options, *COMPILED))), expected)
 
 
 # What a key does -------------------------------------------------------------------------------
@@ -287,7 +285,7 @@ def test_a_plain_run_goes_on_in_channels_last_and_so_does_its_feedback(
     assert_formats(trainer.model)
     assert_formats(copy.deepcopy(trainer.model))
     trainer.model.loss_normalizer = plain.model.loss_normalizer  # Detectron2 does not keep it
-    assert_float32(train(trainer), train(plain))
+    assert_close(train(trainer), train(plain))
     reset_feedback(trainer.model)
     assert_formats(trainer.model)
 
