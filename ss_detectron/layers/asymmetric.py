@@ -185,19 +185,9 @@ class AsymmetricLayer(nn.Module):
         if self.rule.counts_updates:
             destination[prefix + _UPDATES] = self.feedback_updates[0].clone()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, _, missing_keys, unexpected_keys, _ = args
         brings_weight = prefix + "weight" in state_dict
         if self.rule.counts_updates:
             updates = prefix + _UPDATES
