@@ -31,8 +31,6 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
                 places.append((i, j))
                 corners.append(_corners(annotation.get("bbox"), mode))
                 sizes.append(size)
-    if not places:
-        return dicts
 
     def examples(rows: np.ndarray) -> str:
         found = []
@@ -42,7 +40,7 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
             found.append(f"{box!r:.60} of image {image!r}")
         return abbreviate(found)
 
-    boxes, sizes = np.array(corners), np.array(sizes, dtype=float)
+    boxes, sizes = np.reshape(corners, (-1, 4)), np.reshape(sizes, (-1, 2))
     if (wrong := ~np.isfinite(boxes).all(1)).any():
         message = f"{where}: {wrong.sum()} boxes are not four finite numbers: {examples(wrong)}"
         raise ValueError(f"{message}. Repair or remove them.")
@@ -59,12 +57,9 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
         if rows.any() and comm.is_main_process():
             logger.warning("%s: %d boxes %s: %s.", where, rows.sum(), kind, examples(rows))
     unusable = {places[row] for row in np.flatnonzero(flat | outside)}
-    if not unusable:
-        return dicts
     dicts = list(dicts)
     for i in {i for i, _ in unusable}:
-        annotations = enumerate(dicts[i]["annotations"])
-        kept = [annotation for j, annotation in annotations if (i, j) not in unusable]
+        kept = [a for j, a in enumerate(dicts[i]["annotations"]) if (i, j) not in unusable]
         dicts[i] = {**dicts[i], "annotations": kept}
     return dicts
 

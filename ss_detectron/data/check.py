@@ -87,7 +87,6 @@ def _check_kind(cfg: CfgNode, metadata: Metadata, classifier: bool) -> None:
 
 
 def _check_loading(cfg: CfgNode, training: bool, classifier: bool) -> None:
-    """Look at the keys that say how images are loaded."""
     skips_unreadable_images(cfg)
     if classifier:
         choose(cfg, "DATALOADER.SAMPLER_TRAIN", "TrainingSampler")
@@ -127,14 +126,10 @@ def _check_classes(cfg: CfgNode, classes: dict[str, list[str]], classifier: bool
     (first, reference), *others = classes.items()
     for other, names in others:
         if names != reference:
-            here, there = (
-                abbreviate(c for c in these if c not in those) or "none"
-                for these, those in ((reference, names), (names, reference))
-            )
+            differing = abbreviate(sorted({*reference} ^ {*names})) or "their order"
             raise ValueError(
-                f"Data sets '{first}' and '{other}' differ in their classes, or the order of these "
-                f"(only in '{first}': {here}; only in '{other}': {there}). All sets of a config "
-                "need the same, in the same order."
+                f"The classes of data sets '{first}' and '{other}' differ ({differing}): all sets "
+                "of a config need the same, in the same order."
             )
     architecture = cfg.MODEL.META_ARCHITECTURE
     parts = [part for name, part in _NUM_CLASSES.items() if name in architecture]

@@ -65,9 +65,9 @@ class GeneratedDataset:
         Raises:
             FileExistsError: the folder holds something else. It is never overwritten.
         """
-        given = {"train": train, "val": val, "size": size, "seed": seed}.items()
-        given = {key: value for key, value in given if value is not None}
-        stamp = {**self._generator, **self.defaults, **given}
+        given = {"train": train, "val": val, "size": size, "seed": seed}
+        stamp = {**self._generator, **self.defaults}
+        stamp |= {key: value for key, value in given.items() if value is not None}
         folder = self._folder(root)
         if self.read_stamp(root) is None:
             with file_lock(str(folder)):

@@ -80,7 +80,11 @@ def decode(image: Image.Image) -> Image.Image:
         image.load()
         image.info.pop("transparency", None)  # Pillow warns of it where it is lost
         if image.mode.startswith("I"):
-            image = _upper_bits(image)
+            values = np.asarray(image)
+            if values.min() < 0 or values.max() > 0xFFFF:
+                raise ValueError(f"values {values.min()} to {values.max()}, 16 bits are taken")
+            # Of 16-bit colours, Pillow keeps the same bits; of grey, it would clip the values.
+            image = Image.fromarray((values >> 8).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floats, which do not say what is white")
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -96,14 +100,6 @@ def read_image(record: dict[str, Any]) -> Image.Image:
         UnreadableImageError: names the image and what is wrong with it.
     """
     return decode(open_image(record))
-
-
-def _upper_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8-bit grey, as Pillow reads 16-bit colours; it would clip them."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError(f"values {values.min()} to {values.max()}, 16 bits are taken")
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 class RandomResizedCrop:

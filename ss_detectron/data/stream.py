@@ -59,21 +59,17 @@ class ImageDataset(Dataset):
             try:
                 return self.mapper(self.records[place % len(self)])
             except UnreadableImageError as error:
-                self._pass_over(place % len(self), error)
+                if not self.skip:
+                    remedy = "Repair or remove it, or set DATALOADER.UNREADABLE_IMAGES to 'skip'"
+                    raise UnreadableImageError(f"{error}. {remedy}") from error
+                if not self.unreadable[place % len(self)]:
+                    self.unreadable[place % len(self)] = True
+                    message = "%s. Left out; so far, this process has met %d unreadable images."
+                    logger.warning(message, error, self.unreadable.sum())
         if not self.replace:
             return None
         name = self.records[index]["file_name"]
         raise UnreadableImageError(f"{tries} images in a row cannot be read, from '{name}' on")
-
-    def _pass_over(self, index: int, error: UnreadableImageError) -> None:
-        if not self.skip:
-            raise UnreadableImageError(
-                f"{error}. Repair or remove it, or set DATALOADER.UNREADABLE_IMAGES to 'skip'"
-            ) from error
-        if not self.unreadable[index]:
-            self.unreadable[index] = True
-            message = "%s. Left out; so far, this process has met %d unreadable images."
-            logger.warning(message, error, self.unreadable.sum())
 
 
 class EvaluationLoader(DataLoader):
@@ -213,9 +209,9 @@ class _SeededDataset(Dataset):
 
     def __getitems__(self, samples: list[tuple[int, int]]) -> list[Any]:
         """Load a batch for torch's DataLoader, and leave the process's random numbers alone."""
+        images = []
         with kept_random_state():
-            return [self._get(*sample) for sample in samples]
-
-    def _get(self, position: int, index: int) -> Any:
-        seed_all(self.seed, position)
-        return self.dataset[index]
+            for position, index in samples:
+                seed_all(self.seed, position)
+                images.append(self.dataset[index])
+        return images

@@ -46,22 +46,13 @@ class DetectionEvaluator(COCOEvaluator):
         images = len(self._coco_api.imgs if img_ids is None else img_ids)
         missing = images - sum(predicted or [len(self._predictions)])
         if missing > 0 and comm.is_main_process():
-            logger.warning(
-                "Data set '%s': %d of %d images could not be evaluated: their objects count as "
-                "missed.",
-                self._name,
-                missing,
-                images,
-            )
+            lost = "'%s': %d of %d images could not be evaluated: their objects count as missed."
+            logger.warning(lost, self._name, missing, images)
         return super().evaluate(img_ids)
 
 
 def _complete(api: COCO, name: str) -> None:
-    """Give annotations what pycocotools' evaluation takes for granted, but for their boxes.
-
-    Raises:
-        ValueError: an annotation has no box, as only those of checked data sets surely have.
-    """
+    """Give annotations what pycocotools' evaluation takes for granted; refuse those of no box."""
     annotations = api.dataset.get("annotations", [])
     for annotation in annotations:
         box = annotation.get("bbox")

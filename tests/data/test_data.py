@@ -12,7 +12,6 @@ from ss_detectron.data import (
     check_datasets,
     register_coco_from_config,
 )
-from ss_detectron.data.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -29,21 +28,16 @@ def check(cfg, **kwargs):
 # One's own data by config -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["yaml", "command line"])
-def test_own_data_set_reaches_the_train_loader(form):
+def test_own_data_set_reaches_the_train_loader():
     write_coco()
     cfg = coco_config(entries=(), train=())
-    if form == "yaml":
-        Path("my.yaml").write_text(
-            "DATASETS:\n"
-            "  COCO_INSTANCES:\n"
-            "    - [own_sky, sky/labels.json, sky/images]\n"
-            '  TRAIN: ("own_sky",)\n'
-        )
-        cfg.merge_from_file("my.yaml")
-    else:
-        entries = "[('own_sky','sky/labels.json','sky/images')]"
-        cfg.merge_from_list(["DATASETS.COCO_INSTANCES", entries, "DATASETS.TRAIN", "('own_sky',)"])
+    Path("my.yaml").write_text(
+        "DATASETS:\n"
+        "  COCO_INSTANCES:\n"
+        "    - [own_sky, sky/labels.json, sky/images]\n"
+        '  TRAIN: ("own_sky",)\n'
+    )
+    cfg.merge_from_file("my.yaml")
     for _ in range(2):  # the second time changes nothing
         check(cfg)
     found = {}
@@ -125,24 +119,19 @@ def test_number_of_classes_has_to_fit_the_model(architecture, key):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("balloon", "kite"), "only in 'own_sky': none; only in 'own_sea': none"),
-        (("kites", "balloon"), "only in 'own_sky': kite; only in 'own_sea': kites"),
-        (("balloon",), "only in 'own_sky': kite; only in 'own_sea': none"),
+        (("balloon", "kite"), "their order"),
+        (("kites", "balloon"), "kite, kites"),
+        (("balloon",), "kite"),
     ],
 )
 def test_train_and_test_need_the_same_classes(classes, message):
     write_coco()
     write_coco(folder="sea", classes=classes)
     cfg = coco_config(entries=[own(), own("sea", "own_sea")], test=("own_sea",))
-    with pytest.raises(ValueError, match=rf"'own_sky' and 'own_sea' differ.*\({message}\)"):
+    with pytest.raises(ValueError, match=rf"'own_sky' and 'own_sea' differ \({message}\)"):
         check(cfg)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
     check(cfg, training=False)
-
-
-def test_evaluation_does_not_need_the_train_set():
-    write_coco()
-    check(coco_config(train=("not_here",)), training=False)
 
 
 @pytest.mark.parametrize(("form", "channels"), [("L", 1), ("BGR", 3), ("YUV-BT.601", 3)])
@@ -171,14 +160,6 @@ def test_builtin_annotations_are_not_parsed(root):
     )
     with pytest.raises(ValueError, match="'own_known' has 80 classes.*to 2"):
         check(coco_config(train=("own_known",), test=()))
-
-
-def test_shapes_are_generated_in_passing(root, monkeypatch):
-    monkeypatch.setitem(SHAPES.defaults, "train", 2)
-    monkeypatch.setitem(SHAPES.defaults, "val", 1)
-    with pytest.raises(ValueError, match="'shapes_val' has 3 classes"):
-        check(coco_config(test=("shapes_val",)), training=False)
-    assert (root / "shapes" / "annotations" / "instances_val.json").is_file()
 
 
 def test_other_kinds_of_data_sets_are_taken():

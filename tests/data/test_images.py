@@ -107,15 +107,6 @@ def test_arrays_are_taken_as_they_are():
             read_image({"file_name": "x", "image": array})
 
 
-def test_errors_of_a_transform_do_not_make_an_image_unreadable(monkeypatch):
-    def fail(*args):
-        raise TypeError("mine")
-
-    monkeypatch.setattr(v2.RandomResizedCrop, "get_params", fail)
-    with pytest.raises(TypeError, match="mine"):
-        transform(COLOURS, training=True)
-
-
 def test_values_without_a_white_are_refused(tmp_path):
     for values, kind in ((RAMP, "f4"), (RAMP - 1, "i4"), (RAMP + 65300, "i4")):
         with pytest.raises(UnreadableImageError, match="floats|16 bits"):
@@ -266,20 +257,11 @@ def test_reduced_crops_lie_where_those_of_every_pixel_do(tmp_path):
     assert difference.mean((0, 2, 3)).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-def test_reduced_decoding_notices_damage(tmp_path, progressive, decoded):
-    file = write_photo(tmp_path / "a.jpg", progressive=progressive)
+def test_reduced_decoding_notices_damage(tmp_path, decoded):
+    file = write_photo(tmp_path / "a.jpg")
     content = Path(file).read_bytes()
     for part in (0.2, 0.5, 0.9):
         Path(file).write_bytes(content[: int(part * len(content))])
         with pytest.raises(UnreadableImageError, match=f"^'{file}' cannot be read .*truncated"):
             crops(file, 1, SIZE=32)
     assert max(decoded)[0] <= 320
-
-
-# Options -----------------------------------------------------------------------------------------
-
-
-def test_options_that_are_not_read_are_not_checked():
-    ClassificationMapper(image_config(TRANSFORM="pad_crop", SIZE=300, RESIZE=1), False)
-    ClassificationMapper(image_config(TRANSFORM="resize", SIZE=300, RESIZE=1, PAD=-1), False)

@@ -14,51 +14,6 @@ def rng(index: int, split: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([0, split, index]))
 
 
-def silhouette(monkeypatch, index: int, category: int):
-    """The part of each pixel that is covered: drawn on black and on white, the rest differs."""
-    monkeypatch.setattr(shapes_cls, "MIN_CONTRAST", 0)  # or the background would choose the place
-    pictures = []
-    for level in (20, 235):  # so that no grain is cut off
-        plain = np.full((48, 48, 3), level)
-        monkeypatch.setattr(shapes_cls, "background", lambda rng, size, plain=plain: plain)
-        picture, _ = draw_shape(rng(index), 48, category)
-        pictures.append(picture.astype(int))
-    # Of the three channels one may be so bright that its grain is cut off.
-    return 1 - np.median(pictures[1] - pictures[0], -1) / 215
-
-
-def classify(cover: np.ndarray) -> str:
-    """The class of a silhouette by its moments about the centroid, in units of its area.
-
-    What a turn by 1/m of a circle leaves as it is has no n-fold moment but for n = m, 2m, ...; and
-    the n-fold moment turns n times as fast as the form. From right to down, as y points down.
-    """
-    y, x = np.mgrid[: len(cover), : len(cover)] + 0.5
-    z = x + 1j * y
-    z = (z - (z * cover).sum() / cover.sum()) / np.sqrt(cover.sum())
-
-    def moment(n: int, radial: int = 0) -> complex:
-        return (cover * z**n * np.abs(z) ** radial).sum() / cover.sum()
-
-    def direction(moment: complex, *names: str) -> str:
-        return names[round(np.angle(moment) / (2 * np.pi) * len(names)) % len(names)]
-
-    if abs(moment(1, 2)) > 0.01:  # more of it is far from the centroid on the side of the apex
-        return "triangle_" + direction(moment(1, 2), "right", "down", "left", "up")
-    if abs(moment(2)) > 0.06:
-        return "bar_" + direction(moment(2), "horizontal", "falling", "vertical", "rising")
-    assert abs(moment(4)) > 0.01
-    return direction(moment(4), "diamond", "square")
-
-
-def test_every_shape_is_of_its_class(monkeypatch):
-    """Found out from the pixels alone."""
-    for category, name in enumerate(SHAPES_CLS_CLASSES):
-        for index in range(25):
-            cover = silhouette(monkeypatch, index, category)
-            assert classify(cover) == name, index
-
-
 def test_pictures_are_those_of_version_1():
     """A change of any pixel needs another version, as results no longer compare."""
     pixels = hashlib.sha256()

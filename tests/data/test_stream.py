@@ -13,8 +13,7 @@ from detectron2.data.samplers import (
 )
 from image_utils import pretend_processes
 
-from ss_detectron.data import UnreadableImageError
-from ss_detectron.data.stream import ImageDataset, TrainingLoader
+from ss_detectron.data.stream import TrainingLoader
 from ss_detectron.utils.random_state import (
     get_random_state,
     kept_random_state,
@@ -149,26 +148,6 @@ def test_another_batch_size_goes_on_after_as_many_images_and_says_so(caplog):
     assert "images_per_batch 4 then, 8 now" in caplog.text
     indices = [image["index"] for image in first(restored, 1)[0]]
     assert indices == list(islice(SAMPLERS["all"](3), 24, 32))
-
-
-def test_images_that_take_the_place_of_others_are_the_same_after_a_restart():
-    def mapper(record):
-        if record["file_name"] in "bd":
-            raise UnreadableImageError(record["file_name"])
-        return {"name": record["file_name"], "random": draw()}
-
-    dataset = ImageDataset([{"file_name": n} for n in "abcdef"], mapper, skip=True, replace=True)
-
-    def build():
-        return TrainingLoader(
-            dataset, lambda seed: TrainingSampler(6, seed=seed), 3, seed=1, collate_fn=list
-        )
-
-    expected = first(build(), 8)
-    restored = build()
-    restored.load_state_dict({**restored.state_dict(), "batches": 5})
-    assert first(restored, 3) == expected[5:]
-    assert not {"b", "d"} & {image["name"] for batch in expected for image in batch}
 
 
 # Random numbers ----------------------------------------------------------------------------------
