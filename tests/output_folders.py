@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-from detectron2.config import get_cfg
-
-from ss_detectron import add_ss_config, find_config
+from ss_detectron.experiments.runs import merged_config
 
 DETECTION = "quick/shapes_retinanet_ss.yaml"
 CLASSIFICATION = "quick/shapes_resnet18_ss.yaml"
@@ -21,13 +19,9 @@ def write_run(
     folder: Path, rows: list[dict], rule: str = "bp", config_file: str = DETECTION, **changes
 ) -> Path:
     """A folder of a run by a rule; ``changes`` are config keys with __ for the dots."""
-    cfg = get_cfg()
-    add_ss_config(cfg)
-    cfg.merge_from_file(find_config(config_file))
-    cfg.MODEL.FEEDBACK.RULE = rule
-    cfg.OUTPUT_DIR = str(folder)
-    for key, value in changes.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
+    options = {"MODEL__FEEDBACK__RULE": rule, "OUTPUT_DIR": str(folder), **changes}
+    words = [word for key, value in options.items() for word in (key.replace("__", "."), value)]
+    cfg = merged_config(config_file, words)
     write_rows(folder, rows)
     (folder / "config.yaml").write_text(cfg.dump())
     return folder

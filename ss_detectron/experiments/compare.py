@@ -44,23 +44,19 @@ def compare(
     Returns:
         the report's table, and whether all runs are finished.
     """
-    own = []
-    for run in runs:
-        if conflicts := run.conflicts():
-            logger.error(
-                "%s was started with another config: %s. Give the options that it was started "
-                "with, choose another output folder, or remove it. No run is started",
-                run.folder,
-                "; ".join(f"{k} {there!r}, not {here!r}" for k, (there, here) in conflicts.items()),
-            )
-        else:
-            own.append(run)
+    conflicts = {run: found for run in runs if (found := run.conflicts())}
+    for run, found in conflicts.items():
+        how = "; ".join(f"{key} {there!r}, not {here!r}" for key, (there, here) in found.items())
+        logger.error("%s was started with another config: %s", run.folder, how)
+    own = [run for run in runs if run not in conflicts]
     to_do = [run for run in own if not run.is_finished()]
     logger.info("%d of %d runs are finished already", len(own) - len(to_do), len(runs))
-    if len(own) == len(runs):
+    if conflicts:
+        logger.error("No run is started: give the options of before, or another output folder")
+    else:
         to_do = run_all(to_do, train_net, jobs=jobs, gpus_per_run=gpus_per_run)
-    complete = len(own) == len(runs) and not to_do
-    return write_report(own, output, metric=metric, command=command), complete
+    text = write_report(own, output, metric=metric, command=command)
+    return text, not conflicts and not to_do
 
 
 def write_report(
@@ -87,7 +83,10 @@ def write_report(
     finished = {run.folder: run for run in runs if run.is_finished()}
     results = [run for run in found if run.folder in finished]
     if metric is None and finished:
-        metric = _main_metric(results, runs[0].config["DATASETS.TEST"][0])
+        keys = sorted({key for run in results for key in run.metrics})
+        first = runs[0].config["DATASETS.TEST"][0] + "/"
+        by_task = matching(keys, [ERRORS[0], *SCORES])
+        metric = min(by_task, key=lambda key: not key.startswith(first), default=None)
     rows = summarise(results, metric) if metric else []
     if not rows:
         logger.error("No run is finished%s: there is no table", f" with {metric}" * bool(metric))
@@ -97,8 +96,8 @@ def write_report(
     started_as = {run.label: run for run in finished.values()}
 
     def launched(key: str) -> list[Any]:
-        several = itertools.chain.from_iterable(launches.values())
-        return list(dict.fromkeys(launch[key] for launch in several if key in launch))
+        every = itertools.chain(*launches.values())
+        return list(dict.fromkeys(launch[key] for launch in every if key in launch))
 
     facts = {
         "iterations": sorted({run.config["SOLVER.MAX_ITER"] for run in finished.values()}),
@@ -113,7 +112,8 @@ def write_report(
         **facts,
         "rules": [
             asdict(row) | {"config": run.config_file, "overrides": " ".join(run.overrides)}
-            for row, run in ((row, started_as[row.label]) for row in rows)
+            for row in rows
+            for run in [started_as[row.label]]
         ],
         "runs": [
             {"name": run.name, "label": run.label, "seed": run.seed, "folder": str(folder)}
@@ -141,13 +141,6 @@ def write_report(
     ]
     (output / "comparison.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     return text
-
-
-def _main_metric(runs: Sequence[Run], dataset: str) -> str | None:
-    """What a comparison goes by: top-1 error or AP, of ``dataset`` where it has its own."""
-    keys = sorted({key for run in runs for key in run.metrics})
-    found = matching(keys, [ERRORS[0], *SCORES])
-    return next((key for key in found if key.startswith(f"{dataset}/")), next(iter(found), None))
 
 
 @dataclass

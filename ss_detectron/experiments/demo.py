@@ -199,10 +199,7 @@ def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> str:
         tensor.fill_(math.nan)  # what the checkpoint leaves as it is, shows
     checkpoint = FeedbackCheckpointer(model, trusted_weights=trusted).load(path)
     if lacking := [name for name, tensor in needed.items() if tensor.isnan().any()]:
-        raise ValueError(
-            f"{path} has no numbers for {len(lacking)} of the model's tensors "
-            f"({abbreviate(lacking)}): it is a part of a network, or its training diverged"
-        )
+        raise ValueError(f"{path} has no numbers for {abbreviate(lacking)}: incomplete or diverged")
     rules = checkpoint.get("feedback") or {row.name: row.rule for row in feedback_report(model)}
     # As checkpoints write them: sign_symmetry(scale=mean_abs, gain=1).
     counts = Counter(rule.partition("(")[0] for rule in rules.values())
@@ -227,10 +224,8 @@ def _class_names(cfg: CfgNode, model: nn.Module) -> list[str]:
         logger.warning("The classes have no names here, but numbers: %s", error)
         return [f"class {i}" for i in range(number)]
     if number not in (None, len(classes)):
-        raise ValueError(
-            f"data set '{name}' has {len(classes)} classes, the model {number}: "
-            "DATASETS.TEST names the data set that the classes' names are taken from"
-        )
+        has = f"data set '{name}' has {len(classes)} classes, the model {number}"
+        raise ValueError(f"{has}: DATASETS.TEST is to name the one that it was trained for")
     return classes
 
 
@@ -300,8 +295,7 @@ def find_files(words: Iterable[str]) -> list[Path]:
 
 def output_paths(files: Sequence[Path], folder: Path, suffix: str = ".png") -> list[Path]:
     """
-    Says where the drawings of files go: ``folder/name.png``, and ``name_2.png`` for the second of a
-    name.
+    Says where drawings go: ``folder/name.png``, and ``name_2.png`` for the second of a name.
 
     Raises:
         ValueError: a file that is to be drawn would be overwritten.

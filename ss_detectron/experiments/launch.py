@@ -68,7 +68,10 @@ def run_all(
                     logger.info("%s is finished (%s)", run.name, place)
                 else:
                     failed.append(run)
-                    _report(run, process.returncode)
+                    code, log = process.returncode, run.folder / LOG
+                    how = f"failed with exit code {code}" if code else "has no last evaluation"
+                    end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                    logger.error("%s %s; the end of %s:\n%s", run.name, how, log, end)
     finally:
         _end(list(running))
     return failed
@@ -93,13 +96,6 @@ def _start(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it through this process alone
         )
-
-
-def _report(run: PlannedRun, code: int) -> None:
-    log = run.folder / LOG
-    how = f"failed with exit code {code}" if code else "ended without a last evaluation"
-    end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    logger.error("%s %s; the end of %s:\n%s", run.name, how, log, end)
 
 
 def _end(processes: Sequence[subprocess.Popen]) -> None:

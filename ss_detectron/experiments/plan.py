@@ -119,8 +119,7 @@ def plan_runs(
         for seed in seeds:
             folder = output / f"{rule.short_name or rule.name}_seed{seed}"
             own = ["SEED", seed, "MODEL.FEEDBACK.SEED", seed, "OUTPUT_DIR", folder]
-            words = [*overrides, "TEST.ALIGNMENT_PERIOD", period, *options, *own]
-            words = [str(word) for word in words]
+            words = [*overrides, "TEST.ALIGNMENT_PERIOD", str(period), *options, *map(str, own)]
             # By way of YAML, as the config.yaml that the run will write.
             config = flatten_config(yaml.safe_load(merged_config(start, words).dump()))
             runs[folder] = PlannedRun(

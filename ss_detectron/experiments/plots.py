@@ -70,11 +70,8 @@ def plot_curves(groups: Sequence[RunGroup], keys: Sequence[str], *, epochs: bool
             _draw_curves(panel, groups, key, epochs)
             panel.set(xlabel="epoch" if epochs else "iteration", ylabel=label_of(key))
         figure.align_ylabels(panels)
-        handles = {}
-        for panel in panels:
-            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
-        figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns)
+        named = panels[0].get_legend_handles_labels()
+        figure.legend(*named, loc="outside upper center", ncols=columns)
     return figure
 
 
@@ -156,7 +153,10 @@ def draw_figures(
         the files.
     """
     groups = group_runs(runs)
-    _warn_of_short_runs(groups)
+    for group in groups:
+        ends = {run.folder: run.rows[-1]["iteration"] for run in group.runs}
+        if short := [str(folder) for folder, end in ends.items() if end + 1 < max(ends.values())]:
+            logger.warning("From where %s ended, means are over fewer runs", ", ".join(short))
     keys = _keys(groups)
     losses = losses_of(keys)
     curves = {"error": matching(keys, ERRORS), "detection": matching(keys, SCORES)}
@@ -165,16 +165,16 @@ def draw_figures(
         if unknown := set(metrics).difference(keys):
             known = ", ".join(key for key in keys if not key.startswith("alignment/"))
             logger.error("No run has the metric %s; they have %s", ", ".join(unknown), known)
-    curves |= {"gradient_angle": matching(keys, ["alignment/gradient_angle"])}
+    curves = {"losses": losses, **curves}
+    curves["gradient_angle"] = matching(keys, ["alignment/gradient_angle"])
     figures = {}
-    for name, needed in {"losses": losses, **curves}.items():
+    for name, needed in curves.items():
         if having := _having(groups, needed):
             parts = [k for k in losses if k in _keys(having)] if name == "detection" else []
             figures[name] = plot_curves(having, [*needed, *parts], epochs=_by_epochs(having))
     for quantity in _BY_LAYER:
         prefix = f"alignment/{quantity}/"
-        having = [group for group in groups if any(prefix in key for key in _keys([group]))]
-        if having:
+        if having := [g for g in groups if any(prefix in key for key in _keys([g]))]:
             name = f"layer_{quantity}" if quantity == "gradient_angle" else quantity
             figures[name] = plot_layers(having, quantity)
     return [
@@ -187,10 +187,9 @@ def draw_figures(
 def losses_of(keys: Sequence[str]) -> list[str]:
     """Selects the total loss, its parts where there are several, and the training error."""
     parts = [key for key in keys if key.startswith("loss")]
-    total = [key for key in keys if key == "total_loss"]
-    if total and len(parts) == 1:  # which is the total
+    if "total_loss" in keys and len(parts) == 1:  # which is the total
         parts = []
-    return [*total, *parts, *(key for key in keys if key == "train_top1_error")]
+    return [key for key in ("total_loss", *parts, "train_top1_error") if key in keys]
 
 
 def _save(figure: Figure, path: Path, formats: Sequence[str]) -> list[Path]:
@@ -235,7 +234,7 @@ def _draw_curves(panel: Axes, groups: Sequence[RunGroup], key: str, epochs: bool
             linestyle=style.dashes,
             marker=style.marker,
             markevery=(place * every // len(groups), every),
-            label=_title(group, groups) if len(x) else None,
+            label=_title(group, groups),
         )
         low, high = mean - deviation, mean + deviation
         if is_loss:  # on a logarithmic scale, a band ends above zero
@@ -302,13 +301,10 @@ def _having(groups: Sequence[RunGroup], keys: Sequence[str]) -> list[RunGroup]:
     """The groups with those of their runs that have one of the metrics; the others are named."""
     lacking = [r for group in groups for r in group.runs if not set(keys).intersection(r.metrics)]
     if keys and lacking:
-        logger.warning("No %s in %s", " and no ".join(keys), _folders(lacking))
+        folders = ", ".join(str(run.folder) for run in lacking)
+        logger.warning("No %s in %s", " and no ".join(keys), folders)
     having = (replace(g, runs=[run for run in g.runs if run not in lacking]) for g in groups)
     return [group for group in having if group.runs]
-
-
-def _folders(runs: Sequence[Run]) -> str:
-    return ", ".join(str(run.folder) for run in runs)
 
 
 def _by_epochs(groups: Sequence[RunGroup]) -> bool:
@@ -316,11 +312,3 @@ def _by_epochs(groups: Sequence[RunGroup]) -> bool:
     runs = [run for group in groups for run in group.runs]
     classify = all(any(key.endswith("top1_error") for key in run.metrics) for run in runs)
     return classify and all(run.epochs_per_iteration for run in runs)
-
-
-def _warn_of_short_runs(groups: Sequence[RunGroup]) -> None:
-    for group in groups:
-        ends = [run.rows[-1]["iteration"] for run in group.runs]
-        short = [r for r, end in zip(group.runs, ends, strict=True) if end + 1 < max(ends)]
-        if short:
-            logger.warning("From where %s ended, means are over fewer runs", _folders(short))

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 # What an evaluation gives. With several test sets, a set's name and a slash stand before it.
 ERRORS = ("classification/top1_error", "classification/top5_error")
 SCORES = ("bbox/AP", "segm/AP", "keypoints/AP")
-
 METRICS = (*ERRORS, *SCORES)
 
 # Keys that a run may change when it goes on: where and how fast it runs.
@@ -34,13 +33,8 @@ PERIODS = {"SOLVER.CHECKPOINT_PERIOD", "TEST.ALIGNMENT_PERIOD", "TEST.EVAL_PERIO
 # Keys that repetitions of one experiment may differ in.
 PER_RUN_KEYS = MACHINE_KEYS | OWN_KEYS | PERIODS
 # Keys in which runs do not compare if they differ.
-EXPERIMENT_KEYS = (
-    "MODEL.META_ARCHITECTURE",
-    "DATASETS.TRAIN",
-    "DATASETS.TEST",
-    "SOLVER.MAX_ITER",
-    "SOLVER.IMS_PER_BATCH",
-)
+EXPERIMENT_KEYS = ("MODEL.META_ARCHITECTURE", "DATASETS.TRAIN", "DATASETS.TEST")
+EXPERIMENT_KEYS += ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -88,9 +82,7 @@ class Run:
         return sorted({key for row in self.rows for key in row} - {"iteration", "epoch"})
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Returns a metric's iterations and values, both (N,); empty where the run does not have it.
-        """
+        """Returns a metric's iterations and values, both (N,); empty where the run lacks it."""
         # A run that was resumed only for its last evaluation logs it one iteration late.
         end = self.config.get("SOLVER.MAX_ITER", np.inf)
         points = [(min(row["iteration"], end), row[key]) for row in self.rows if key in row]

@@ -18,17 +18,15 @@ class ClassVisualizer(Visualizer):
     """
     Detectron2's, with a colour for each class, and opaque boxes: half transparent, they are lost on
     a dark picture.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        classes: their names.
+        scale: of the drawing.
     """
 
     def __init__(self, image: np.ndarray, classes: list[str], scale: float = 1.0) -> None:
-        """
-        Args:
-            image: (H, W, 3) uint8 RGB.
-            classes: their names.
-            scale: of the drawing.
-        """
-        colours = [to_rgb(COLOURS[i % len(COLOURS)]) for i in range(len(classes))]
-        colours = [[255 * part for part in colour] for colour in colours]
+        colours = [255 * np.array(to_rgb(COLOURS[i % len(COLOURS)])) for i in range(len(classes))]
         metadata = Metadata(thing_classes=classes, thing_colors=colours)
         super().__init__(image, metadata, scale, ColorMode.SEGMENTATION)
 
@@ -73,10 +71,8 @@ def draw_detections(
         ]
         for axes, objects in ((above, record["annotations"]), (below, found)):
             instances = Instances(image.shape[:2])
-            corners = [
-                BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects
-            ]
-            instances.pred_boxes = Boxes(corners)
+            boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
+            instances.pred_boxes = Boxes(boxes)
             instances.pred_classes = tensor([o["category_id"] for o in objects])
             if objects is found:
                 instances.scores = tensor([o["score"] for o in objects])

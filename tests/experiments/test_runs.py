@@ -33,20 +33,21 @@ def test_rows_that_were_cut_off_are_left_out_and_reported(text, values, tmp_path
 
 
 def test_rows_of_one_iteration_are_one_as_a_resumed_run_wrote_them_last(tmp_path):
-    write_rows(
-        tmp_path, [*ROWS[::-1], {"iteration": 39, "total_loss": 3.0}, {"iteration": 39, "lr": 5.0}]
-    )
-    rows = read_metrics(tmp_path / "metrics.json")
-    assert rows == [ROWS[0], {"iteration": 39, "total_loss": 3.0, "lr": 5.0}]
+    again = {"iteration": 39, "total_loss": 3.0}
+    write_rows(tmp_path, [*ROWS[::-1], again, {"iteration": 39, "lr": 5.0}])
+    assert read_metrics(tmp_path / "metrics.json") == [ROWS[0], again | {"lr": 5.0}]
 
 
 def test_a_run_of_this_package(tmp_path):
-    run = read_run(write_run(tmp_path / "x", ROWS, "kp", SEED=7))
-    assert (run.label, run.config["SEED"], run.metrics) == ("kolen_pollack", 7, ["total_loss"])
+    rows = [*ROWS, {"iteration": 401, "bbox/AP": 5.0}]  # resumed for its evaluation alone
+    run = read_run(write_run(tmp_path / "x", rows, "kp", SEED=7, SOLVER__MAX_ITER=400))
+    assert (run.label, run.config["SEED"]) == ("kolen_pollack", 7)
+    assert run.metrics == ["bbox/AP", "total_loss"]
     np.testing.assert_array_equal(run.series("total_loss"), [[19, 39], [2, 1]])
+    np.testing.assert_array_equal(run.series("bbox/AP"), [[400], [5]])
     assert run.last("total_loss") == 1
-    assert np.isnan(run.last("bbox/AP"))
-    assert [len(x) for x in run.series("bbox/AP")] == [0, 0]
+    assert np.isnan(run.last("segm/AP"))
+    assert [len(x) for x in run.series("segm/AP")] == [0, 0]
 
 
 def test_a_run_of_stock_detectron2_needs_metrics_alone(tmp_path):
@@ -83,12 +84,6 @@ def test_rule_of_a_config(rule, backbone, expected):
     assert rule_of_config(config) == expected
 
 
-def test_a_run_resumed_for_its_evaluation_alone_ends_where_the_others_do(tmp_path):
-    rows = [{"iteration": 399, "total_loss": 1.0}, {"iteration": 401, "bbox/AP": 5.0}]
-    run = read_run(write_run(tmp_path, rows, SOLVER__MAX_ITER=400))
-    np.testing.assert_array_equal(run.series("bbox/AP"), [[400], [5]])
-
-
 def test_folders_that_hold_no_run_are_named_and_left_out(tmp_path, caplog):
     good = write_run(tmp_path / "good", ROWS)
     write_rows(tmp_path / "empty", [])
@@ -112,14 +107,6 @@ def test_seeds_are_one_group_and_rules_come_in_their_order(tmp_path):
     ]
 
 
-def test_a_folder_that_is_only_named_after_a_rule_is_no_run_of_it(tmp_path):
-    write_run(tmp_path / "a", ROWS, "ss")
-    write_rows(tmp_path / "sign_symmetry", ROWS)
-    pair = [tmp_path / "a", tmp_path / "sign_symmetry"]
-    for folders in (pair, pair[::-1]):
-        assert [len(group.runs) for group in group_runs(read_runs(folders))] == [1, 1]
-
-
 def test_one_rule_with_two_settings_is_two_groups_told_apart_by_them(tmp_path):
     write_run(tmp_path / "a", ROWS, "ss")
     write_run(tmp_path / "b", ROWS, "sign_symmetry", MODEL__FEEDBACK__GAIN=1.0)
@@ -136,11 +123,12 @@ def test_one_rule_with_two_settings_is_two_groups_told_apart_by_them(tmp_path):
 
 
 def test_runs_whose_rule_is_not_known_go_by_their_folders(tmp_path):
-    names = ["other", "a/output", "b/output"]
+    names = ["kolen_pollack", "a/output", "b/output"]  # which does not make it a run of that rule
     for name in names:
         write_rows(tmp_path / name, ROWS)
-    groups = group_runs(read_runs(tmp_path / name for name in names))
-    assert [group.name for group in groups] == names
+    write_run(tmp_path / "kp", ROWS, "kp")
+    groups = group_runs(read_runs(tmp_path / name for name in [*names, "kp"]))
+    assert [group.name for group in groups] == ["kolen_pollack", "kolen_pollack", *names[1:]]
 
 
 def test_runs_of_other_experiments_are_warned_of(tmp_path, caplog):
