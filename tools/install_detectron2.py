@@ -28,7 +28,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -121,36 +120,27 @@ class Failure(RuntimeError):
 
 
 def run(*command: str | Path, timeout: float | None = None, **environment: str) -> str:
-    """Run a command to its end and return what it printed.
-
-    Raises:
-        Failure: it failed or ran out of time (seconds). The message ends with what it printed last.
-    """
+    """Run a command and return what it printed; a failure's message ends with what came last."""
     # PYTHONSAFEPATH: a `detectron2` in the working directory must not pass for an installed one.
     environment = {"PYTHONSAFEPATH": "1", "GIT_TERMINAL_PROMPT": "0", **environment}
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, **environment},
-        start_new_session=True,
-    )
     name = "pip" if "pip" in command else Path(command[0]).name
     try:
-        output, _ = process.communicate(timeout=timeout)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)  # git and pip start further processes
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise Failure(f"{name} gave no answer within {timeout:.0f} s") from None
-        raise
-    if process.returncode != 0:
-        last = "\n    ".join(output.strip().splitlines()[-15:])
-        raise Failure(f"{name} failed ({process.returncode}):\n    {last}")
-    return output
+        done = subprocess.run(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, **environment},
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failure(f"{name} gave no answer within {timeout:.0f} s") from None
+    if done.returncode != 0:
+        last = "\n    ".join(done.stdout.strip().splitlines()[-15:])
+        raise Failure(f"{name} failed ({done.returncode}):\n    {last}")
+    return done.stdout
 
 
 def pip(*arguments: str | Path, **environment: str) -> str:
@@ -217,13 +207,8 @@ def import_error(code: str) -> str | None:
 
 
 def fetch_official(work: Path, repository: str) -> Path:
-    """Check out Detectron2's own source at the pinned commit and return its folder.
-
-    What the build needs is looked for first, as it would otherwise fail after minutes.
-
-    Raises:
-        Failure: something is missing, or the commit cannot be had.
-    """
+    """Check out Detectron2's own source at the pinned commit and return its folder."""
+    # What the build needs is looked for first, as it would otherwise fail after minutes.
     if shutil.which("git") is None:
         raise Failure("git is not installed")
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -241,21 +226,13 @@ def fetch_official(work: Path, repository: str) -> Path:
 
     source = work / "source"
     run("git", "init", "--quiet", source)
-    fetch = ("git", "-C", source, "fetch", "--quiet")
-    try:
-        run(*fetch, "--depth=1", repository, COMMIT, timeout=600)
-    except Failure:  # not every server hands out a single commit
-        run(*fetch, repository, "refs/*:refs/*", timeout=600)
+    run("git", "-C", source, "fetch", "--quiet", "--depth=1", repository, COMMIT, timeout=600)
     run("git", "-C", source, "checkout", "--quiet", "--detach", COMMIT)
     return source
 
 
 def fetch_pypi(work: Path) -> Path:
-    """Write Detectron2's files out of the labgym wheel, put right, and return their folder.
-
-    Raises:
-        Failure: the wheel cannot be had, or is not the one that was pinned.
-    """
+    """Write Detectron2's files out of the labgym wheel, put right, and return their folder."""
     # labgym asks for an older Python; Detectron2's files in it do not.
     options = ("--no-deps", "--only-binary=:all:", "--python-version=3.10", "--dest", work)
     pip("download", *options, f"labgym=={LABGYM}")
@@ -290,11 +267,7 @@ def strip_prefix(text: str) -> str:
 
 
 def install(source: Path, work: Path) -> None:
-    """Build Detectron2, install it with what it needs, and see that it imports.
-
-    Raises:
-        Failure: pip failed, or it does not import and has been removed again.
-    """
+    """Build Detectron2, install it with what it needs, and remove it if it does not import."""
     log.info("building Detectron2; from the official source this takes minutes")
     pip("install", SETUPTOOLS)
     # Without isolation the build sees the torch it is to run with.
@@ -313,11 +286,7 @@ def install(source: Path, work: Path) -> None:
 
 
 def keeps(found: Found, source: str) -> bool:
-    """Return whether the Detectron2 found is to be kept, True, or replaced.
-
-    Raises:
-        Failure: it is neither what was asked for nor this tool's to replace.
-    """
+    """Return whether the Detectron2 found is kept, else remove what is ours and does not import."""
     reason = import_error(IMPORT_CHECK)
     if reason is None and source in ("auto", found.source):
         log.info("kept: %s", found)
@@ -338,11 +307,7 @@ def keeps(found: Found, source: str) -> bool:
 
 
 def ensure_detectron2(source: str, repository: str) -> None:
-    """Install Detectron2 from ``source``, or the first that works for auto, unless it is there.
-
-    Raises:
-        Failure: no source could be used, or what is there stands in the way.
-    """
+    """Install Detectron2 from ``source``, or the first that works for auto, unless it is there."""
     found = find()
     if found is not None and keeps(found, source):
         return
@@ -399,7 +364,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # End the processes started on these too.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main())
