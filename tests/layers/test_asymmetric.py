@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from core_utils import RULES, assert_same, each_rule
+from core_utils import RULES, assert_same, each_rule, stock_net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,23 +29,12 @@ STATE = {
 each_rule_with_state = pytest.mark.parametrize("rule", STATE)
 
 
-def _stock(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(4, 3, 2, stride=2),
-        nn.Flatten(),
-        nn.Linear(3 * 8 * 8, 5),
-    )
-
-
 def _images(seed=1, dtype=torch.float32):
     return torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def _model(rule, seed=0, **options):
-    return convert_feedback(_stock(seed), rule, **options)
+    return convert_feedback(stock_net(seed), rule, **options)
 
 
 def _gradients(model, x=None):
@@ -97,7 +86,7 @@ def test_layers_built_directly_are_the_converted_ones(kind, stock, sizes):
 
 @each_rule
 def test_hooks_keep_firing_after_conversion(rule):
-    model, seen = _stock(), []
+    model, seen = stock_net(), []
     for layer in (model[0], model[2], model[4]):
         layer.register_forward_pre_hook(lambda *_: seen.append("pre"))
         layer.register_forward_hook(lambda *_: seen.append("forward"))
@@ -157,7 +146,7 @@ def test_models_of_another_type_train(rule, dtype):
 @each_rule
 def test_state_dict_is_the_stock_one_and_what_begins_with_feedback(rule):
     keys = list(_model(rule).state_dict())
-    assert [k for k in keys if "feedback" not in k] == list(_stock().state_dict())
+    assert [k for k in keys if "feedback" not in k] == list(stock_net().state_dict())
     layers = ("0", "2", "4")
     feedback = {f"{n}.{STATE[rule]}" for n in layers if rule in STATE}
     assert {k for k in keys if "feedback" in k} == feedback
@@ -205,7 +194,7 @@ def test_copies_and_checkpoints_go_on_as_the_original_and_share_nothing_with_it(
 
 @each_rule_with_state
 def test_stock_checkpoint_derives_the_state_from_the_loaded_weight(rule, caplog):
-    stock = _stock(seed=7)
+    stock = stock_net(seed=7)
     expected = convert_feedback(copy.deepcopy(stock), rule)
     model = _model(rule)
     _train(model)
@@ -222,7 +211,7 @@ def test_stock_checkpoint_derives_the_state_from_the_loaded_weight(rule, caplog)
 def test_checkpoint_of_one_part_leaves_the_others_feedback(rule, caplog):
     model = _model(rule)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    part = {k: 2 * v for k, v in _stock().state_dict().items() if k.startswith("2.")}
+    part = {k: 2 * v for k, v in stock_net().state_dict().items() if k.startswith("2.")}
     with caplog.at_level(logging.INFO, logger="ss_detectron"):
         missing, unexpected = model.load_state_dict(part, strict=False)
     assert len(caplog.records) == 1 and not unexpected
@@ -237,12 +226,12 @@ def test_checkpoint_of_one_part_leaves_the_others_feedback(rule, caplog):
 @each_rule
 def test_a_model_on_the_meta_device_converts_and_takes_a_checkpoint(rule, assign):
     with torch.device("meta"):
-        model = convert_feedback(_stock(), rule)
+        model = convert_feedback(stock_net(), rule)
     assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
-    assert model(_images().to("meta")).shape == _stock()(_images()).shape
+    assert model(_images().to("meta")).shape == stock_net()(_images()).shape
     if not assign:
         model.to_empty(device="cpu")
-    model.load_state_dict(_stock().state_dict(), assign=assign)
+    model.load_state_dict(stock_net().state_dict(), assign=assign)
     assert_same(model.state_dict(), _model(rule).state_dict())
     assert_same(_gradients(model), _gradients(_model(rule)))
 
@@ -251,7 +240,7 @@ def test_a_model_on_the_meta_device_converts_and_takes_a_checkpoint(rule, assign
 def test_reset_feedback_derives_the_state_again_from_the_weight(rule):
     model = _model(rule)
     _train(model, steps=3)
-    fresh = _stock()
+    fresh = stock_net()
     fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "feedback" not in k})
     convert_feedback(fresh, rule)
     for i in (0, 2, 4):

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from core_utils import RULES, assert_same, each_rule
-from torch import nn
+from core_utils import RULES, assert_same, each_rule, stock_net
 from torch.nn.parallel import DistributedDataParallel
 
 from ss_detectron.layers import AsymmetricLayer, advance_feedback, convert_feedback
@@ -16,18 +15,6 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 
 STEPS = 3
 BATCH = 4
-
-
-def _model(rule):
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
-        nn.ReLU(),
-        nn.ConvTranspose2d(4, 3, 2, stride=2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(3 * 8 * 8, 5),
-    )
-    return convert_feedback(model.double(), rule)
 
 
 def _train(model, images):
@@ -58,8 +45,8 @@ def _worker(rank, folder):
     half = BATCH // 2
     results = {}
     for rule in RULES:
-        torch.manual_seed(100 + rank)  # as Detectron2 does
-        model = _model(rule)
+        # A seed for each rank, as in Detectron2.
+        model = convert_feedback(stock_net(seed=100 + rank).double(), rule)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
             convert_feedback(wrapped)
@@ -95,7 +82,7 @@ def test_feedback_is_the_same_on_both_processes(ranks, rule):
 @each_rule
 def test_two_processes_train_as_one(ranks, rule):
     start, two = ranks[0][rule]
-    model = _model(rule)
+    model = convert_feedback(stock_net().double(), rule)
     model.load_state_dict(start)
     one = _train(model, _images())
     torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)

@@ -80,16 +80,6 @@ def test_only_the_input_gradient_goes_through_the_feedback_weight(case, with_bia
         assert_same(actual, (y, expected, dw, db))
 
 
-@each_operation
-def test_input_gradient_is_the_adjoint_of_the_operation_with_feedback(case):
-    # <grad, op_B(dx)> = <op_B^T(grad), dx>, with no stock backward in it.
-    x, w, _, fb, grad = case.tensors()
-    dx = case.run(x, w, None, grad, feedback=fb)[1]
-    direction = torch.randn_like(x)
-    expected = (grad * case.stock(direction, fb, None, **case.options)).sum()
-    torch.testing.assert_close((dx * direction).sum(), expected, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float64], ids=["f32", "f64"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -168,16 +158,6 @@ def test_a_convolution_runs_on_stock_autograd_where_it_can(case, way):
     available = functional._hooks_of_others is not None  # not in every torch
     exchanged = way == "exchange" and case.stock is not F.linear and available
     assert name.startswith("ConvolutionBackward" if exchanged else "_Asymmetric")
-
-
-def test_a_torch_that_does_not_tell_of_hooks_takes_the_function(monkeypatch):
-    monkeypatch.setattr(functional, "_hooks_of_others", None)
-    case = CASES["conv"]
-    x, w, b, fb, grad = case.tensors()
-    y = case.asymmetric(x.requires_grad_(), w, b, feedback=fb)
-    assert type(y.grad_fn).__name__.startswith("_AsymmetricConvolution")
-    given = case.run(x, w, b, grad, feedback=fb)[1]
-    assert torch.equal(given, case.run_stock(x, fb, b, grad)[1])
 
 
 @each_operation
