@@ -275,15 +275,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
         unused = [name for name in incompatible.unexpected_keys if _is_feedback(name)]
-        logger.info(
-            "%s: loaded %d of the model's %d tensors; %d were left out by MODEL.WEIGHTS_EXCEPT, "
-            "and %d of the checkpoint's feedback are not used.",
-            self._path,
-            len(model.keys() & state.keys()),
-            len(model),
-            len(excepted),
-            len(unused),
-        )
+        counts = len(model.keys() & state.keys()), len(model), len(excepted), len(unused)
+        message = "%s: %d of the model's %d tensors loaded, %d excepted, %d of feedback not used."
+        logger.info(message, self._path, *counts)
         # fvcore warns of the others. Only a norm without momentum reads its count of batches.
         for names, known in (
             (incompatible.missing_keys, excepted),

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torchvision
 from core_utils import assert_same
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from modeling_utils import classifier, detector, layers, resnet
 from torch import nn
@@ -83,16 +82,6 @@ def test_a_classifiers_backbone_travels_bit_for_bit_with_its_feedback(rule, tmp_
     missing, unexpected = log()
     assert "fpn_output3" in missing and "head.cls_score" in missing and "bottom_up" not in missing
     assert "linear" in unexpected and "backbone" not in unexpected
-
-
-@pytest.mark.parametrize("rule", ["fa", "frsf", "fasi"])
-def test_feedback_is_derived_from_the_weights_where_the_checkpoint_brings_none(rule, tmp_path):
-    source, target = classifier("bp"), detector(rule)
-    load(target, save(source, tmp_path))
-    for name, layer in layers(target.backbone.bottom_up).items():
-        weight = source.backbone.get_submodule(name).weight.detach()
-        assert_same(layer.weight.detach(), weight)
-        assert_same(layer.feedback_state, layer.rule.initial_state(weight, layer.fans()))
 
 
 def test_names_that_fit_already_stay(tmp_path, log):
@@ -343,17 +332,3 @@ def test_a_path_that_asks_for_heuristics_matches_the_ends_of_names(tmp_path):
         load(target, tmp_path / "backbone.pth")
     load(target, f"{tmp_path}/backbone.pth?matching_heuristics=True")
     assert_same(tensors(target.backbone.bottom_up), tensors(source.backbone))
-
-
-def test_checkpoints_of_plain_models_go_both_ways(tmp_path, log):
-    def plain():
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
-
-    source, target = plain(), convert_feedback(plain(), "fa")
-    DetectionCheckpointer(source, str(tmp_path)).save("stock")
-    load(target, tmp_path / "stock.pth")
-    assert not log()
-    nn.init.ones_(target[0].weight)
-    DetectionCheckpointer(source).load(save(target, tmp_path))
-    image = torch.randn(1, 3, 5, 5)
-    assert_same(source.eval()(image), target.eval()(image))

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from group_utils import run_ranks
-from run_utils import end, finish, model_of, start
+from run_utils import end, finish, start
 from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
@@ -374,28 +373,6 @@ TINY = (
     *("SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CHECKPOINT_PERIOD", 2),
     *("SOLVER.MAX_ITER", 6, "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", "()", "OUTPUT_DIR", "out"),
 )
-
-
-@pytest.mark.slow
-def test_a_run_whose_last_checkpoints_are_damaged_ends_as_if_they_were_not(tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    straight.mkdir()
-    words = *TINY, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 3
-    finish(start(*words, cwd=straight))
-    shutil.copytree(straight, broken)
-    change_a_weight(broken / "out" / "model_final.pth")
-    truncate(broken / "out" / "model_0000005.pth")
-    output = finish(start("--resume", *words, cwd=broken))
-    for part in (
-        "the checksum of its part",
-        "out/model_0000005.pth",
-        "Going on from out/model_0000003.pth.",
-        "Starting training from iteration 4",
-    ):
-        assert part in output
-    expected = model_of(straight / "out", "model_final.pth")
-    for name, value in model_of(broken / "out", "model_final.pth").items():
-        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.slow
