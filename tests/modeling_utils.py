@@ -142,14 +142,20 @@ TIE = "_TieBackward"
 """Between a weight and its use: a learned feedback weight receives the gradient as well."""
 
 
-def sends_through_weight(node, layer: nn.Module) -> bool:
-    """Whether an operation on a layer's weight is a stock one, with the weight itself."""
-    if node.name().startswith("_Asymmetric"):
-        return False
-    if node.name() != "ConvolutionBackward0":
-        return True
-    with torch.no_grad():
-        return torch.equal(node._saved_weight, layer.weight)
+@torch.no_grad()  # a saved weight is unpacked as in a backward pass
+def stock_layers(model: nn.Module, uses: dict[str, list]) -> set[str]:
+    """The layers in :func:`weight_uses` that send an error through the weight itself."""
+
+    def is_stock(node, weight):
+        if node.name() == "ConvolutionBackward0":
+            return torch.equal(node._saved_weight, weight)
+        return not node.name().startswith("_Asymmetric")
+
+    return {
+        name
+        for name, nodes in uses.items()
+        if any(is_stock(node, model.get_submodule(name).weight) for node in nodes)
+    }
 
 
 def assert_error_flows_through_feedback(model: nn.Module, first: set[str]) -> dict[str, list]:

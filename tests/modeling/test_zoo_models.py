@@ -15,7 +15,7 @@ from modeling_utils import (
     operations,
     resnet,
     rules,
-    sends_through_weight,
+    stock_layers,
     weight_uses,
 )
 
@@ -74,10 +74,7 @@ def test_every_layer_of_a_two_stage_detector_is_converted_and_no_loss_changes(de
     assert not operations(after) & STOCK - {"ConvolutionBackward0"}
     uses = weight_uses(model, after)
     assert set(uses) == {n for n in report if not n.startswith(FROZEN)}
-    stock = {
-        n for n, u in uses.items() if any(sends_through_weight(v, layers(model)[n]) for v in u)
-    }
-    assert stock == FIRST
+    assert stock_layers(model, uses) == FIRST
 
 
 def test_excluded_predictors_are_the_only_stock_operations(detector):
@@ -87,10 +84,5 @@ def test_excluded_predictors_are_the_only_stock_operations(detector):
     convert_feedback(model, "ss", exclude=predictors)
     stays = {name for name, rule in rules(model).items() if rule == "backpropagation"}
     assert stays == {name for name in layers(model) if name.startswith(PREDICTORS)}
-    stock = {
-        name
-        for name, nodes in weight_uses(model, losses(model, batch)).items()
-        for node in nodes
-        if sends_through_weight(node, layers(model)[name])
-    }
-    assert stock - FIRST == stays
+    uses = weight_uses(model, losses(model, batch))
+    assert stock_layers(model, uses) - FIRST == stays
