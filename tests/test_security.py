@@ -272,7 +272,6 @@ def test_the_demo_trusts_what_the_config_names(harmed):
         (ZOO, "detectron2://*", False),
         (ZOO, "*", False),
         (ZOO, ZOO[:-4], False),
-        (ZOO, "https://ImageNetPretrained/MSRA/R-50.pkl", False),
         (f"{ZOO}?matching_heuristics=True", ZOO, True),
         ("https://evil.org/good.org/a.pth", "https://*good.org/a.pth", False),
         ("https://good.org/a.pth", "https://*good.org/a.pth", True),
@@ -313,17 +312,12 @@ def test_data_sets_are_not_downloaded_unless_the_config_says_so(paths, caplog, r
 # The package -------------------------------------------------------------------------------------
 
 
-def calls(file):
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            yield ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
-
-
 def test_nothing_in_the_package_reads_files_in_another_way():
     files = [*(ROOT / "ss_detectron").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
     assert len(files) > 40
     for file in files:
-        for name, keywords in calls(file):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert name not in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load")
-            assert name != "torch.load" or "weights_only" in keywords, file
+            assert name != "torch.load" or "weights_only" in {k.arg for k in node.keywords}, file
             assert not name.endswith(".merge_from_file") or file.name == "config.py", file
