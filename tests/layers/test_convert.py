@@ -426,13 +426,9 @@ class AsymmetricScaled(AsymmetricLayer, Scaled):
         return 2 * asymmetric_linear(input, self.weight, self.bias, **arguments)
 
 
-@pytest.fixture
-def forms(monkeypatch):
-    monkeypatch.setattr(asymmetric, "_FORMS", dict(asymmetric._FORMS))
-
-
 @pytest.mark.parametrize("rule", ["ss", "fa", "kp", "brsf"])
-def test_a_registered_layer_is_converted_and_back(forms, rule):
+def test_a_registered_layer_is_converted_and_back(rule, monkeypatch):
+    monkeypatch.setattr(asymmetric, "_FORMS", dict(asymmetric._FORMS))
     with pytest.raises(ValueError, match="extend AsymmetricLayer"):
         register_layer(Scaled, Scaled)
     with pytest.raises(ValueError, match="already"):

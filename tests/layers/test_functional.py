@@ -187,6 +187,10 @@ def test_wrong_feedback_is_refused(case):
         case.asymmetric(x, w, b, **case.options, feedback=fb[1:])
     with pytest.raises(ValueError, match="state goes with a callable"):
         case.asymmetric(x, w, b, **case.options, feedback=fb, state=fb)
+    with pytest.raises(ValueError, match="feedback is None"):
+        case.asymmetric(x, w, b, **case.options, feedback=None)
+    with pytest.raises(ValueError, match="complex"):
+        case.asymmetric(x.cfloat(), w.cfloat(), b.cfloat(), feedback=w.cfloat())
     y = case.asymmetric(x.requires_grad_(), w, b, **case.options, feedback=lambda *_: fb[1:])
     with pytest.raises(ValueError, match="the rule gave a feedback weight of shape"):
         y.backward(grad)
@@ -218,11 +222,3 @@ def test_weight_changed_between_forward_and_backward_is_refused_as_by_stock(case
             w.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward(grad)
-
-
-def test_complex_weights_and_feedback_that_is_none_are_refused():
-    x, w = torch.ones(1, 2), torch.ones(3, 2)
-    with pytest.raises(ValueError, match="complex"):
-        asymmetric_linear(x.cfloat(), w.cfloat(), feedback=w.cfloat())
-    with pytest.raises(ValueError, match="feedback is None"):
-        asymmetric_linear(x, w, feedback=None)
