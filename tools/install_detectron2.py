@@ -247,7 +247,9 @@ def fetch_pypi(work: Path) -> Path:
             if name.startswith("LabGym/detectron2/") and not name.endswith("/"):
                 path = source / name.removeprefix("LabGym/")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(strip_prefix(archive.read(name).decode()))
+                text = archive.read(name).decode()
+                text = re.sub(r"\bfrom LabGym import detectron2\b", "import detectron2", text)
+                path.write_text(re.sub(r"\bLabGym\.(?=detectron2\b)", "", text))
     patched = source / PATCHED
     patched.write_text(patched.read_text().replace(*PATCH))
     licence = Path(__file__).resolve().parents[1] / "LICENSE"  # Apache-2.0, as Detectron2's
@@ -255,12 +257,6 @@ def fetch_pypi(work: Path) -> Path:
     (source / "NOTICE").write_text(NOTICE)
     (source / "setup.py").write_text(SETUP)
     return source
-
-
-def strip_prefix(text: str) -> str:
-    """Take the prefix off every module path: LabGym.detectron2.x becomes detectron2.x."""
-    text = re.sub(r"\bfrom LabGym import detectron2\b", "import detectron2", text)
-    return re.sub(r"\bLabGym\.(?=detectron2\b)", "", text)
 
 
 # Installing -------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ LABGYM = {
     "LabGym/detector.py": "from LabGym.detectron2 import model_zoo\n",
     "LabGym/detectron2/__init__.py": '__version__ = "0.6"\n',
     "LabGym/detectron2/layers/__init__.py": "from LabGym.detectron2.utils import comm\n",
-    "LabGym/detectron2/utils/__init__.py": "",
-    "LabGym/detectron2/utils/comm.py": "SIZE = 1\n",
+    "LabGym/detectron2/utils/__init__.py": "from LabGym import detectron2\n",
+    "LabGym/detectron2/utils/comm.py": '"""In :mod:`LabGym.detectron2.utils`."""\n',
     "LabGym/detectron2/engine/__init__.py": "import LabGym.detectron2.utils.comm as comm\n",
     "LabGym/detectron2/data/__init__.py": "",
     "LabGym/detectron2/data/common.py": (
@@ -44,7 +44,7 @@ LABGYM = {
     "labgym-3.1.2.dist-info/RECORD": "",
 }
 DETECTRON2 = {
-    name.removeprefix("LabGym/"): text.replace("LabGym.", "")
+    name.removeprefix("LabGym/"): text.replace("LabGym.", "").replace("from LabGym ", "")
     for name, text in LABGYM.items()
     if "/detectron2/" in name
 }
@@ -119,21 +119,6 @@ def environment(tmp_path):
 @pytest.fixture(scope="module")
 def tool():
     return runpy.run_path(str(TOOL))
-
-
-def test_strip_prefix(tool):
-    text = (
-        "from LabGym.detectron2.layers import cat\n"
-        "from LabGym import detectron2\n"
-        'so = importlib.util.find_spec("LabGym.detectron2._C").origin\n'
-        ":class:`LabGym.detectron2.structures.Boxes`, MyLabGym.detectron2, LabGym.detector\n"
-    )
-    assert tool["strip_prefix"](text) == (
-        "from detectron2.layers import cat\n"
-        "import detectron2\n"
-        'so = importlib.util.find_spec("detectron2._C").origin\n'
-        ":class:`detectron2.structures.Boxes`, MyLabGym.detectron2, LabGym.detector\n"
-    )
 
 
 def test_the_pure_detectron2_is_installed_and_kept(environment):
