@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import _cached_log_stream, setup_logger
-from run_utils import model_of, rows, tiny_detection
+from run_utils import assert_equal, model_of, rows, tiny_detection
 from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
@@ -110,10 +110,22 @@ def test_a_rule_that_no_layer_follows_is_refused(prepare):
         Trainer.build_model(cfg)
 
 
-@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
-def test_a_start_from_norms_that_do_not_learn_is_warned_of(prepare, norm):
-    log = Path(prepare("MODEL.RESNETS.NORM", norm).OUTPUT_DIR, "log.txt").read_text()
-    assert ("FrozenBN, which does not learn" in log) == (norm == "FrozenBN")
+@pytest.mark.parametrize(
+    ("opts", "warning"),
+    [
+        (("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"), "28 layers that no"),
+        (("MODEL.RETINANET.HEAD", "RetinaNetHead"), "4 layers that no builder converted"),
+        (("MODEL.RESNETS.NORM", "FrozenBN"), "FrozenBN, which does not learn"),
+        ((), None),
+    ],
+)
+def test_a_model_of_which_a_part_ignores_the_rule_or_never_learns_is_warned_of(
+    prepare, opts, warning
+):
+    cfg = prepare(*opts)
+    Trainer.build_model(cfg)
+    log = Path(cfg.OUTPUT_DIR, "log.txt").read_text()
+    assert warning in log if warning else "WARNING" not in log
 
 
 def test_the_last_layers_learning_rate_scales_with_the_others(prepare):
@@ -214,7 +226,7 @@ def test_a_resumed_run_follows_its_config(prepare):
 
 
 class Scaled(Learner):
-    """With a parameter, so that the optimiser is another one too."""
+    """With a parameter of its own."""
 
     name = "scaled"
 
@@ -222,15 +234,27 @@ class Scaled(Learner):
         super().__init__(model)
         self.scale = nn.Parameter(torch.ones(()))
 
+    def backward(self, loss, target=None):
+        (loss * self.scale).backward()
 
-def test_a_run_is_not_resumed_by_another_learner(prepare, monkeypatch):
+
+def test_a_run_is_resumed_bit_for_bit_by_its_own_learner_and_by_no_other(prepare, monkeypatch):
     monkeypatch.setattr(LEARNER_REGISTRY, "_classes", {**LEARNER_REGISTRY._classes})
     LEARNER_REGISTRY.register(Scaled)
-    saved = Trainer(prepare("OUTPUT_DIR", "out"))
-    saved.checkpointer.save("model_0000001", iteration=1, ranks=[])
-    other = Trainer(prepare("OUTPUT_DIR", "out", "MODEL.LEARNER.NAME", "scaled"))
-    with pytest.raises(ValueError, match="of the learner 'backpropagation', .* is 'scaled'"):
+    saves = "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 0
+    prepare = partial(prepare, "OUTPUT_DIR", "out", "SOLVER.MAX_ITER", 4, *saves)
+    own = "MODEL.LEARNER.NAME", "scaled"
+    train(prepare(*own))
+    final = torch.load("out/model_final.pth")
+    assert final["learner"]["scale"] != 1
+    Path("out/last_checkpoint").write_text("model_0000001.pth")
+    other = Trainer(prepare(flags=["--resume"]))
+    with pytest.raises(ValueError, match="of the learner 'scaled', .* is 'backpropagation'"):
         other.resume_or_load(resume=True)
+    resumed = Trainer(prepare(*own, flags=["--resume"]))
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    assert_equal(torch.load("out/model_final.pth"), final)
 
 
 def test_a_run_is_not_resumed_from_weights_alone(prepare):
@@ -278,42 +302,24 @@ def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
 # Checkpoints -------------------------------------------------------------------------------------
 
 
-def checkpointer(folder: Path, weight: float = 0.0) -> FeedbackCheckpointer:
-    model = nn.Linear(1, 1)
-    nn.init.constant_(model.weight, weight)
-    return FeedbackCheckpointer(model, str(folder))
+def checkpointer(folder: Path) -> FeedbackCheckpointer:
+    return FeedbackCheckpointer(nn.Linear(1, 1), str(folder))
 
 
-def best_hook(folder: Path, weight: float) -> BestCheckpointer:
-    hook = BestCheckpointer(10, checkpointer(folder, weight), "bbox/AP")
-    hook.trainer = SimpleNamespace(max_iter=40)
-    return hook
-
-
-def evaluate(hook: BestCheckpointer, iteration: int, value: float) -> None:
-    """As if the evaluation after this iteration gave this value."""
-    hook.trainer.iter = iteration
-    with EventStorage(iteration) as hook.trainer.storage:
-        hook.trainer.storage.put_scalar("bbox/AP", value)
-        hook.after_step()
-
-
-def best_weight(folder: Path) -> float:
-    return torch.load(folder / "model_best.pth")["model"]["weight"].item()
-
-
-def test_only_a_better_model_replaces_the_best_one_before_and_after_a_resumption(tmp_path):
-    hook = best_hook(tmp_path, weight=1.0)
-    evaluate(hook, 9, 3.0)
-    assert not hook._checkpointer.has_checkpoint()  # to resume from
-    resumed = best_hook(tmp_path, weight=2.0)
-    resumed.load_state_dict(hook.state_dict())
-    evaluate(resumed, 19, 2.0)
-    assert best_weight(tmp_path) == 1.0
-    evaluate(resumed, 29, 4.0)
-    assert best_weight(tmp_path) == 2.0
-    other = BestCheckpointer(10, resumed._checkpointer, "classification/top1_error", "min")
-    other.load_state_dict(resumed.state_dict())  # of a run that was evaluated otherwise
+def test_only_a_better_model_replaces_the_best_one_after_a_resumption_too(tmp_path):
+    state = {}
+    for i, (value, best) in enumerate([(3.0, 0), (2.0, 0), (4.0, 2)]):  # each in another life
+        hook = BestCheckpointer(1, checkpointer(tmp_path), "bbox/AP")
+        hook.load_state_dict(state)
+        hook.trainer = SimpleNamespace(max_iter=9, iter=i)
+        with EventStorage(i) as hook.trainer.storage:
+            hook.trainer.storage.put_scalar("bbox/AP", value)
+            hook.after_step()
+        state = hook.state_dict()
+        assert torch.load(tmp_path / "model_best.pth")["iteration"] == best
+        assert not hook._checkpointer.has_checkpoint()  # to resume from
+    other = BestCheckpointer(1, hook._checkpointer, "classification/top1_error", "min")
+    other.load_state_dict(state)  # of a run that was evaluated otherwise
     assert other.best_metric is None
 
 
@@ -341,16 +347,3 @@ def test_the_latest_checkpoints_are_kept_those_before_a_resumption_included(keep
     assert names() == sorted(
         ["model_best.pth", *(f"model_{f'{i:07d}' if i != 'final' else i}.pth" for i in left)]
     )
-
-
-@pytest.mark.parametrize(
-    ("opts", "warning"),
-    [
-        (("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"), "28 layers that no"),
-        (("MODEL.RETINANET.HEAD", "RetinaNetHead"), "4 layers that no builder converted"),
-    ],
-)
-def test_a_model_of_which_a_part_ignores_the_rule_is_warned_of(prepare, opts, warning):
-    cfg = prepare(*opts)
-    Trainer.build_model(cfg)
-    assert warning in Path(cfg.OUTPUT_DIR, "log.txt").read_text()
