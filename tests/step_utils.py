@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import HookBase, SimpleTrainer, TrainerBase
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
@@ -34,6 +34,19 @@ class Model(nn.Module):
         )
         out = self.layers(images)
         return {"loss_a": out.square().sum(1).mean(), "loss_b": factor * out[:, 0].abs().mean()}
+
+
+class Run(TrainerBase):
+    """A trainer around a training step, as DefaultTrainer is."""
+
+    def __init__(self, trainer: SimpleTrainer, own_hooks: list[HookBase]) -> None:
+        super().__init__()
+        self._trainer, self.model = trainer, trainer.model
+        self.register_hooks(own_hooks)
+
+    def run_step(self) -> None:
+        self._trainer.iter = self.iter
+        self._trainer.run_step()
 
 
 def train(trainer: SimpleTrainer, steps: int) -> list[dict[str, float]]:

@@ -5,10 +5,11 @@ import json
 import math
 
 import pytest
+import step_utils
 import torch
 import torch.distributed as dist
 from core_utils import assert_same, each_rule, images, loss_of, net
-from detectron2.engine import SimpleTrainer, TrainerBase
+from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from group_utils import run_ranks
 from modeling_utils import NARROW, load_config, losses, make_batch
@@ -52,28 +53,19 @@ class Losses(nn.Module):
         return {"loss": loss_of(self.net, batch), "other": self.net(batch).mean()}
 
 
-class Run(TrainerBase):
-    """A trainer around a training step, as DefaultTrainer is."""
-
+class Run(step_utils.Run):
     linked = True
 
     def __init__(self, rule="ss", period=0, model=None, batches=None, **options):
-        super().__init__()
-        self.model = model or Losses(rule)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
+        model = model or Losses(rule)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
         batches = batches or [images() * (i + 1) / 4 for i in range(8)]
         if options:
-            learner = Backpropagation(self.model)
-            self._trainer = StepTrainer(learner, batches, self.optimizer, **options)
+            trainer = StepTrainer(Backpropagation(model), batches, self.optimizer, **options)
         else:
-            self._trainer = SimpleTrainer(self.model, batches, self.optimizer)
+            trainer = SimpleTrainer(model, batches, self.optimizer)
+        super().__init__(trainer, [AlignmentHook(period)] if period else [])
         self.rows = {}
-        if period:
-            self.register_hooks([AlignmentHook(period)])
-
-    def run_step(self):
-        self._trainer.iter = self.iter
-        self._trainer.run_step()
 
     def after_step(self):
         super().after_step()
@@ -112,37 +104,29 @@ def test_what_is_logged_and_when():
     assert 85 < run.rows[0]["alignment/weight_angle/net.3"] < 95
 
 
-def test_angles_are_those_of_the_weights_that_the_step_began_with():
-    run = Run("ss", period=1).go(1)
-    model = Losses("ss")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_angles_are_of_all_passes_and_of_the_weights_that_the_step_began_with(passes):
+    run = Run("ss", period=1, passes=passes).go(1)
+    model, reference = Losses("ss"), {}
     torch.manual_seed(7)
-    loss = sum(model(images() / 4).values())
-    reference = backpropagation_gradients(model, loss)
-    loss.backward()
-    for name, angle in gradient_angles(model, reference).per_layer.items():
-        assert run.rows[0][f"alignment/gradient_angle/{name}"] == pytest.approx(angle, abs=1e-4)
+    for i in range(passes):
+        loss = sum(model(images() * (i + 1) / 4).values())
+        for name, gradient in backpropagation_gradients(model, loss).items():
+            reference[name] = reference.get(name, 0) + gradient
+        loss.backward()
+    angles = gradient_angles(model, reference)
+    expected = {f"gradient_angle/{name}": angle for name, angle in angles.per_layer.items()}
+    expected["gradient_angle"] = angles.total
     for name, found in weight_alignment(model).items():
-        assert run.rows[0][f"alignment/weight_angle/{name}"] == pytest.approx(found.angle)
+        expected[f"weight_angle/{name}"] = found.angle
+    for name, angle in expected.items():
+        assert run.rows[0][f"alignment/{name}"] == pytest.approx(angle, abs=1e-4)
 
 
 def test_detectron2s_default_trainer_is_measured_as_well(monkeypatch):
     linked = Run("brsf", period=1).go(3)
     monkeypatch.setattr(Run, "linked", False)
     assert Run("brsf", period=1).go(3).rows == linked.rows
-
-
-def test_a_step_of_several_passes_is_measured_over_all_of_them():
-    run = Run("fa", period=1, passes=2).go(1)
-    model = Losses("fa")
-    torch.manual_seed(7)
-    reference = {}
-    for batch in (images() / 4, images() / 2):
-        loss = sum(model(batch).values())
-        for name, gradient in backpropagation_gradients(model, loss).items():
-            reference[name] = reference.get(name, 0) + gradient
-        loss.backward()
-    expected = gradient_angles(model, reference).total
-    assert run.rows[0]["alignment/gradient_angle"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_period_has_to_be_positive():

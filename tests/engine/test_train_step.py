@@ -81,25 +81,6 @@ def test_several_passes_train_as_one_large_batch(rule, passes):
         assert set(row) == {"loss_a", "loss_b", "total_loss"}
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_hooks_see_a_steps_gradients_before_the_optimizer_does(passes):
-    model = Model().double()
-    trainer = step_trainer(model, list(parts(images(), 2)), passes=passes)
-    seen = []
-
-    def look() -> None:
-        weight = model.layers[0].weight
-        seen.append((model.calls, weight.detach().clone(), weight.grad.clone()))
-
-    trainer.after_backward = look
-    start = model.layers[0].weight.detach().clone()
-    train(trainer, 1)
-    ((calls, weight, gradient),) = seen
-    assert calls == passes
-    assert torch.equal(weight, start) and torch.equal(gradient, model.layers[0].weight.grad)
-    assert not torch.equal(model.layers[0].weight, start)
-
-
 def test_a_single_loss_may_be_a_tensor():
     class Single(Model):
         def forward(self, images):
