@@ -237,27 +237,20 @@ def _report(
 ) -> str:
     """
     Says what has ended the run, with its traceback, and how the other processes ended then.
-
-    Args:
-        processes: all of this machine; those that are alive had time to end.
-        failed: those that were first to end.
-        errors: the error and the traceback of processes by name, in the order of time.
+    ``failed`` were the first to end; ``errors`` has errors and tracebacks by name, first in time.
     """
 
     def ending(process: BaseProcess) -> str:
         code = process.exitcode
+        how = f"ended with exit code {code}"
         if process.name in errors:
             how = f"failed with {errors[process.name][0]}"
         elif code is None:
             how = f"did not end within {_GRACE} seconds and was killed"
         elif code == -signal.SIGKILL:
             how = "was killed by SIGKILL (as by the kernel where memory has run out, see dmesg)"
-        else:
-            how = (
-                f"was killed by {_SIGNALS.get(-code, -code)}"
-                if code < 0
-                else f"ended with exit code {code}"
-            )
+        elif code < 0:
+            how = f"was killed by {_SIGNALS.get(-code, -code)}"
         return f"{process.name} (process {process.pid}) {how}"
 
     # An exception takes others down before its own process has ended: the first in time counts.

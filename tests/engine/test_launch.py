@@ -1,12 +1,12 @@
 """How runs are started, and what is said when a process of one fails."""
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,72 +21,48 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  #
 # The command line --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def torchrun(monkeypatch):
-    """As if torchrun had started this: the second of two machines with four processes each."""
-    started = {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}
-    started |= {"GROUP_RANK": 1, "GROUP_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "none"}
-    for name, value in started.items():
-        monkeypatch.setenv(name, str(value))
+# As of the second of two machines with four processes each.
+BY_TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+BY_TORCHRUN |= {"GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
 
 
-def options(*words: str) -> argparse.Namespace:
+def options(words: str, environment: dict[str, str]) -> tuple[int, int, int]:
+    """Processes per machine, machines and this machine's rank."""
     parser = argument_parser()
     add_launch_options(parser)
-    args = parser.parse_args(words)
-    complete_launch_options(parser, args)
-    return args
+    args = parser.parse_args(words.split())
+    with patch.dict(os.environ, environment):
+        complete_launch_options(parser, args)
+    return args.num_gpus, args.num_machines, args.machine_rank
 
 
-def test_options_that_are_not_given_are_one_process_here():
-    args = options()
-    assert (args.num_gpus, args.num_machines, args.machine_rank) == (1, 1, 0)
-    assert options("--num-gpus", "0").num_gpus == 0  # Detectron2's word for the CPU
+def test_options_that_are_not_given_are_one_process_here_or_as_torchrun_says():
+    assert options("", {}) == (1, 1, 0)
+    assert options("--num-gpus 0", {}) == (0, 1, 0)  # Detectron2's word for the CPU
+    assert options("", BY_TORCHRUN) == (4, 2, 1)
+    assert options("--num-gpus 4 --num-machines 2", BY_TORCHRUN) == (4, 2, 1)
 
 
-def test_torchrun_says_how_many_processes_there_are(torchrun):
-    args = options()
-    assert (args.num_gpus, args.num_machines, args.machine_rank) == (4, 2, 1)
-    assert options("--num-gpus", "4", "--num-machines", "2").num_gpus == 4
-
-
-def refuse(capsys, words: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        ("--timeout 0", {}, "--timeout 0: give minutes, above 0"),
+        ("--timeout nan", {}, "--timeout nan"),
+        ("--num-gpus -1", {}, "--num-gpus -1"),
+        ("--machine-rank 1", {}, "--machine-rank 1: the machines are numbered 0 to 0"),
+        ("--num-machines 2", {}, "several machines need --dist-url tcp://HOST:PORT"),
+        ("--num-gpus 1", BY_TORCHRUN, "--num-gpus 1: torchrun has set it to 4; leave --num-gpus"),
+        ("--num-machines 1", BY_TORCHRUN, "--num-machines 1: torchrun has set"),
+        ("--machine-rank 0", BY_TORCHRUN, "--machine-rank 0: torchrun has set"),
+        ("--dist-url tcp://a:1", BY_TORCHRUN, "--dist-url tcp://a:1: torchrun has set one"),
+        ("", BY_TORCHRUN | {"WORLD_SIZE": "6"}, "the same number of processes on every machine"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(capsys, words, environment, message):
     with pytest.raises(SystemExit) as exit_:
-        options(*words.split())
+        options(words, environment)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--num-gpus 1", "--num-gpus 1: torchrun has set it to 4; leave --num-gpus out"),
-        ("--num-machines 1", "--num-machines 1: torchrun has set"),
-        ("--machine-rank 0", "--machine-rank 0: torchrun has set"),
-        ("--dist-url tcp://a:1", "--dist-url tcp://a:1: torchrun has set one"),
-    ],
-)
-def test_options_that_contradict_torchrun_are_refused(torchrun, capsys, words, message):
-    refuse(capsys, words, message)
-
-
-def test_torchruns_machines_have_as_many_processes_each(torchrun, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    refuse(capsys, "", "the same number of processes on every machine")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--timeout 0", "--timeout 0: give minutes, above 0"),
-        ("--timeout nan", "--timeout nan"),
-        ("--num-gpus -1", "--num-gpus -1"),
-        ("--machine-rank 1", "--machine-rank 1: the machines are numbered 0 to 0"),
-        ("--num-machines 2", "several machines need --dist-url tcp://HOST:PORT"),
-    ],
-)
-def test_options_that_cannot_work_are_refused(capsys, words, message):
-    refuse(capsys, words, message)
 
 
 # What is said of a failure; whole runs that fail are in test_preemption.py -----------------------
