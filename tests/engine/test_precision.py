@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import logging
 import math
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from core_utils import each_rule
+from core_utils import RULES, each_rule
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
@@ -212,9 +213,16 @@ def test_bfloat16_gives_float32s_gradients_but_for_its_roundings(network, rule):
     assert_learned_feedback_learns(trainer.model)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("key", [CHANNELS_LAST, COMPILED], ids=lambda key: key[0])
-@each_rule
+# A detector takes long to compile: here by one rule, in the tests below by those with a state.
+@pytest.mark.parametrize(
+    ("network", "rule", "key"),
+    [
+        (network, rule, key)
+        for network, rule, key in itertools.product(NETWORKS, RULES, [CHANNELS_LAST, COMPILED])
+        if (network, key) != ("detector", COMPILED) or rule == "ss"
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
 def test_the_format_and_the_compiler_give_float32s_gradients(network, rule, key, compiler):
     expected, state = plain(network, rule)
     trainer = Trainer(config(network, "MODEL.FEEDBACK.RULE", rule, *key))
@@ -312,14 +320,14 @@ def test_evaluation_has_the_keys_as_well(network, compiler):
 def test_images_of_many_sizes_compile_a_part_twice(compiler):
     model = Trainer.build_model(config("detector", *COMPILED))
     graphs = []
-    for size in ((64, 64), (96, 128), (96, 64), (96, 96), (128, 160), (160, 96)):
+    for size in ((64, 64), (96, 128), (96, 64), (128, 96)):
         batch = make_batch()
         for entry in batch:
             entry["image"] = torch.zeros(3, *size, dtype=torch.uint8)
         with EventStorage():
             sum(model(batch).values()).backward()
         graphs.append(compiler.graphs)
-    assert graphs == [2, 4, 4, 4, 4, 4]  # of the two parts: for this size, then for any
+    assert graphs == [2, 4, 4, 4]  # of the two parts: for this size, then for any
 
 
 def test_what_is_compiled_is_in_the_log_and_a_model_without_parts_is_refused(caplog):
