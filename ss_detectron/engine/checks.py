@@ -36,17 +36,15 @@ def check_options(cfg: CfgNode, *, training: bool = True) -> None:
         )
     if cfg.TEST.ALIGNMENT_PERIOD and cfg.MODEL.COMPILED:
         raise ValueError(
-            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True, but "
-            "a compiled model cannot give backpropagation's gradients beside its own: set one of "
-            "them to 0 or False"
+            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD} and MODEL.COMPILED is True: a "
+            "compiled model cannot give backpropagation's gradients beside its own"
         )
     if on_cpu and cfg.MODEL.COMPILED:
         check_compiler()
     if on_cpu and cfg.SOLVER.AMP.ENABLED and "RetinaNet" in cfg.MODEL.META_ARCHITECTURE:
         logger.warning(
-            "SOLVER.AMP.ENABLED on the CPU: on a feature map of a single pixel (p7 of images of up "
-            "to 128 pixels), torch's gradient in bfloat16 is now and then not finite. Use larger "
-            "images, or set SOLVER.AMP.ENABLED False."
+            "SOLVER.AMP.ENABLED on the CPU: of a feature map of one pixel (p7 of images of up to "
+            "128), torch's gradient in bfloat16 is now and then not finite. Use larger images."
         )
 
 
@@ -63,8 +61,7 @@ def check_conversion(cfg: CfgNode, model: nn.Module, report: FeedbackReport) -> 
             f"MODEL.FEEDBACK.RULE is {feedback.RULE!r}, but no layer of this model follows it "
             f"(MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r}, MODEL.META_ARCHITECTURE "
             f"{cfg.MODEL.META_ARCHITECTURE!r}, MODEL.FEEDBACK.EXCLUDE {feedback.EXCLUDE}): use a "
-            "build_feedback_* backbone and ImageClassifier or FeedbackRetinaNet, or call "
-            "convert_feedback on the model"
+            "build_feedback_* backbone and ImageClassifier or FeedbackRetinaNet"
         )
     left = [row.name for row in report if row.reason == "not converted"]
     if asymmetric and left:
@@ -88,13 +85,13 @@ def check_weights(cfg: CfgNode, *, training: bool) -> None:
     if is_url(weights):
         logger.info(
             "MODEL.WEIGHTS is %s: it is downloaded unless it is in the cache. Without a network, "
-            "set MODEL.WEIGHTS to a local file, or to '' to start from scratch.",
+            "set a local file, or '' to start from scratch.",
             weights,
         )
     elif weights and not os.path.isfile(file):
         raise FileNotFoundError(
-            f"MODEL.WEIGHTS is {weights!r}, and there is no such file: train it first, give "
-            "another, or set MODEL.WEIGHTS '' to start from scratch"
+            f"MODEL.WEIGHTS is {weights!r}, and there is no such file: give another, or '' to "
+            "start from scratch"
         )
     elif (
         weights

@@ -33,12 +33,16 @@ from ss_detectron.learners import Learner, build_learner
 from ss_detectron.modeling.compilation import compile_parts
 from ss_detectron.solver.build import build_optimizer
 from ss_detectron.utils.comm import share_buffers
-from ss_detectron.utils.random_state import kept_random_state
+from ss_detectron.utils.random_state import (
+    get_random_state,
+    kept_random_state,
+    set_random_state,
+)
 
 from .checks import check_conversion
 from .hooks import AlignmentHook, BestCheckpointer, EpochLogger, PeriodicCheckpointer
+from .loss_normalizer import get_loss_normalizers, set_loss_normalizers
 from .preemption import PreemptionHook
-from .rank_state import load_rank_state, rank_state
 from .train_loop import StepTrainer
 
 __all__ = ["Trainer"]
@@ -134,7 +138,9 @@ class Trainer(DefaultTrainer):
         self._evaluation_due = at_evaluation and not saved.get("evaluated", False)
         ranks = saved.get("ranks", [])
         if len(ranks) == comm.get_world_size():
-            load_rank_state(self.model, self._device, ranks[comm.get_rank()])
+            own = ranks[comm.get_rank()]
+            set_loss_normalizers(self.model, own["loss_normalizer"])
+            set_random_state(own["random"], self._device)
         else:
             logger.warning(
                 "The checkpoint is of %d processes, and these are %d: random numbers and loss "
@@ -150,7 +156,8 @@ class Trainer(DefaultTrainer):
 
     def gather_rank_states(self) -> list[dict[str, Any]]:
         """Return what each rank has of its own, on the main one; every rank has to call it."""
-        return comm.gather(rank_state(self.model, self._device))
+        random, normalizers = get_random_state(self._device), get_loss_normalizers(self.model)
+        return comm.gather({"random": random, "loss_normalizer": normalizers})
 
     @property
     def stop_agreed(self) -> bool:

@@ -1,28 +1,9 @@
-"""What each rank of a run has of its own, and a checkpoint has to hold of all of them."""
+"""The loss normalisers of dense detectors, which each rank has of its own."""
 
-from typing import Any
-
-import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
-from ss_detectron.utils.random_state import get_random_state, set_random_state
-
-__all__ = ["get_loss_normalizers", "load_rank_state", "rank_state", "set_loss_normalizers"]
-
-
-def rank_state(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """
-    Return, in tensors, numbers and strings, this rank's random numbers and the loss normalisers of
-    its own images.
-    """
-    return {"random": get_random_state(device), "loss_normalizer": get_loss_normalizers(model)}
-
-
-def load_rank_state(model: nn.Module, device: torch.device, state: dict[str, Any]) -> None:
-    """Put :func:`rank_state` back."""
-    set_loss_normalizers(model, state["loss_normalizer"])
-    set_random_state(state["random"], device)
+__all__ = ["get_loss_normalizers", "set_loss_normalizers"]
 
 
 def get_loss_normalizers(model: nn.Module) -> dict[str, float]:

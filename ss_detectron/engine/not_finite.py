@@ -10,7 +10,7 @@ from ss_detectron.alignment import weight_alignment
 from ss_detectron.learners import Learner
 from ss_detectron.utils.text import abbreviate
 
-from .rank_state import get_loss_normalizers, set_loss_normalizers
+from .loss_normalizer import get_loss_normalizers, set_loss_normalizers
 
 __all__ = [
     "ForwardState",

@@ -25,13 +25,11 @@ def prepare_workers() -> None:
 
 
 def _rest() -> None:
-    """
-    Lets gloo's threads come to rest before a fork: what one of them locks then stays locked in the
-    child. On its way back from a collective, one locks Python's list of threads as it releases a
-    tensor, and a worker forked then hangs before its first line, with all ranks behind it. Right
-    after a collective, 12 of 16,000 forks hung without a rest, and none with one of 0.01 s (two
-    busy cores, Python 3.11).
-    """
+    """Lets gloo's threads come to rest before a fork."""
+    # What one of them locks then stays locked in the child: on its way back from a collective,
+    # Python's list of threads, and the worker hangs before its first line. Right after a
+    # collective, 12 of 16,000 forks hung without a rest, and none with one of 0.01 s (two busy
+    # cores, Python 3.11).
     if dist.is_initialized():
         time.sleep(0.03)  # lets go of Python's own lock, for which threads may wait
 
