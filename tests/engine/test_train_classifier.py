@@ -24,7 +24,7 @@ def write_digits(root: Path) -> None:
 def test_real_digits_are_learned_and_the_best_checkpoint_is_that_of_the_least_error(tmp_path):
     write_digits(tmp_path)
     keys = {
-        "DATASETS.IMAGE_FOLDERS": [[f"own_{s}", tmp_path / s] for s in ("train", "test")],
+        "DATASETS.IMAGE_FOLDERS": [[f"own_{s}", f"{tmp_path}/{s}"] for s in ("train", "test")],
         "DATASETS.TRAIN": ("own_train",),
         "DATASETS.TEST": ("own_test",),
         "DATALOADER.NUM_WORKERS": 0,
