@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from modeling_utils import resnet
 from PIL import Image
 from run_utils import finish, rows, start
 from sklearn.datasets import load_digits
@@ -33,6 +32,7 @@ def test_real_digits_are_learned_and_the_best_checkpoint_is_that_of_the_least_er
         "INPUT.RANDOM_FLIP": "none",
         "MODEL.FEEDBACK.SCALE": "mean_abs",
         "MODEL.IMAGE_CLASSIFIER.NUM_CLASSES": 10,
+        "MODEL.RESNETS.OUT_FEATURES": ["res4"],
         "OUTPUT_DIR": "out",
         "SEED": 1,
         "SOLVER.OPTIMIZER": "AdamW",
@@ -43,7 +43,7 @@ def test_real_digits_are_learned_and_the_best_checkpoint_is_that_of_the_least_er
         "TEST.EVAL_PERIOD": 50,
         "TEST.CLASSIFICATION.PER_CLASS": True,
     }
-    words = ["--config-file", "imagenet_resnet18_ss.yaml", *resnet(18, res2=32, stem=32)]
+    words = ["--config-file", "imagenet_resnet18_ss.yaml"]
     words += [word for pair in keys.items() for word in pair]
     output = finish(start(*words, cwd=tmp_path))
     assert "100 steps of 32 images are 2.376 epochs of 1347 images" in output
