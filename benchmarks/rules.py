@@ -22,24 +22,24 @@ import io
 import os
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # torch's profiler, which counts the CPU's memory, talks.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from timing import CONTROL, STOCK, interleave, print_table, ratio
+from timing import CONTROL, STOCK, Ratio, interleave, print_table, ratio, write_json
 from torch import Tensor, nn
 
+from ss_detectron.config import add_ss_config, merge_config_file
 from ss_detectron.engine.defaults import Trainer
 from ss_detectron.experiments.launch import hardware
-from ss_detectron.experiments.runs import merged_config
 from ss_detectron.layers import convert_feedback, get_rule
 from ss_detectron.solver.build import build_optimizer
 
@@ -89,16 +89,24 @@ def promises(device: str) -> list[tuple[Case, dict[str, float]]]:
 
 
 class Contestant:
-    """A network with its optimiser, that takes training steps on one batch."""
+    """A network with its optimiser, that takes training steps on one batch.
+
+    The learning rate is next to zero: the weights stay as they were drawn, the same for every rule,
+    and all contestants compute the same loss in every step.
+
+    Args:
+        rule: of all layers but the last ones, or "biotorch MODE" for BioTorch's layers.
+    """
 
     def __init__(self, case: Case, rule: str = "bp") -> None:
+        cfg = get_cfg()
+        add_ss_config(cfg)
         config, *_ = NETWORKS.get(case.network, NETWORKS["resnet18"])
-        cfg = merged_config(config)
+        merge_config_file(cfg, config)
         cfg.MODEL.DEVICE = case.device
         cfg.MODEL.WEIGHTS = ""
         cfg.MODEL.CHANNELS_LAST = case.uses("channels_last")
         cfg.MODEL.COMPILED = case.uses("compile")
-        # The weights stay as they were drawn: all contestants compute the same loss in every step.
         cfg.SOLVER.BASE_LR = 1e-20
         torch.manual_seed(0)
         if case.network == AGAINST_BIOTORCH:
@@ -178,7 +186,8 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
     """Return the most bytes that tensors take while ``step`` runs, beyond what they take after it.
 
-    On the CPU, what ``step`` frees of what was there before it is not counted.
+    On the CPU, torch counts only while its profiler runs and does not know what was there before:
+    if ``step`` frees that, the levels before are underestimated.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -196,24 +205,33 @@ def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """Refuse to compare what does not compute stock's loss."""
+    """
+    Raises:
+        RuntimeError: a loss is not finite, or not stock's.
+    """
     for name, loss in losses.items():
         # bfloat16 has 8 bits, and a compiler may order sums otherwise.
         if not abs(loss - losses[STOCK]) <= 0.02 * abs(losses[STOCK]):
-            raise RuntimeError(f"{name} computes the loss {loss}, stock {losses[STOCK]}")
+            raise RuntimeError(
+                f"{name} computes the loss {loss}, stock {losses[STOCK]}: they are not the same "
+                "network on the same batch, or the loss is not finite"
+            )
 
 
-def measure(
-    case: Case, rules: list[str], limits: dict[str, float], args: argparse.Namespace
-) -> None:
-    """Time the step of each rule against stock's, count its memory, and print the table."""
+def measure(case: Case, rules: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Time the step of each rule against stock's and count its memory.
+
+    Returns:
+        what json can write: the case, and for each contestant its name, seconds per step, the
+        :class:`Ratio` of its time to stock's (and of BioTorch's to ours), and the bytes it takes
+        beyond stock.
+    """
     learns_by = {STOCK: "bp", CONTROL: "bp"} | {rule: rule for rule in rules}
-    ours = {}  # BioTorch's -> our rule of that kind
     if case.network == AGAINST_BIOTORCH:
-        ours = {f"biotorch {BIOTORCH[rule]}": rule for rule in rules if rule in BIOTORCH}
-    learns_by |= {theirs: theirs for theirs in ours}
+        learns_by |= {(b := f"biotorch {BIOTORCH[rule]}"): b for rule in rules if rule in BIOTORCH}
     contestants = {name: Contestant(case, rule) for name, rule in learns_by.items()}
     check_losses({name: contestant.step().item() for name, contestant in contestants.items()})
+
     seconds = interleave(
         {name: contestant.step for name, contestant in contestants.items()},
         args.pairs,
@@ -221,31 +239,52 @@ def measure(
         repeats=args.steps,
         device=case.device,
     )
-    noisy = ratio(seconds[CONTROL], seconds[STOCK]).is_noise
-    noise = "   NOISY: counts for nothing, run it again" * noisy
-    print(f"\n{case}; {args.pairs} pairs{noise}")
     rows = []
-    memory: dict[str, np.ndarray] = {}  # bytes: state and peak
     for name, contestant in contestants.items():
         peak = peak_bytes(contestant.step, case.device)
         state = state_bytes(contestant.model, contestant.optimizer)
-        memory[name] = np.array([state, state + peak])
-        beyond = (memory[name] - memory[STOCK]) / 2**20
-        spread = ratio(seconds[name], seconds[STOCK])
         row = {
-            "rule": name,
+            "name": name,
+            "ratio": ratio(seconds[name], seconds[STOCK]),
+            "seconds": statistics.median(seconds[name]),
+            "state": state,
+            "peak": state + peak,
+        }
+        ours = next((r for r, b in BIOTORCH.items() if name == f"biotorch {b}"), None)
+        if ours is not None:
+            row["ratio_to_ours"] = ratio(seconds[name], seconds[ours])
+        rows.append(row)
+    return {"case": case._asdict(), "pairs": args.pairs, "rows": rows}
+
+
+# Report ------------------------------------------------------------------------------------------
+
+
+def report(case: Case, measured: dict[str, Any], limits: dict[str, float]) -> None:
+    """Print the table of one case."""
+    stock, control = measured["rows"][:2]
+    noisy = "   NOISY: counts for nothing, run it again" if control["ratio"].is_noise else ""
+    print(f"\n{case}; {measured['pairs']} pairs{noisy}")
+    rows = []
+    for row in measured["rows"]:
+        spread: Ratio = row["ratio"]
+        shown = {
+            "rule": row["name"],
             "time / stock": f"{spread.median:.3f}",
             "quartiles": f"{spread.low:.3f} - {spread.high:.3f}",
-            "ms": f"{1e3 * statistics.median(seconds[name]):.1f}",
-            "state, MiB": f"{beyond[0]:+.1f}",
-            "peak, MiB": f"{beyond[1]:+.1f}",
+            "ms": f"{1e3 * row['seconds']:.1f}",
+            "state, MiB": f"{(row['state'] - stock['state']) / 2**20:+.1f}",
+            "peak, MiB": f"{(row['peak'] - stock['peak']) / 2**20:+.1f}",
         }
-        if name in ours:
-            row["time / ours"] = f"{ratio(seconds[name], seconds[ours[name]]).median:.3f}"
-        if name in limits:
-            holds = "holds" if spread.median <= limits[name] else "DOES NOT HOLD"
-            row["promise"] = f"<= {limits[name]:.2f} {holds}"
-        rows.append(row)
+        if "ratio_to_ours" in measured["rows"][-1]:
+            to_ours = row.get("ratio_to_ours")
+            shown["time / ours"] = f"{to_ours.median:.3f}" if to_ours else ""
+        if limits:
+            shown["promise"] = ""
+        if (limit := limits.get(row["name"])) is not None:
+            held = spread.median <= limit
+            shown["promise"] = f"<= {limit:.2f} {'holds' if held else 'DOES NOT HOLD'}"
+        rows.append(shown)
     print_table(rows)
 
 
@@ -267,6 +306,7 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=int, help="torch's CPU threads (default: torch's own)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--biotorch", action="store_true", help="BioTorch's layers take part")
+    add("--json", type=Path, help="write the figures to this file as well")
     add("--quick", action="store_true", help="ResNet-18, batch 8 at 128, 20 pairs")
     add("--promise", action="store_true", help="the promised cases, with limits")
     args = parser.parse_args()
@@ -305,9 +345,13 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(f"{hardware()}; {torch.get_num_threads()} threads")
+    result = {"hardware": hardware(), "threads": torch.get_num_threads(), "measurements": []}
+    print(f"{result['hardware']}; {result['threads']} threads")
     for case, limits in plan(args):
-        measure(case, args.rules, limits, args)
+        measured = measure(case, args.rules, args)
+        report(case, measured, limits)
+        result["measurements"].append(measured)
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

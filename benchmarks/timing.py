@@ -4,19 +4,22 @@ torch.utils.benchmark times one statement after the other. On a machine that is 
 steps that take turns can be compared to a per cent.
 """
 
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 
-# What the others are compared with, and a second copy of it.
 STOCK, CONTROL = "stock", "control"
-# How far from 1 the median of the control's ratios may be, as a factor.
+"""What the others are compared with, and a second copy of it."""
+
 NOISE = 1.02
+"""How far from 1 the median of the control's ratios may be, as a factor."""
 
 
 class Ratio(NamedTuple):
@@ -81,3 +84,9 @@ def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     table = tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
     print(f"\n{table}", flush=True)
+
+
+def write_json(file: Path | None, results: Any) -> None:
+    """Write results, if a file is named."""
+    if file is not None:
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

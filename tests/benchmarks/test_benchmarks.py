@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_modes_are_what_they_say():
 TINY = ("--batch", 2, "--size", 32, "--pairs", 2, "--warm-up", 0, "--device", "cpu")
 
 
-def test_rules_are_measured(monkeypatch, capsys):
+def test_rules_are_measured(monkeypatch, capsys, tmp_path):
     """Promises too, and BioTorch: something in its place, that leaves backpropagation."""
     biotorch = ModuleType("biotorch.module.biomodule")
     biotorch.BioModule = lambda net, mode: print("loud") or net
@@ -194,22 +195,28 @@ def test_rules_are_measured(monkeypatch, capsys):
     never = [(rules.Case("resnet18", 2, 32), {"ss": 0.0, "fa": 99.0})]
     monkeypatch.setattr(rules, "promises", lambda device: list(never))
 
-    run(rules, monkeypatch, *TINY, "--rules", "ss", "fa", "--promise", "--biotorch")
+    file = tmp_path / "times.json"
+    run(rules, monkeypatch, *TINY, "--rules", "ss", "fa", "--promise", "--biotorch", "--json", file)
     printed = capsys.readouterr().out
     assert "<= 0.00 DOES NOT HOLD" in printed and "<= 99.00 holds" in printed
     assert "loud" not in printed
-    rows = [[cell.strip() for cell in row.split("|")] for row in printed.splitlines()]
-    table = [row[1:-1] for row in rows if len(row) > 2]
-    promised, against = table[2:6], table[8:]
-    assert [row[0] for row in promised] == ["stock", "control", "ss", "fa"]
-    assert promised[0][1:3] == ["1.000", "1.000 - 1.000"] and promised[0][4:6] == ["+0.0", "+0.0"]
-    assert [row[0] for row in against[4:]] == ["biotorch usf", "biotorch fa"]
-    assert all(float(row[-1]) > 0 for row in against[4:])
+    promised, against = json.loads(file.read_text())["measurements"]
+    assert [row["name"] for row in promised["rows"]] == ["stock", "control", "ss", "fa"]
+    assert promised["rows"][0]["ratio"] == [1, 1, 1]
+    assert against["case"]["network"] == "torchvision_resnet18"
+    assert f"| {against['rows'][-1]['ratio_to_ours'][0]:.3f} " in printed
+
+
+def test_what_is_promised():
+    for case, limits in rules.promises("cpu"):
+        assert limits.keys() == rules.LIMITS.keys()
+        assert case.network in rules.NETWORKS
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--networks", "vgg"], "invalid choice: 'vgg'"),
         (["--modes", "float32+fp8"], "unknown fp8"),
         (["--rules", "xy"], "unknown feedback rule 'xy'"),
         (["--pairs", "1"], "2 at least"),
@@ -227,13 +234,24 @@ def test_what_the_rules_benchmark_refuses(monkeypatch, capsys, words, message):
 
 
 def test_the_loader_is_measured(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    run(loader, monkeypatch, "--count", 1, "--repeats", 2, "--json", file)
+    found = json.loads(file.read_text())["sets"]
+    assert found["usual in ImageNet"]["share_reduced"] == 0
+    assert found["large"]["share_reduced"] == 1
+    assert 0 < found["large"]["difference_where_reduced"] < 3
+    assert capsys.readouterr().out.count("| torchvision, control ") == 2
+
+
+def test_own_images(monkeypatch, tmp_path):
     (tmp_path / "class").mkdir()
-    for name, side in (("0.JPEG", 100), ("1.png", 100), ("2.jpg", 2000)):
-        Image.effect_noise((side, side), 50).save(tmp_path / "class" / name)
-    run(loader, monkeypatch, "--images", tmp_path, "--repeats", 2)
-    printed = capsys.readouterr().out
-    assert "1 of 2 images decoded at a reduced size" in printed
-    assert printed.count("| torchvision, control ") == 1
+    for index in range(4):
+        name = f"{index}.{['JPEG', 'png'][index % 2]}"
+        Image.new("RGB", (30 + index, 20)).save(tmp_path / "class" / name)
+    file = tmp_path / "figures.json"
+    run(loader, monkeypatch, "--images", tmp_path, "--repeats", 2, "--json", file)
+    (found,) = json.loads(file.read_text())["sets"].values()
+    assert found["images"] == 2
     with pytest.raises(SystemExit):
         run(loader, monkeypatch, "--images", "nowhere")
 
