@@ -1,6 +1,7 @@
 """What an annotation file in COCO's form has to hold, for Detectron2 to load and evaluate it."""
 
 import json
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Any
 
 LARGEST = 1e9  # of a number in pixels: what lies beyond is no measure of an image
+FARTHEST = 1e6  # of a polygon's points: pycocotools takes memory for every pixel of its edges
 
 Form = dict[str, tuple[Callable[[Any], bool], str]]
 """For each key of an entry, whether a value will do, and what it should be."""
@@ -23,7 +25,12 @@ def _is_numbers(value: Any) -> bool:
 
 def _is_polygon(value: Any) -> bool:
     # Others fail in pycocotools, in evaluation.
-    return _is_numbers(value) and len(value) >= 6 and len(value) % 2 == 0
+    return (
+        _is_numbers(value)
+        and len(value) >= 6
+        and len(value) % 2 == 0
+        and max(map(abs, value)) <= FARTHEST
+    )
 
 
 def _is_id(value: Any) -> bool:
@@ -143,7 +150,7 @@ def _expected_mask(annotation: dict, image: dict, masks: bool, polygons: bool) -
             return "polygons: set INPUT.MASK_FORMAT to 'bitmask'"
         if isinstance(mask.get("counts"), str) and not masks:
             return None  # nobody decodes it
-        fits = _fits_image(mask, image["height"], image["width"])
+        fits = _fills(mask, image["height"], image["width"])
         return None if fits else "RLE of its image's [height, width]"
     # Without masks, Detectron2 drops objects whose polygons are too short.
     fits = _is_polygon if masks else lambda polygon: isinstance(polygon, list)
@@ -152,13 +159,36 @@ def _expected_mask(annotation: dict, image: dict, masks: bool, polygons: bool) -
     return "polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or RLE"
 
 
-def _fits_image(rle: dict, height: int, width: int) -> bool:
-    # Of run lengths that do not fill the image to the pixel, pycocotools reads and writes beyond
-    # its memory; compressed ones are taken to be its own work.
-    counts = rle.get("counts")
-    fills = isinstance(counts, str) or (
-        isinstance(counts, list)
+def _fills(rle: dict, height: int, width: int) -> bool:
+    """Whether run lengths fill an image of this size, to the pixel.
+
+    Of others, pycocotools reads and writes beyond its memory, or never ends.
+    """
+    size, counts = rle.get("size"), rle.get("counts")
+    if isinstance(counts, str):
+        counts = _decompressed(counts)
+    return (
+        size == [height, width]
+        and all(type(side) is int for side in size)
+        and isinstance(counts, list)
         and all(type(count) is int and count >= 0 for count in counts)
         and sum(counts) == height * width
     )
-    return fills and rle.get("size") == [height, width]
+
+
+def _decompressed(counts: str) -> list[int] | None:
+    """The run lengths in a string of compressed RLE, as pycocotools reads them, or None.
+
+    Each is a word of digits of 5 bits, the lowest first: P to o, and 0 to O as the last. From the
+    fourth on, they are differences to the last but one. Of words longer than six digits,
+    pycocotools' C code loses bits.
+    """
+    if not re.fullmatch("([P-o]{0,5}[0-O])*", counts):
+        return None
+    lengths: list[int] = []
+    for word in re.findall("[P-o]*[0-O]", counts):
+        value = sum((ord(digit) - 48 & 31) << 5 * place for place, digit in enumerate(word))
+        if ord(word[-1]) - 48 & 16:  # the sign
+            value -= 1 << 5 * len(word)
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+    return lengths

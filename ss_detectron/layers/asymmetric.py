@@ -24,6 +24,7 @@ __all__ = [
     "AsymmetricLinear",
     "asymmetric_form",
     "is_form",
+    "is_registered",
     "obstacle",
     "register_layer",
 ]
@@ -31,7 +32,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _UPDATES = "feedback_updates"
-_PATIENCE = 100  # backward passes
+_PATIENCE = 1000  # backward passes
 
 
 class AsymmetricLayer(nn.Module):
@@ -175,7 +176,7 @@ class AsymmetricLayer(nn.Module):
         updates = int(self.feedback_updates)
         self._backward_passes += 1
         if self._backward_passes == _PATIENCE and not updates:
-            _warn_of_no_updates(rule.name, rule.layer_name)
+            _warn_of_no_updates(rule.name)
         return rule.feedback(weight, updates, fans)
 
     def _save_to_state_dict(
@@ -216,14 +217,13 @@ class AsymmetricLayer(nn.Module):
 
 
 @functools.cache
-def _warn_of_no_updates(rule: str, layer_name: str) -> None:
+def _warn_of_no_updates(rule: str) -> None:
     logger.warning(
-        "%s draws nothing anew: no update was noted in %d backward passes (%s). Call "
+        "%s draws nothing anew: no update was noted in %d backward passes of a layer. Call "
         "ss_detectron.advance_feedback(model), or a learner's step(), after every step of the "
         "optimiser.",
         rule,
         _PATIENCE,
-        layer_name or "a layer",
     )
 
 
@@ -371,20 +371,32 @@ def register_layer(stock: type[nn.Module], asymmetric: type[AsymmetricLayer]) ->
         asymmetric: its form with feedback; see :class:`AsymmetricLayer` for one of your own.
 
     Raises:
-        ValueError: ``asymmetric`` is no asymmetric layer, or ``stock`` is one.
+        ValueError: ``asymmetric`` is no asymmetric layer, ``stock`` is one, or the two do not fit.
     """
     if not issubclass(asymmetric, AsymmetricLayer):
         raise ValueError(f"{asymmetric.__name__} is no asymmetric layer: extend AsymmetricLayer")
     if issubclass(stock, AsymmetricLayer):
         raise ValueError(f"{stock.__name__} is an asymmetric layer already")
+    if not hasattr(asymmetric, "stock_class"):
+        asymmetric.stock_class = stock
+    if not issubclass(stock, asymmetric.stock_class):
+        raise ValueError(
+            f"{asymmetric.__name__} is a form of {asymmetric.stock_class.__name__}, which "
+            f"{stock.__name__} does not extend"
+        )
     _FORMS[stock] = asymmetric
 
 
 def asymmetric_form(stock: type[nn.Module]) -> type[AsymmetricLayer] | None:
     """Return the class that layers of type ``stock`` are converted to, or None."""
-    if sys.modules.get("detectron2.layers"):
+    if stock not in _FORMS and sys.modules.get("detectron2.layers"):
         importlib.import_module(".detectron2", __package__)  # registers Detectron2's convolution
     return _FORMS.get(stock)
+
+
+def is_registered(stock: type[nn.Module]) -> bool:
+    """Return whether layers of this very type have a form already."""
+    return stock in _FORMS
 
 
 def is_form(kind: type[nn.Module]) -> bool:
@@ -399,6 +411,8 @@ def obstacle(layer: nn.Module) -> str | None:
     kind = type(layer)
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance"
+    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return "nn.MultiheadAttention uses its weight without calling it"
     form = asymmetric_form(kind)
     if form is None:
         known = next((stock for stock in _FORMS if isinstance(layer, stock)), None)
@@ -410,4 +424,6 @@ def obstacle(layer: nn.Module) -> str | None:
         )
     if "weight" not in layer._parameters:
         return "its weight is computed, not a parameter (weight_norm, spectral_norm)"
+    if cast(Tensor, layer.weight).is_complex():
+        return "its weight is complex"
     return form.obstacle(layer)

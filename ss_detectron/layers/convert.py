@@ -155,8 +155,8 @@ def _conversion(layer: nn.Module, rule: FeedbackRule) -> _Change:
 def _check_restorable(layer: nn.Module) -> None:
     if isinstance(layer, AsymmetricLayer) and not is_form(type(layer)):
         raise ValueError(
-            f"the class of a converted layer became {type(layer).__name__}, perhaps by a "
-            "parametrization: undo that before converting back"
+            f"there is no stock layer to go back to from {type(layer).__name__}: undo what changed "
+            "the class of a converted layer (a parametrization), or register_layer it"
         )
 
 

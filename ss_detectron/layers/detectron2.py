@@ -5,7 +5,7 @@ from collections.abc import Callable
 import detectron2.layers
 from torch import Tensor, nn
 
-from .asymmetric import AsymmetricConv2d, register_layer
+from .asymmetric import AsymmetricConv2d, is_registered, register_layer
 
 __all__ = ["AsymmetricDetectron2Conv2d"]
 
@@ -42,4 +42,5 @@ class AsymmetricDetectron2Conv2d(AsymmetricConv2d, detectron2.layers.Conv2d):  #
         return x
 
 
-register_layer(detectron2.layers.Conv2d, AsymmetricDetectron2Conv2d)
+if not is_registered(detectron2.layers.Conv2d):  # by the user
+    register_layer(detectron2.layers.Conv2d, AsymmetricDetectron2Conv2d)

@@ -251,6 +251,8 @@ def _check_state(rule: type[FeedbackRule]) -> None:
             f"{rule.__name__}.state_name is {rule.state_name!r}; it must begin with 'feedback', "
             "so that a checkpoint shows what belongs to the rule"
         )
+    if rule.state_name is not None and rule.initial_state is FeedbackRule.initial_state:
+        raise ValueError(f"{rule.__name__} keeps {rule.state_name}: it needs an initial_state")
     if rule.counts_updates and (rule.state_name is not None or rule.learned):
         raise ValueError(
             f"{rule.__name__} counts updates: its state is their number, and it can have no "

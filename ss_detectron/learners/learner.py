@@ -1,5 +1,6 @@
 """What a learner is, and the default: backpropagation through the layers' feedback rules."""
 
+import copy
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -106,12 +107,11 @@ class Learner(nn.Module):
 
     def own_state_dict(self) -> dict[str, Any]:
         """Return the learner's name and its state dict without the model's part."""
-        state = self.state_dict().items()
-        return {"name": self.name, **{k: v for k, v in state if not k.startswith("model.")}}
+        return {"name": self.name, **self._without_model().state_dict()}
 
     def load_own_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Load what :meth:`own_state_dict` returned.
+        Load what :meth:`own_state_dict` returned; the model stays as it is.
 
         Raises:
             ValueError: it is the state of a learner of another name.
@@ -124,13 +124,13 @@ class Learner(nn.Module):
                 f"the checkpoint is of the learner {name!r}, and this one is {self.name!r}: go on "
                 f"with MODEL.LEARNER.NAME {name}, or begin another run from its weights"
             )
-        found = self.load_state_dict(state, strict=False)
-        missing = [name for name in found.missing_keys if not name.startswith("model.")]
-        if missing or found.unexpected_keys:
-            raise RuntimeError(
-                f"the state is of another learner than {self.name}: it lacks "
-                f"{missing or 'nothing'} and has {found.unexpected_keys or 'nothing'} beside"
-            )
+        self._without_model().load_state_dict(state)
+
+    def _without_model(self) -> nn.Module:
+        # Some layers change their state where a state dict does not mention it (FrozenBatchNorm2d).
+        own = copy.copy(self)
+        own.__dict__["_modules"] = {n: m for n, m in self._modules.items() if n != "model"}
+        return own
 
 
 LEARNER_REGISTRY = Registry("learner", Learner)

@@ -98,7 +98,17 @@ class SGD(torch.optim.SGD):
         buffers = [self.state.get(p, {}).get("momentum_buffer") for p in params]
         settings = {key: group[key] for key in _SETTINGS}
         sparse = any(g.is_sparse for g in grads)
-        sgd(params, grads, buffers, has_sparse_grad=sparse, fused=True, **settings)
+        # torch 2.4's fused kernel errs in 16 bits on the CPU.
+        fused = all(p.element_size() >= 4 or p.is_cuda for p in params)
+        sgd(
+            params,
+            grads,
+            buffers,
+            has_sparse_grad=sparse,
+            fused=fused,
+            foreach=not fused,
+            **settings,
+        )
         if group["momentum"]:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer

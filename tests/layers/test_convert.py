@@ -215,7 +215,7 @@ def _replaced_forward():
             lambda: nn.MultiheadAttention(4, 2),
             {
                 "": "no asymmetric form of MultiheadAttention",
-                "out_proj": "NonDynamicallyQuantizableLinear, a subclass of Linear",
+                "out_proj": "nn.MultiheadAttention uses its weight without calling it",
             },
         ),
         (
@@ -229,6 +229,7 @@ def _replaced_forward():
                 "parametrizations.weight": "no asymmetric form of ParametrizationList",
             },
         ),
+        (lambda: nn.Linear(2, 2, dtype=torch.cfloat), {"": "its weight is complex"}),
         (lambda: nn.LazyLinear(2), {"": "LazyLinear, a subclass of Linear"}),
         (_replaced_forward, {"": "its forward is replaced on the instance"}),
         # Without a weight matrix it is not in the report.
@@ -371,7 +372,7 @@ def test_conversion_within_the_context():
 def test_a_layer_parametrized_after_conversion_is_not_broken_by_converting_back():
     layer = convert_feedback(nn.Linear(2, 2), "ss")
     nn.utils.parametrizations.weight_norm(layer)
-    with pytest.raises(ValueError, match="undo that before converting back"):
+    with pytest.raises(ValueError, match="no stock layer to go back to from Parametrized"):
         convert_feedback(layer, "bp")
     assert layer(torch.ones(1, 2)).shape == (1, 2)
 
@@ -433,6 +434,8 @@ def test_a_registered_layer_is_converted_and_back(rule, monkeypatch):
         register_layer(Scaled, Scaled)
     with pytest.raises(ValueError, match="already"):
         register_layer(AsymmetricLinear, AsymmetricLinear)
+    with pytest.raises(ValueError, match="AsymmetricLinear is a form of Linear, which Subclass"):
+        register_layer(Subclass, AsymmetricLinear)
     assert "register_layer" in _reasons(convert_feedback(Scaled(3, 2)))[""]
     register_layer(Scaled, AsymmetricScaled)
     layer, x = Scaled(3, 2), torch.randn(4, 3, requires_grad=True)

@@ -7,7 +7,13 @@ import pytest
 
 detectron2_layers = pytest.importorskip("detectron2.layers")
 
-from ss_detectron.layers import convert_feedback, feedback_report  # noqa: E402
+from ss_detectron.layers import (  # noqa: E402
+    asymmetric,
+    convert_feedback,
+    feedback_report,
+    register_layer,
+)
+from ss_detectron.layers.detectron2 import AsymmetricDetectron2Conv2d  # noqa: E402
 
 
 def test_a_padding_mode_that_it_ignores_is_reported():
@@ -43,3 +49,13 @@ print("build_ss_resnet_backbone" in BACKBONE_REGISTRY)
     )
     at_once = first == "detectron2.layers"
     assert done.stdout.split("\n")[:3] == ["['sign_symmetry']", str(at_once), "True"]
+
+
+def test_a_form_that_the_user_registered_stays(monkeypatch):
+    class Mine(AsymmetricDetectron2Conv2d):
+        pass
+
+    monkeypatch.setattr(asymmetric, "_FORMS", dict(asymmetric._FORMS))
+    register_layer(detectron2_layers.Conv2d, Mine)
+    monkeypatch.delitem(sys.modules, "ss_detectron.layers.detectron2")
+    assert type(convert_feedback(detectron2_layers.Conv2d(2, 2, 1))) is Mine
