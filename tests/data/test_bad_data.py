@@ -33,6 +33,7 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 from ss_detectron.data.boxes import without_unusable_boxes
+from ss_detectron.data.coco_file import read_coco_file
 from ss_detectron.engine import Trainer
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "bad_data.md"
@@ -371,6 +372,7 @@ DETECTION_ANNOTATIONS = [
     stops("RLE whose counts do not add up", rle([5]), "expected RLE of its"),
     stops("segmentation missing, MODEL.MASK_ON", polygons(None), "MODEL.MASK_ON needs", *MASKS),
     stops("polygons of fewer than three points, MODEL.MASK_ON", polygons(LINE), POLYGONS, *MASKS),
+    stops("damaged compressed RLE, MODEL.MASK_ON with bitmasks", rle("0ooo1"), "RLE", *BITMASKS),
     stops("RLE, MODEL.MASK_ON with polygons", masks("RLE"), "MASK_FORMAT to 'bitmask'", *MASKS),
     used("polygons, MODEL.MASK_ON", masks("polygons"), options=MASKS),
     used(
@@ -755,3 +757,34 @@ def test_evaluation_of_sets_that_are_not_parsed_beforehand():
     cfg = not_parsed(coco_config())
     with pytest.raises(ValueError, match="Data set 'own_sky': annotation 2 has no bbox, not"):
         Trainer.build_evaluator(cfg, "own_sky")
+
+
+def rle_is_taken(counts: Any) -> bool:
+    write_coco(rle(counts))
+    try:
+        read_coco_file("sky/labels.json", True, masks=True)
+    except ValueError as error:
+        assert "segmentation" in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 1])
+def test_rle_of_any_mask_is_taken(share):
+    mask = (np.random.default_rng(0).random((HEIGHT, WIDTH)) < share).astype(np.uint8)
+    ends = np.flatnonzero(np.diff(mask.ravel("F"), prepend=0, append=2))
+    assert rle_is_taken(compressed(mask)) and rle_is_taken(np.diff(ends, prepend=0).tolist())
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        *("0oooooooooo1", "", "111", FULL[:-1], FULL[1:], FULL + "1", FULL + "p", FULL + "\n"),
+        *(FULL + chr(48 + 31), FULL + "\0", "o" * 100_000),  # the first is -1
+        FULL + 6 * "P" + "0",  # a zero of seven digits
+        *([HEIGHT * WIDTH, 1], [HEIGHT * WIDTH + 1, -1], [HEIGHT * WIDTH / 1], None),
+    ],
+)
+def test_damaged_rle_is_refused(counts):
+    """It would keep pycocotools busy for good, or give a mask of whatever is in its memory."""
+    assert not rle_is_taken(counts)
