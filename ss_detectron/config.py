@@ -3,6 +3,7 @@
 import difflib
 import logging
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .utils.trust import is_url
 __all__ = [
     "add_ss_config",
     "check_config",
+    "choose",
     "feedback_seed",
     "find_config",
     "flatten_config",
@@ -271,6 +273,14 @@ def feedback_seed(cfg: CfgNode) -> int:
     """Return MODEL.FEEDBACK.SEED; where that is -1, SEED; where that is -1 too, 0."""
     seed = cfg.MODEL.FEEDBACK.SEED
     return seed if seed >= 0 else max(cfg.SEED, 0)
+
+
+def choose(cfg: CfgNode, key: str, *choices: Any) -> Any:
+    """Return the value of a key, which has to be one of ``choices``."""
+    value = reduce(getattr, key.split("."), cfg)
+    if value not in choices:
+        raise ValueError(f"{key} is {value!r}; choose {' or '.join(map(repr, choices))}")
+    return value
 
 
 def runs_on_cpu(cfg: CfgNode) -> bool:

@@ -7,12 +7,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from ss_detectron.config import choose
 from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import is_url
 
 from .catalog import check_registered
 from .coco import check_coco
-from .images import ClassificationMapper, choose, skips_unreadable_images
+from .images import ClassificationMapper, skips_unreadable_images
 from .loaders import build_training_mapper
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,13 @@ def _check_loading(cfg: CfgNode, training: bool, classifier: bool) -> None:
         decoder = cfg.DATALOADER.DECODER
         raise ValueError(f"DATALOADER.DECODER is {decoder!r}; for detection, choose 'pillow'")
     # Means of another number would be broadcast, and the image with them.
-    channels = {"L": 1, "RGBA": 4, "CMYK": 4}.get(cfg.INPUT.FORMAT, 3)
+    channels = {"RGB": 3, "BGR": 3, "YUV-BT.601": 3, "L": 1, "RGBA": 4, "CMYK": 4}
+    count = channels[choose(cfg, "INPUT.FORMAT", *channels)]
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != channels:
+        if len(cfg.MODEL[key]) != count:
             raise ValueError(
                 f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r} and MODEL.{key} {cfg.MODEL[key]}; choose a "
-                f"list of {channels}"
+                f"list of {count}"
             )
 
 

@@ -16,7 +16,9 @@ from detectron2.config import CfgNode
 from PIL import Image
 from torch.utils.data import default_collate
 
-from .images import FLIPS, RandomResizedCrop, UnreadableImageError, choose, decode, open_image
+from ss_detectron.config import choose
+
+from .images import FLIPS, RandomResizedCrop, UnreadableImageError, decode, open_image
 from .stream import TrainingLoader
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
 from io import BytesIO
 from typing import Any
 
@@ -15,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torchvision.transforms import v2
 
+from ss_detectron.config import choose
 from ss_detectron.utils.text import printable
 
 
@@ -23,14 +23,6 @@ class UnreadableImageError(OSError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
-
-
-def choose(cfg: CfgNode, key: str, *choices: Any) -> Any:
-    """Return the value of a key, which has to be one of ``choices``."""
-    value = reduce(getattr, key.split("."), cfg)
-    if value not in choices:
-        raise ValueError(f"{key} is {value!r}; choose {' or '.join(map(repr, choices))}")
-    return value
 
 
 def skips_unreadable_images(cfg: CfgNode) -> bool:

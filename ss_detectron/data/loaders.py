@@ -13,11 +13,12 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import Sampler, default_collate
 
+from ss_detectron.config import choose
 from ss_detectron.utils.random_state import seeded
 
 from .dali import DaliLoader, EncodedImageMapper
 from .detection import DetectionMapper, load_detection_dicts
-from .images import ClassificationMapper, choose, skips_unreadable_images
+from .images import ClassificationMapper, skips_unreadable_images
 from .stream import EvaluationLoader, ImageDataset, TrainingLoader
 
 logger = logging.getLogger(__name__)

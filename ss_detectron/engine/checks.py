@@ -9,10 +9,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from ss_detectron.checkpoint.files import is_checkpoint_name
-from ss_detectron.config import runs_on_cpu
+from ss_detectron.config import choose, runs_on_cpu
 from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.learners import LEARNER_REGISTRY
+from ss_detectron.modeling import RETINANET_HEAD_REGISTRY
 from ss_detectron.modeling.compilation import check_compiler
 from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
@@ -29,6 +30,12 @@ def check_options(cfg: CfgNode, *, training: bool = True) -> None:
         LEARNER_REGISTRY.get(cfg.MODEL.LEARNER.NAME)
     for rule in filter(None, (feedback.RULE, feedback.LAST_LAYER_RULE)):
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
+    choose(cfg, "SOLVER.OPTIMIZER", "SGD", "AdamW")
+    choose(cfg, "MODEL.RETINANET.HEAD", *(name for name, _ in RETINANET_HEAD_REGISTRY))
+    if cfg.TEST.ALIGNMENT_PERIOD < 0:
+        raise ValueError(
+            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD}; choose 0 for never, or more"
+        )
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(
             "MODEL.DEVICE is cpu, but several processes use the GPUs that are here: hide them with "

@@ -134,6 +134,7 @@ class Detector(Predictor):
         pixels = detection_utils.convert_PIL_to_numpy(Image.fromarray(image), self.format)
         pixels = self.resize.get_transform(pixels).apply_image(pixels)
         tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        tensor = tensor.float()  # YUV-BT.601 is of float64, which no layer takes
         output = self.model([{"image": tensor, "height": height, "width": width}])[0]
         if "instances" not in output:
             raise ValueError(f"{type(self.model).__name__} gives {', '.join(output)}: no instances")

@@ -79,6 +79,9 @@ def prepare(options):
         (["MODEL.LEARNER.NAME", "hebb"], "unknown learner 'hebb'"),
         (["MODEL.FEEDBACK.RULE", "hebb"], "unknown feedback rule 'hebb'"),
         (["MODEL.FEEDBACK.SCALE", "large"], "unknown feedback scale 'large'"),
+        (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER is 'Lion'; choose 'SGD' or 'AdamW'"),
+        (["MODEL.RETINANET.HEAD", "MyHead"], "MODEL.RETINANET.HEAD is 'MyHead'; choose"),
+        (["INPUT.FORMAT", "BRG"], "INPUT.FORMAT is 'BRG'; choose 'RGB' or 'BGR'"),
     ],
 )
 def test_a_refused_run_leaves_the_config_of_the_run_before(changed, message, prepare):
