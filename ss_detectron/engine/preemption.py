@@ -16,6 +16,8 @@ from types import FrameType
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from ss_detectron.utils.comm import any_rank
+
 from .workers import prepare_workers
 
 __all__ = [
@@ -154,8 +156,18 @@ class PreemptionHook(HookBase):
         # From here on, a rank that stopped by itself would leave the others waiting.
         global _training
         _training = True
-        if _rank is not None:
-            _rank.install()
+        if _rank is None:
+            return
+        _rank.install()
+        try:
+            stop = any_rank(stop_requested())
+        except RuntimeError:
+            if not stop_requested():
+                raise
+            stop = True  # and others have stopped already
+        if stop:
+            logger.warning("Asked to stop before the first step: nothing is saved.")
+            raise Preempted
 
     def after_step(self) -> None:
         trainer = self.trainer
