@@ -43,7 +43,7 @@ def add_ss_config(cfg: CfgNode) -> None:
 
     _C.MODEL.FEEDBACK = CfgNode()
     # Which rule the layers built by build_{ss,fa,feedback}_* and *RetinaNetHead learn by: a name
-    # or short name of ss_detectron.layers.feedback (bp, ss, frsf, brsf, fa, fasi, kp). Empty: the
+    # of ss_detectron.layers.feedback, in any case (bp, ss, frsf, brsf, fa, fasi, kp). Empty: the
     # one that the builder is named after; the generic ones (build_feedback_*) need it.
     _C.MODEL.FEEDBACK.RULE = ""
     # The rule of a network's last layers (RetinaNet: cls_score and bbox_pred).

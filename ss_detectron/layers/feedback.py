@@ -121,6 +121,7 @@ class FeedbackRule:
     """The name in the registry and in reports."""
     short_name: ClassVar[str] = ""
     """What the literature calls it, in lower case."""
+    other_names: ClassVar[tuple[str, ...]] = ()
     state_name: ClassVar[str | None] = None
     """The buffer or parameter that holds the state; must begin with 'feedback'."""
     learned: ClassVar[bool] = False
@@ -266,7 +267,7 @@ FEEDBACK_REGISTRY = Registry("feedback rule", FeedbackRule, _check_state)
 
 def get_rule(rule: str | type[FeedbackRule]) -> type[FeedbackRule]:
     """
-    Return the rule's class, from its name, its short name, or itself.
+    Return the rule's class, from its name, however it is written, or itself.
 
     Raises:
         ValueError: no such rule; names those there are.
@@ -282,6 +283,7 @@ class Backpropagation(FeedbackRule):
 
     name = "backpropagation"
     short_name = "bp"
+    other_names = ("backprop",)
 
     def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
         return weight
@@ -293,6 +295,7 @@ class SignSymmetry(FeedbackRule):
 
     name = "sign_symmetry"
     short_name = "ss"
+    other_names = ("uSF",)
     traced = False
 
     def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:

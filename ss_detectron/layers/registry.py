@@ -1,5 +1,6 @@
 """A registry of classes by name and short name."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -14,9 +15,19 @@ class _Named(Protocol):
 T = TypeVar("T", bound=_Named)
 
 
+def _names(cls: type[_Named]) -> list[str]:
+    """What a class goes by, its full name first."""
+    return [n for n in (cls.name, cls.short_name, *getattr(cls, "other_names", ())) if n]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.casefold())
+
+
 class Registry(Generic[T]):
     """
-    Classes by their class attributes ``name`` and ``short_name``.
+    Classes by their class attributes ``name``, ``short_name`` and, where they have any,
+    ``other_names``, in any case and with any separators: "sign_symmetry", "Sign-Symmetry", "SS".
 
     Iteration gives pairs of a name and its class, as fvcore's registry does, which would bring
     more than torch with it.
@@ -61,8 +72,7 @@ class Registry(Generic[T]):
         """
         if cls is None:
             return self.register
-        names = {self.check(cls).name, cls.short_name} - {""}
-        for name in sorted(names):
+        for name in _names(self.check(cls)):
             taken = self._find(name)
             if taken is not None:
                 raise ValueError(
@@ -74,7 +84,7 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> type[T]:
         """
-        Return the class of that name or short name.
+        Return the class of that name, however it is written.
 
         Raises:
             ValueError: there is none; the message lists those there are.
@@ -86,10 +96,8 @@ class Registry(Generic[T]):
         return found
 
     def _find(self, name: object) -> type[T] | None:
-        for full_name, cls in self:
-            if name and name in (full_name, cls.short_name):
-                return cls
-        return None
+        wanted = _plain(str(name))
+        return next((c for _, c in self if wanted in map(_plain, _names(c))), None)
 
     def __contains__(self, name: object) -> bool:
         return self._find(name) is not None

@@ -384,6 +384,19 @@ def test_a_registered_rule_is_found_and_listed(register):
         get_rule("nothing")
 
 
+@pytest.mark.parametrize(
+    "written, name",
+    [
+        *[(w, "sign_symmetry") for w in ("SS", "uSF", "sign-symmetry", "Sign Symmetry")],
+        *[(w, "feedback_alignment") for w in ("FA", "feedback-alignment", "FeedbackAlignment")],
+        *[("BP", "backpropagation"), ("backprop", "backpropagation"), ("KP", "kolen_pollack")],
+        *[("frSF", "sign_symmetry_fixed_magnitude"), ("Kolen-Pollack", "kolen_pollack")],
+    ],
+)
+def test_rules_go_by_the_names_of_the_literature(written, name):
+    assert get_rule(written).name == name
+
+
 def test_incomplete_rules_are_refused(register):
     with pytest.raises(ValueError, match="state_name is 'noise'.*must begin with 'feedback'"):
         register(type("Wrong", (FeedbackRule,), {"name": "wrong", "state_name": "noise"}))
