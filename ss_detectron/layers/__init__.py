@@ -1,8 +1,12 @@
 """Asymmetric layers, the feedback rules, and the conversion of whole models. Needs torch alone."""
 
 from .asymmetric import (
+    AsymmetricConv1d,
     AsymmetricConv2d,
+    AsymmetricConv3d,
+    AsymmetricConvTranspose1d,
     AsymmetricConvTranspose2d,
+    AsymmetricConvTranspose3d,
     AsymmetricLayer,
     AsymmetricLinear,
     register_layer,
@@ -23,14 +27,26 @@ from .feedback import (
     FeedbackScale,
     get_rule,
 )
-from .functional import asymmetric_conv2d, asymmetric_conv_transpose2d, asymmetric_linear
+from .functional import (
+    asymmetric_conv1d,
+    asymmetric_conv2d,
+    asymmetric_conv3d,
+    asymmetric_conv_transpose1d,
+    asymmetric_conv_transpose2d,
+    asymmetric_conv_transpose3d,
+    asymmetric_linear,
+)
 from .report import FeedbackReport, FeedbackRow, feedback_report
 
 __all__ = [
     "FEEDBACK_REGISTRY",
     "FEEDBACK_SCALES",
+    "AsymmetricConv1d",
     "AsymmetricConv2d",
+    "AsymmetricConv3d",
+    "AsymmetricConvTranspose1d",
     "AsymmetricConvTranspose2d",
+    "AsymmetricConvTranspose3d",
     "AsymmetricLayer",
     "AsymmetricLinear",
     "Fans",
@@ -39,8 +55,12 @@ __all__ = [
     "FeedbackRule",
     "FeedbackScale",
     "advance_feedback",
+    "asymmetric_conv1d",
     "asymmetric_conv2d",
+    "asymmetric_conv3d",
+    "asymmetric_conv_transpose1d",
     "asymmetric_conv_transpose2d",
+    "asymmetric_conv_transpose3d",
     "asymmetric_linear",
     "backpropagation",
     "check_exclude",

@@ -7,7 +7,9 @@ parameter whose name begins with ``feedback``.
 import functools
 import importlib
 import logging
+import math
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,11 +17,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .feedback import Fans, FeedbackRule, get_rule
-from .functional import asymmetric_conv2d, asymmetric_conv_transpose2d, asymmetric_linear
+from .functional import (
+    asymmetric_conv1d,
+    asymmetric_conv2d,
+    asymmetric_conv3d,
+    asymmetric_conv_transpose1d,
+    asymmetric_conv_transpose2d,
+    asymmetric_conv_transpose3d,
+    asymmetric_linear,
+)
 
 __all__ = [
+    "AsymmetricConv1d",
     "AsymmetricConv2d",
+    "AsymmetricConv3d",
+    "AsymmetricConvTranspose1d",
     "AsymmetricConvTranspose2d",
+    "AsymmetricConvTranspose3d",
     "AsymmetricLayer",
     "AsymmetricLinear",
     "asymmetric_form",
@@ -255,12 +269,77 @@ def _(weight: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(weight)
 
 
-def _convolution_fans(layer: nn.modules.conv._ConvNd) -> Fans:
-    area = layer.kernel_size[0] * layer.kernel_size[1]
-    return Fans(layer.in_channels // layer.groups * area, layer.out_channels * area, False)
+class _ConvolutionForm(AsymmetricLayer):
+    """What the forms of convolutions share, transposed or not, of any number of dimensions."""
+
+    operation: Callable[..., Tensor]
+
+    def fans(self) -> Fans:
+        layer = cast(nn.modules.conv._ConvNd, self)
+        area = math.prod(layer.kernel_size)
+        return Fans(layer.in_channels // layer.groups * area, layer.out_channels * area, False)
 
 
-class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
+class _ConvForm(_ConvolutionForm):
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C_in, *size) -> (N, C_out, *output_size)."""
+        layer: Any = self
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            sides = layer._reversed_padding_repeated_twice
+            input, padding = F.pad(input, sides, mode=layer.padding_mode), 0
+        return self.operation(
+            input,
+            self.weight,
+            layer.bias,
+            layer.stride,
+            padding,
+            layer.dilation,
+            layer.groups,
+            **self.feedback_arguments(),
+        )
+
+
+class _ConvTransposeForm(_ConvolutionForm):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C_in, *size) -> (N, C_out, *output_size)."""
+        layer: Any = self
+        output_padding = layer._output_padding(
+            input,
+            output_size,
+            layer.stride,
+            layer.padding,
+            layer.kernel_size,
+            len(layer.stride),
+            layer.dilation,
+        )
+        return self.operation(
+            input,
+            self.weight,
+            layer.bias,
+            layer.stride,
+            layer.padding,
+            output_padding,
+            layer.groups,
+            layer.dilation,
+            **self.feedback_arguments(),
+        )
+
+
+class AsymmetricConv1d(_ConvForm, nn.Conv1d):
+    """
+    :class:`torch.nn.Conv1d` with asymmetric feedback.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.Conv1d``.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
+    """
+
+    stock_class = nn.Conv1d
+    operation = staticmethod(asymmetric_conv1d)
+
+
+class AsymmetricConv2d(_ConvForm, nn.Conv2d):
     """
     :class:`torch.nn.Conv2d` with asymmetric feedback.
 
@@ -270,29 +349,36 @@ class AsymmetricConv2d(AsymmetricLayer, nn.Conv2d):
     """
 
     stock_class = nn.Conv2d
-
-    def fans(self) -> Fans:
-        return _convolution_fans(self)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
-        return asymmetric_conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            **self.feedback_arguments(),
-        )
+    operation = staticmethod(asymmetric_conv2d)
 
 
-class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
+class AsymmetricConv3d(_ConvForm, nn.Conv3d):
+    """
+    :class:`torch.nn.Conv3d` with asymmetric feedback.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.Conv3d``.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
+    """
+
+    stock_class = nn.Conv3d
+    operation = staticmethod(asymmetric_conv3d)
+
+
+class AsymmetricConvTranspose1d(_ConvTransposeForm, nn.ConvTranspose1d):
+    """
+    :class:`torch.nn.ConvTranspose1d` with asymmetric feedback.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.ConvTranspose1d``.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
+    """
+
+    stock_class = nn.ConvTranspose1d
+    operation = staticmethod(asymmetric_conv_transpose1d)
+
+
+class AsymmetricConvTranspose2d(_ConvTransposeForm, nn.ConvTranspose2d):
     """
     :class:`torch.nn.ConvTranspose2d` with asymmetric feedback.
 
@@ -302,33 +388,20 @@ class AsymmetricConvTranspose2d(AsymmetricLayer, nn.ConvTranspose2d):
     """
 
     stock_class = nn.ConvTranspose2d
+    operation = staticmethod(asymmetric_conv_transpose2d)
 
-    def fans(self) -> Fans:
-        return _convolution_fans(self)
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H_out, W_out)."""
-        options: Any = self  # torch annotates lists here, and keeps tuples
-        output_padding = self._output_padding(
-            input,
-            output_size,
-            options.stride,
-            options.padding,
-            options.kernel_size,
-            2,
-            options.dilation,
-        )
-        return asymmetric_conv_transpose2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            output_padding,
-            self.groups,
-            self.dilation,
-            **self.feedback_arguments(),
-        )
+class AsymmetricConvTranspose3d(_ConvTransposeForm, nn.ConvTranspose3d):
+    """
+    :class:`torch.nn.ConvTranspose3d` with asymmetric feedback.
+
+    Args:
+        *args, **kwargs: those of ``torch.nn.ConvTranspose3d``.
+        rule, scale, gain, seed, layer_name: see :class:`AsymmetricLayer`.
+    """
+
+    stock_class = nn.ConvTranspose3d
+    operation = staticmethod(asymmetric_conv_transpose3d)
 
 
 class AsymmetricLinear(AsymmetricLayer, nn.Linear):
@@ -352,8 +425,12 @@ class AsymmetricLinear(AsymmetricLayer, nn.Linear):
 
 # By exact type: a subclass may compute something else, and only its author knows.
 _FORMS: dict[type[nn.Module], type[AsymmetricLayer]] = {
+    nn.Conv1d: AsymmetricConv1d,
     nn.Conv2d: AsymmetricConv2d,
+    nn.Conv3d: AsymmetricConv3d,
+    nn.ConvTranspose1d: AsymmetricConvTranspose1d,
     nn.ConvTranspose2d: AsymmetricConvTranspose2d,
+    nn.ConvTranspose3d: AsymmetricConvTranspose3d,
     nn.Linear: AsymmetricLinear,
 }
 

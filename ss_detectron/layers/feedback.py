@@ -42,10 +42,10 @@ class Fans(NamedTuple):
     """What a scale needs to know of the layer besides its weight."""
 
     fan_in: int
-    """C_in / groups * k_h * k_w: the inputs of one output unit (of a transposed convolution with a
-    stride, this convention counts more)."""
+    """C_in / groups * the kernel's size: the inputs of one output unit (of a transposed convolution
+    with a stride, this convention counts more)."""
     fan_out: int
-    """C_out * k_h * k_w (as torchvision and the authors count it, whatever the groups)."""
+    """C_out * the kernel's size (as torchvision and the authors count it, whatever the groups)."""
     is_linear: bool
 
 

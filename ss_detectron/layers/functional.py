@@ -30,87 +30,122 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.utils import _pair
+from torch.nn.modules.utils import _ntuple
 
-__all__ = ["asymmetric_conv2d", "asymmetric_conv_transpose2d", "asymmetric_linear"]
+__all__ = [
+    "asymmetric_conv1d",
+    "asymmetric_conv2d",
+    "asymmetric_conv3d",
+    "asymmetric_conv_transpose1d",
+    "asymmetric_conv_transpose2d",
+    "asymmetric_conv_transpose3d",
+    "asymmetric_linear",
+]
 
 FeedbackFn = Callable[[Tensor, Tensor | None], Tensor]
 Feedback = Tensor | FeedbackFn
-IntOrPair = Any  # int | Sequence[int]; torch's own annotations do not agree on it
+IntOrTuple = Any  # int | Sequence[int]; torch's own annotations do not agree on it
 Options = tuple[Any, ...]
 
 
-def asymmetric_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: IntOrPair = 1,
-    padding: str | IntOrPair = 0,
-    dilation: IntOrPair = 1,
-    groups: int = 1,
-    *,
-    feedback: Feedback,
-    state: Tensor | None = None,
-) -> Tensor:
-    """
-    :func:`torch.nn.functional.conv2d` whose input gradient flows through B instead of W.
-
-    Args:
-        input: (N, C_in, H, W) or (C_in, H, W); N may be 0.
-        weight: W, (C_out, C_in / groups, k_h, k_w).
-        bias: (C_out,) or None.
-        stride, padding, dilation, groups: as in ``conv2d``; ``padding`` also 'same' or 'valid'.
-        feedback: B, of W's shape, or ``feedback(weight, state) -> B``, called in backward.
-        state: what a callable ``feedback`` keeps; receives W's gradient if it requires one.
-
-    Returns:
-        (N, C_out, H_out, W_out), exactly as ``conv2d`` gives it.
-
-    Raises:
-        ValueError: B or ``padding`` does not fit.
-        RuntimeError: a second derivative is asked for.
-    """
-    function, state = _feedback_source(feedback, state, weight)
-    stride, dilation = _pair(stride), _pair(dilation)
-    if isinstance(padding, str):
-        input, padding = _pad_by_name(input, weight, padding, stride, dilation)
-    options = stride, _pair(padding), dilation, False, (0, 0), groups
-    return _convolve(input, weight, bias, function, state, options)
+def _numbers(dims: int) -> Callable[[Any], tuple[int, ...]]:
+    """A number -> as many of it."""
+    numbers: Callable[[Any], tuple[int, ...]] = _ntuple(dims)  # type: ignore[no-untyped-call]
+    return numbers
 
 
-def asymmetric_conv_transpose2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: IntOrPair = 1,
-    padding: IntOrPair = 0,
-    output_padding: IntOrPair = 0,
-    groups: int = 1,
-    dilation: IntOrPair = 1,
-    *,
-    feedback: Feedback,
-    state: Tensor | None = None,
-) -> Tensor:
-    """
-    :func:`torch.nn.functional.conv_transpose2d` whose input gradient flows through B.
+def _conv(dims: int) -> Callable[..., Tensor]:
+    numbers = _numbers(dims)
 
-    Args:
-        input: (N, C_in, H, W) or (C_in, H, W); N may be 0.
-        weight: W, (C_in, C_out / groups, k_h, k_w).
-        bias, stride, padding, output_padding, groups, dilation: as in ``conv_transpose2d``.
-        feedback, state: as in :func:`asymmetric_conv2d`.
+    def asymmetric_conv(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: IntOrTuple = 1,
+        padding: str | IntOrTuple = 0,
+        dilation: IntOrTuple = 1,
+        groups: int = 1,
+        *,
+        feedback: Feedback,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """
+        The stock convolution of as many dimensions, whose input gradient flows through B, not W.
 
-    Returns:
-        (N, C_out, H_out, W_out), exactly as ``conv_transpose2d`` gives it.
+        Args:
+            input: (N, C_in, *size) or (C_in, *size); N may be 0.
+            weight: W, (C_out, C_in / groups, *kernel_size).
+            bias: (C_out,) or None.
+            stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; ``padding``
+                also 'same' or 'valid'.
+            feedback: B, of W's shape, or ``feedback(weight, state) -> B``, called in backward.
+            state: what a callable ``feedback`` keeps; receives W's gradient if it requires one.
 
-    Raises:
-        ValueError: B does not fit.
-        RuntimeError: a second derivative is asked for.
-    """
-    function, state = _feedback_source(feedback, state, weight)
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
-    options = stride, padding, dilation, True, _pair(output_padding), groups
-    return _convolve(input, weight, bias, function, state, options)
+        Returns:
+            (N, C_out, *output_size), exactly as the stock operation gives it.
+
+        Raises:
+            ValueError: B or ``padding`` does not fit.
+            RuntimeError: a second derivative is asked for.
+        """
+        function, state = _feedback_source(feedback, state, weight)
+        stride, dilation = numbers(stride), numbers(dilation)
+        if isinstance(padding, str):
+            input, padding = _pad_by_name(input, weight, padding, stride, dilation)
+        options = stride, numbers(padding), dilation, False, numbers(0), groups
+        return _convolve(dims, input, weight, bias, function, state, options)
+
+    asymmetric_conv.__name__ = asymmetric_conv.__qualname__ = f"asymmetric_conv{dims}d"
+    return asymmetric_conv
+
+
+def _conv_transpose(dims: int) -> Callable[..., Tensor]:
+    numbers = _numbers(dims)
+
+    def asymmetric_conv_transpose(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: IntOrTuple = 1,
+        padding: IntOrTuple = 0,
+        output_padding: IntOrTuple = 0,
+        groups: int = 1,
+        dilation: IntOrTuple = 1,
+        *,
+        feedback: Feedback,
+        state: Tensor | None = None,
+    ) -> Tensor:
+        """
+        The stock transposed convolution of as many dimensions, with input gradient through B.
+
+        Args:
+            input: (N, C_in, *size) or (C_in, *size); N may be 0.
+            weight: W, (C_in, C_out / groups, *kernel_size).
+            bias, stride, padding, output_padding, groups, dilation: as in
+                ``torch.nn.functional.conv_transpose2d``.
+            feedback, state: as in :func:`asymmetric_conv2d`.
+
+        Returns:
+            (N, C_out, *output_size), exactly as the stock operation gives it.
+
+        Raises:
+            ValueError: B does not fit.
+            RuntimeError: a second derivative is asked for.
+        """
+        function, state = _feedback_source(feedback, state, weight)
+        stride, padding, dilation = numbers(stride), numbers(padding), numbers(dilation)
+        options = stride, padding, dilation, True, numbers(output_padding), groups
+        return _convolve(dims, input, weight, bias, function, state, options)
+
+    name = f"asymmetric_conv_transpose{dims}d"
+    asymmetric_conv_transpose.__name__ = asymmetric_conv_transpose.__qualname__ = name
+    return asymmetric_conv_transpose
+
+
+asymmetric_conv1d, asymmetric_conv2d, asymmetric_conv3d = map(_conv, (1, 2, 3))
+asymmetric_conv_transpose1d, asymmetric_conv_transpose2d, asymmetric_conv_transpose3d = map(
+    _conv_transpose, (1, 2, 3)
+)
 
 
 def asymmetric_linear(
@@ -177,23 +212,23 @@ def _pad_by_name(
     padding: str,
     stride: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[Tensor, tuple[int, int]]:
+) -> tuple[Tensor, tuple[int, ...]]:
     """Numbers for padding 'valid' and 'same'; pads the input where the two sides differ by one."""
     if padding == "valid":
-        return input, (0, 0)
+        return input, (0,) * len(stride)
     if padding != "same":
         raise ValueError(f"padding is {padding!r}; it must be 'same', 'valid' or numbers")
-    if tuple(stride) != (1, 1):
+    if any(s != 1 for s in stride):
         raise ValueError(f"padding='same' needs stride 1; the stride is {tuple(stride)}")
     total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     # torch puts the odd one on the right and at the bottom, and so do we.
-    odd_h, odd_w = (t % 2 for t in total)
-    if odd_h or odd_w:
-        input = F.pad(input, (0, odd_w, 0, odd_h))
-    return input, (total[0] // 2, total[1] // 2)
+    if any(t % 2 for t in total):
+        input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
+    return input, tuple(t // 2 for t in total)
 
 
 def _convolve(
+    dims: int,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -202,26 +237,32 @@ def _convolve(
     options: Options,
 ) -> Tensor:
     """Either way; ``options`` as ``aten.convolution_backward`` takes them."""
-    if input.dim() == 3:  # unbatched, as torch itself does it
+    if input.dim() == dims + 1:  # unbatched, as torch itself does it
         batch = input.unsqueeze(0)
-        return _convolve(batch, weight, bias, feedback, state, options).squeeze(0)
-    if _exchangeable(input):
-        output = _stock_convolution(input, _tie(weight, state, feedback), bias, options)
+        return _convolve(dims, batch, weight, bias, feedback, state, options).squeeze(0)
+    if input.dim() == dims + 2 and _exchangeable(input):
+        tied = _tie(weight, state, feedback)
+        output = _stock_convolution(dims, input, tied, bias, options)
         return _exchange_weight(output, input, weight, state, feedback)
     dtype = _autocast_dtype(input)
     function = _AsymmetricConvolution.apply
-    return cast(Tensor, function(input, weight, bias, state, feedback, dtype, options))
+    return cast(Tensor, function(input, weight, bias, state, feedback, dtype, dims, options))
 
 
 def _stock_convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, options: Options
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
 ) -> Tensor:
     stride, padding, dilation, transposed, output_padding, groups = options
+    operation: Callable[..., Tensor]
     if transposed:
-        return F.conv_transpose2d(
-            input, weight, bias, stride, padding, output_padding, groups, dilation
-        )
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        operation = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        return operation(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    operation = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    return operation(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _refuse_second_derivative() -> None:
@@ -266,8 +307,7 @@ _hooks_of_others = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks
 def _exchangeable(input: Tensor) -> bool:
     """Whether what autograd saves of a convolution of ``input`` may be exchanged."""
     return (
-        input.dim() == 4
-        and (input.is_cpu or input.is_cuda)
+        (input.is_cpu or input.is_cuda)
         and not torch.compiler.is_compiling()
         # Checkpointing and offloading of activations: a saved tensor takes one pair of hooks.
         and _hooks_of_others is not None
@@ -363,13 +403,14 @@ class _AsymmetricConvolution(torch.autograd.Function):
         state: Tensor | None,
         feedback: FeedbackFn,
         dtype: torch.dtype | None,
+        dims: int,
         options: Options,
     ) -> Tensor:
         ctx.feedback, ctx.options = feedback, options
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         # The weight itself is saved, not its cast copy: B is built from it, and it costs nothing.
         ctx.save_for_backward(input, weight, state)
-        return _stock_convolution(input, cast_weight, bias, options)
+        return _stock_convolution(dims, input, cast_weight, bias, options)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -389,7 +430,7 @@ class _AsymmetricConvolution(torch.autograd.Function):
         grad_state = None
         if need_weight and need_state:
             grad_state = _state_gradient(weight, feedback, state, grad_weight)
-        return grad_input, grad_weight, grad_bias, grad_state, None, None, None
+        return grad_input, grad_weight, grad_bias, grad_state, None, None, None, None
 
 
 def _rows(tensor: Tensor) -> Tensor:

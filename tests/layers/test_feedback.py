@@ -12,7 +12,9 @@ from torch import nn
 from ss_detectron.layers import (
     FEEDBACK_REGISTRY,
     FEEDBACK_SCALES,
+    AsymmetricConv1d,
     AsymmetricConv2d,
+    AsymmetricConv3d,
     AsymmetricConvTranspose2d,
     AsymmetricLinear,
     Fans,
@@ -35,6 +37,12 @@ LAYERS = {
         lambda **o: AsymmetricConv2d(4, 6, 3, groups=2, bias=False, **o),
         Fans(2 * 9, 6 * 9, False),
         (2, 4, 5, 5),
+    ),
+    "conv1d": (lambda **o: AsymmetricConv1d(4, 6, 5, **o), Fans(4 * 5, 6 * 5, False), (2, 4, 7)),
+    "conv3d": (
+        lambda **o: AsymmetricConv3d(4, 6, (1, 2, 3), **o),
+        Fans(4 * 6, 6 * 6, False),
+        (2, 4, 2, 3, 3),
     ),
     "transposed": (
         lambda **o: AsymmetricConvTranspose2d(4, 6, 2, stride=2, **o),

@@ -9,8 +9,12 @@ from core_utils import assert_same, on_the
 from torch.autograd import forward_ad
 
 from ss_detectron.layers import (
+    asymmetric_conv1d,
     asymmetric_conv2d,
+    asymmetric_conv3d,
+    asymmetric_conv_transpose1d,
     asymmetric_conv_transpose2d,
+    asymmetric_conv_transpose3d,
     asymmetric_linear,
     functional,
 )
@@ -36,7 +40,7 @@ class Case(NamedTuple):
         def draw(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-        bias = self.weight[self.stock is F.conv_transpose2d]
+        bias = self.weight["transpose" in self.stock.__name__]
         x, w, b, fb = draw(*self.input), draw(*self.weight), draw(bias), draw(*self.weight)
         return x, w, b, fb, draw(*self.stock(x, w, b, **self.options).shape)
 
@@ -60,6 +64,18 @@ CASES = {
     "conv": Case(asymmetric_conv2d, F.conv2d, X, (6, 4, 3, 3), {"stride": 2, "padding": 1}),
     "transposed": Case(
         asymmetric_conv_transpose2d, F.conv_transpose2d, X, (4, 3, 2, 2), {"stride": [2, 1]}
+    ),
+    "conv1d": Case(
+        asymmetric_conv1d, F.conv1d, (2, 4, 7), (6, 2, 3), {"padding": "same", "groups": 2}
+    ),
+    "conv3d": Case(
+        asymmetric_conv3d, F.conv3d, (2, 2, 4, 5, 3), (3, 2, 3, 2, 1), {"padding": (1, 0, 2)}
+    ),
+    "transposed1d": Case(
+        asymmetric_conv_transpose1d, F.conv_transpose1d, (2, 4, 5), (4, 3, 2), {"stride": 2}
+    ),
+    "transposed3d": Case(
+        asymmetric_conv_transpose3d, F.conv_transpose3d, (1, 2, 3, 2, 4), (2, 3, 2, 1, 3), {}
     ),
     "linear": Case(asymmetric_linear, F.linear, (4, 5), (3, 5), {}),
 }
@@ -154,7 +170,8 @@ def test_learned_feedback_receives_a_copy_of_the_weight_gradient(case):
 @each_operation
 def test_a_convolution_runs_on_stock_autograd_where_it_can(case, way):
     x, w, b, fb, _ = case.tensors()
-    name = type(case.asymmetric(x.requires_grad_(), w, b, feedback=fb).grad_fn).__name__
+    y = case.asymmetric(x.requires_grad_(), w, b, **case.options, feedback=fb)
+    name = type(y.grad_fn).__name__
     available = functional._hooks_of_others is not None  # not in every torch
     exchanged = way == "exchange" and case.stock is not F.linear and available
     assert name.startswith("ConvolutionBackward" if exchanged else "_Asymmetric")

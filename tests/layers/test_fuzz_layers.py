@@ -19,8 +19,12 @@ from torch import Tensor, nn
 
 from ss_detectron.layers import (
     FEEDBACK_SCALES,
+    AsymmetricConv1d,
     AsymmetricConv2d,
+    AsymmetricConv3d,
+    AsymmetricConvTranspose1d,
     AsymmetricConvTranspose2d,
+    AsymmetricConvTranspose3d,
     AsymmetricLinear,
     backpropagation,
     convert_feedback,
@@ -32,10 +36,15 @@ pytestmark = [
 ]
 
 ASYMMETRIC = {
+    nn.Conv1d: AsymmetricConv1d,
     nn.Conv2d: AsymmetricConv2d,
+    nn.Conv3d: AsymmetricConv3d,
+    nn.ConvTranspose1d: AsymmetricConvTranspose1d,
     nn.ConvTranspose2d: AsymmetricConvTranspose2d,
+    nn.ConvTranspose3d: AsymmetricConvTranspose3d,
     nn.Linear: AsymmetricLinear,
 }
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(1, channels)}
 try:
     from detectron2.layers import Conv2d as Detectron2Conv2d
@@ -57,7 +66,7 @@ def _reversed(tensor: Tensor) -> Tensor:
 # How a tensor lies in memory: not only dense, or from its storage's begin.
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
-    "channels_last": lambda t: t.movedim(-3, -1).contiguous().movedim(-1, -3) if t.dim() > 2 else t,
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t,
     "reversed": _reversed,
     "sliced": lambda t: t.repeat_interleave(2, -1)[..., ::2] if t.dim() else t,
     "shifted": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
@@ -116,8 +125,7 @@ class Case(NamedTuple):
 
     def apart(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The layer alone."""
-        is_transposed = self.kind is nn.ConvTranspose2d
-        return layer(x, self.output_size) if is_transposed else layer(x)
+        return layer(x, self.output_size) if self.kind in TRANSPOSED else layer(x)
 
     def input_gradient(self, stock: nn.Module, feedback: Tensor, grad: Tensor) -> Tensor:
         """What the stock layer sends back with ``feedback`` for its weight."""
@@ -160,9 +168,9 @@ STRANGE = {
 }
 
 
-def _pairs(least: int, most: int) -> st.SearchStrategy:
+def _numbers(dims: int, least: int, most: int) -> st.SearchStrategy:
     number = st.integers(least, most)
-    return number | st.tuples(number, number)
+    return number | st.tuples(*[number] * dims)
 
 
 @st.composite
@@ -170,6 +178,7 @@ def cases(draw: Callable, strange: bool) -> Case:
     """Random cases, of sizes that take no time."""
     kind = draw(st.sampled_from(list(ASYMMETRIC)))
     is_linear = kind is nn.Linear
+    dims = 0 if is_linear else int(kind.__name__[-2])
     dtype = input_dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     options, norm, output_size = {"bias": draw(st.booleans())}, None, None
     if is_linear:
@@ -177,21 +186,21 @@ def cases(draw: Callable, strange: bool) -> Case:
         shape = (*draw(st.lists(st.integers(0, 3), max_size=3)), sizes[0])
     else:
         groups = draw(st.sampled_from([1, 1, 2, 3]))
-        sizes = [groups * draw(st.integers(1, 3)) for _ in range(2)] + [draw(_pairs(1, 4))]
-        height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-        shape = (draw(st.integers(0, 3)), sizes[0], height, width)[draw(st.sampled_from([0, 1])) :]
+        sizes = [groups * draw(st.integers(1, 3)) for _ in range(2)] + [draw(_numbers(dims, 1, 4))]
+        size = [draw(st.integers(1, 9)) for _ in range(dims)]
+        shape = (draw(st.integers(0, 3)), sizes[0], *size)[draw(st.sampled_from([0, 1])) :]
         options.update(
-            stride=draw(_pairs(1, 3)),
-            padding=draw(_pairs(0, 3)),
-            dilation=draw(_pairs(1, 3)),
+            stride=draw(_numbers(dims, 1, 3)),
+            padding=draw(_numbers(dims, 0, 3)),
+            dilation=draw(_numbers(dims, 1, 3)),
             groups=groups,
         )
-        if kind is nn.ConvTranspose2d:
-            options["output_padding"] = draw(_pairs(0, 2))
+        if kind in TRANSPOSED:
+            options["output_padding"] = draw(_numbers(dims, 0, 2))
         else:
             named = draw(st.sampled_from([{}, {"padding": "valid"}, {"padding": "same"}]))
             options.update(named, **{"stride": 1} if "same" in named.values() else {})
-        if kind is nn.Conv2d:
+        if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             modes = ["zeros", "zeros", "reflect", "replicate", "circular"]
             options["padding_mode"] = draw(st.sampled_from(modes))
         if kind is Detectron2Conv2d:
@@ -199,7 +208,7 @@ def cases(draw: Callable, strange: bool) -> Case:
     if strange:
         what = draw(st.sampled_from(list(STRANGE)))
         value = draw(st.sampled_from(STRANGE[what]))
-        at = len(shape) - (1 if is_linear else 3)  # of the channels
+        at = len(shape) - (dims + 1)  # of the channels
         if what == "kernel":
             sizes[2:] = [value] * len(sizes[2:])
         elif what in ("in_channels", "out_channels"):
