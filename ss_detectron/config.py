@@ -235,6 +235,17 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
     return path
 
 
+_LEAST = {
+    "MODEL.FEEDBACK.SEED": -1,
+    "SEED": -1,
+    "SOLVER.ACCUMULATION_STEPS": 1,
+    "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.MAX_SKIPPED_STEPS": 0,
+    "TEST.ALIGNMENT_PERIOD": 0,
+}
+
+
 def check_config(cfg: CfgNode) -> None:
     """
     Refuse what would fail in silence or late, of values that no other place looks at: keys
@@ -254,8 +265,9 @@ def check_config(cfg: CfgNode) -> None:
             raise ValueError(f"{key} is {values[key]!r}; choose a list of texts")
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is '', where nothing is saved; choose a folder")
-    if (steps := cfg.SOLVER.ACCUMULATION_STEPS) < 1:
-        raise ValueError(f"SOLVER.ACCUMULATION_STEPS is {steps}; choose at least 1")
+    for key, least in _LEAST.items():
+        if values[key] < least:
+            raise ValueError(f"{key} is {values[key]}; choose at least {least}")
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:

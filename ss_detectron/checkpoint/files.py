@@ -134,7 +134,8 @@ def archive_previous_run(folder: str) -> str | None:
     """
     Move what an earlier run has left in ``folder`` to ``earlier_run_N`` in it: its checkpoints,
     from which a new run would be resumed, and its metrics and evaluation results, which would be
-    reported as the new run's. To be called before the new run writes any metrics.
+    reported as the new run's; and with them its configs. To be called before the new run writes any
+    of that.
 
     Returns:
         that folder; None if there is nothing to move.
@@ -148,8 +149,9 @@ def archive_previous_run(folder: str) -> str | None:
     numbered = (os.path.join(folder, f"earlier_run_{number}") for number in count(1))
     archive = next(path for path in numbered if not os.path.exists(path))
     os.mkdir(archive)
-    for name in names:
-        os.replace(os.path.join(folder, name), os.path.join(archive, name))
+    for name in (*names, "config.yaml", "eval_config.yaml"):
+        with suppress(FileNotFoundError):
+            os.replace(os.path.join(folder, name), os.path.join(archive, name))
     if has_metrics:
         # Copied and emptied: the new run's writer has it open already, to append to it.
         shutil.copy2(metrics, archive)

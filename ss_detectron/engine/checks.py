@@ -32,10 +32,6 @@ def check_options(cfg: CfgNode, *, training: bool = True) -> None:
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
     choose(cfg, "SOLVER.OPTIMIZER", "SGD", "AdamW")
     choose(cfg, "MODEL.RETINANET.HEAD", *(name for name, _ in RETINANET_HEAD_REGISTRY))
-    if cfg.TEST.ALIGNMENT_PERIOD < 0:
-        raise ValueError(
-            f"TEST.ALIGNMENT_PERIOD is {cfg.TEST.ALIGNMENT_PERIOD}; choose 0 for never, or more"
-        )
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(
             "MODEL.DEVICE is cpu, but several processes use the GPUs that are here: hide them with "

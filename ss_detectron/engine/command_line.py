@@ -4,6 +4,7 @@ import argparse
 import functools
 import logging
 import multiprocessing
+import os
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,12 +12,19 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ss_detectron.checkpoint.files import find_checkpoints, has_checkpoint, read_checkpoint
+from ss_detectron.checkpoint.files import (
+    atomic_write,
+    find_checkpoints,
+    has_checkpoint,
+    read_checkpoint,
+)
 from ss_detectron.config import add_ss_config, check_config, merge_config_file, runs_on_cpu
 from ss_detectron.data import (
     check_datasets,
@@ -97,7 +105,9 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """
-    Make and check the config of a run, and do Detectron2's set-up (logging, seeds, output folder).
+    Make and check the config of a run, and do what Detectron2's ``default_setup`` does (logging,
+    seeds, output folder), but for OUTPUT_DIR's config.yaml, which tells what the weights there were
+    trained with: a training writes it when it starts, and an evaluation eval_config.yaml.
 
     Args:
         args: of :func:`argument_parser`. ``config_file`` may be the name of a config that ships
@@ -124,8 +134,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     found = has_checkpoint(cfg.OUTPUT_DIR)
     settle_feedback_seed(cfg, goes_on=found and not starts_anew)
     cfg.freeze()
-    # Checked before default_setup, which overwrites the config.yaml of an earlier run.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ss_detectron")
+    for name in ("fvcore", "detectron2", "ss_detectron"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     check_options(cfg, training=not args.eval_only)
     check_datasets(cfg, training=not args.eval_only)
     check_proposals(cfg)
@@ -137,7 +147,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
             "would go on from it.",
             cfg.OUTPUT_DIR,
         )
-    default_setup(cfg, args)
+    elif args.resume and not found:
+        logger.warning(
+            "--resume: OUTPUT_DIR %s has no checkpoint to go on from; this run %s.",
+            cfg.OUTPUT_DIR,
+            "is of MODEL.WEIGHTS" if args.eval_only else "starts anew",
+        )
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Command line: %s", args)
+    logger.info("Config:\n%s", cfg.dump())
+    if args.eval_only and comm.is_main_process():
+        with atomic_write(os.path.join(cfg.OUTPUT_DIR, "eval_config.yaml")) as file:
+            file.write(cfg.dump().encode())
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     if on_cpu:
         logger.info("There is no GPU here: MODEL.DEVICE is cpu.")
     if runs_on_cpu(cfg) and comm.get_world_size() > 1:

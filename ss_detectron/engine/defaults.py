@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
-from ss_detectron.checkpoint.files import archive_previous_run
+from ss_detectron.checkpoint.files import archive_previous_run, atomic_write
 from ss_detectron.config import runs_on_cpu
 from ss_detectron.data import (
     build_classification_test_loader,
@@ -70,6 +70,7 @@ class Trainer(DefaultTrainer):
         for name in ("detectron2", "ss_detectron"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
+        self._given_cfg = cfg
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)
@@ -200,16 +201,31 @@ class Trainer(DefaultTrainer):
         return loaders
 
     def train(self) -> Any:
-        """Train as DefaultTrainer does; what an earlier run has left in OUTPUT_DIR is archived."""
+        """
+        Train as DefaultTrainer does. What an earlier run has left in OUTPUT_DIR is archived, and
+        the config written to its config.yaml.
+        """
+        folder = self.cfg.OUTPUT_DIR
         if self.start_iter == 0:
-            if comm.is_main_process() and (archive := archive_previous_run(self.cfg.OUTPUT_DIR)):
+            if comm.is_main_process() and (archive := archive_previous_run(folder)):
                 logger.warning("The files of an earlier run are now in %s.", archive)
             comm.synchronize()
+        elif self.start_iter >= self.max_iter:
+            logger.warning(
+                "The run in %s is finished, after %d of SOLVER.MAX_ITER %d iterations: nothing is "
+                "trained. To go on, set a larger SOLVER.MAX_ITER.",
+                folder,
+                self.start_iter,
+                self.max_iter,
+            )
         # What is scripted, such as Detectron2's focal loss, is optimised after its first calls and
         # then rounds otherwise: a resumed run would differ. On the CPU it costs nothing to go
         # without; a GPU is not exact to the bit in any case.
         optimized = torch.jit.optimized_execution(not runs_on_cpu(self.cfg))
         with optimized, self.checkpointer.explain_full_disk():
+            if comm.is_main_process() and not 0 < self.max_iter <= self.start_iter:
+                with atomic_write(os.path.join(folder, "config.yaml")) as file:
+                    file.write(self._given_cfg.dump().encode())
             return super().train()
 
     def before_train(self) -> None:

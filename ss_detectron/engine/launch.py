@@ -261,6 +261,6 @@ def _report(
     lines += [f"After that: {ending(process)}." for process in processes if process is not culprit]
     lines.append(
         f"{ending(culprit)}, which ended the run here. Nothing was saved for it: with --resume, it "
-        "goes on from the last checkpoint in OUTPUT_DIR."
+        "goes on from the last checkpoint in OUTPUT_DIR, if there is one."
     )
     return "\n".join(lines)

@@ -319,10 +319,8 @@ def test_the_files_of_an_earlier_run_are_archived(tmp_path):
         assert (archive / "metrics.json").read_text() == f"{number}\n"
         assert (archive / "inference" / "results.json").read_text() == f"[{number}]"
         names = ["last_checkpoint", "model_0000014.pth", "model_best.pth", "model_final.pth"]
-        assert_only(archive, *names, "inference", "metrics.json")
-    assert_only(
-        tmp_path, "earlier_run_1", "earlier_run_2", "config.yaml", "metrics.json", "pretrained.pth"
-    )
+        assert_only(archive, *names, "config.yaml", "inference", "metrics.json")
+    assert_only(tmp_path, "earlier_run_1", "earlier_run_2", "metrics.json", "pretrained.pth")
     metrics.write_text("")  # as the new run's writer makes it
     assert archive_previous_run(str(tmp_path)) is None
     assert not has_checkpoint(str(tmp_path))

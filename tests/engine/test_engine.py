@@ -23,7 +23,7 @@ from ss_detectron.engine import (
     setup,
 )
 from ss_detectron.engine.not_finite import not_finite
-from ss_detectron.experiments.runs import read_metrics
+from ss_detectron.experiments.runs import read_config, read_metrics
 from ss_detectron.learners import LEARNER_REGISTRY, Learner
 
 LOGGERS = ("detectron2", "fvcore", "ss_detectron")
@@ -82,14 +82,13 @@ def prepare(options):
         (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER is 'Lion'; choose 'SGD' or 'AdamW'"),
         (["MODEL.RETINANET.HEAD", "MyHead"], "MODEL.RETINANET.HEAD is 'MyHead'; choose"),
         (["INPUT.FORMAT", "BRG"], "INPUT.FORMAT is 'BRG'; choose 'RGB' or 'BGR'"),
+        (["SEED", -2], "SEED is -2; choose at least -1"),
+        (["SOLVER.CHECKPOINT_MAX_TO_KEEP", -1], "MAX_TO_KEEP is -1; choose at least 0"),
     ],
 )
-def test_a_refused_run_leaves_the_config_of_the_run_before(changed, message, prepare):
-    prepare("OUTPUT_DIR", "out")
-    before = Path("out/config.yaml").read_text()
+def test_what_cannot_work_is_refused(changed, message, prepare):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        prepare("OUTPUT_DIR", "out", *changed)
-    assert Path("out/config.yaml").read_text() == before
+        prepare(*changed)
 
 
 def test_a_run_that_starts_anew_beside_a_checkpoint_says_so(prepare):
@@ -100,8 +99,44 @@ def test_a_run_that_starts_anew_beside_a_checkpoint_says_so(prepare):
     prepare("OUTPUT_DIR", "out", "DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])
     log, warning = Path("out/log.txt"), "out has a checkpoint of an earlier run, but this one"
     assert warning not in log.read_text()
+    assert log.read_text().count("OUTPUT_DIR out has no checkpoint to go on from") == 1
     prepare("OUTPUT_DIR", "out")
     assert f"OUTPUT_DIR {warning} starts anew; --resume would" in log.read_text()
+
+
+def test_only_a_training_that_starts_writes_the_config_that_its_folder_is_known_by(prepare):
+    def config(name="config.yaml"):
+        return read_config(Path("out", name))
+
+    prepare = partial(prepare, "OUTPUT_DIR", "out", "SOLVER.MAX_ITER", 1)
+    fa = "MODEL.FEEDBACK.RULE", "fa"
+    with pytest.raises(ValueError, match="another number of classes"):
+        train(prepare("MODEL.WEIGHTS", torch_file({"head.cls_score.bias": torch.ones(1)})))
+    assert not Path("out/config.yaml").exists()
+    train(prepare(*fa))
+    written = config()
+    assert written["MODEL.FEEDBACK.RULE"] == "fa"
+
+    prepare("DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])  # without the overrides
+    assert config("eval_config.yaml")["MODEL.FEEDBACK.RULE"] == "sign_symmetry"
+    refused = Trainer(prepare("MODEL.FPN.OUT_CHANNELS", 32, flags=["--resume"]))
+    with pytest.raises(ValueError, match="resume the run with its own config"):
+        refused.resume_or_load(resume=True)
+    with pytest.raises(ValueError, match="unknown feedback rule"):
+        prepare("MODEL.FEEDBACK.RULE", "hebb")
+    finished = Trainer(prepare(flags=["--resume"]))
+    finished.resume_or_load(resume=True)
+    finished.train()
+    assert "The run in out is finished, after 1 of SOLVER" in Path("out/log.txt").read_text()
+    assert config() == written
+
+    longer = Trainer(prepare(*fa, "SOLVER.MAX_ITER", 2, flags=["--resume"]))
+    longer.resume_or_load(resume=True)
+    longer.train()
+    assert config() == written | {"SOLVER.MAX_ITER": 2}
+    train(prepare())
+    assert config()["MODEL.FEEDBACK.RULE"] == "sign_symmetry"
+    assert config("earlier_run_1/config.yaml") == written | {"SOLVER.MAX_ITER": 2}
 
 
 def test_a_rule_that_no_layer_follows_is_refused(prepare):
@@ -140,6 +175,11 @@ def test_the_last_layers_learning_rate_scales_with_the_others(prepare):
 
 
 # Training ----------------------------------------------------------------------------------------
+
+
+def torch_file(content: dict) -> str:
+    torch.save(content, "content.pth")
+    return "content.pth"
 
 
 def train(cfg: CfgNode) -> Trainer:
@@ -273,7 +313,7 @@ def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
     train(prepare("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, *evaluated))
     metrics = Path("out/metrics.json").read_text()
     assert "bbox/AP" in metrics
-    left = {"last_checkpoint", "inference", "metrics.json"}
+    left = {"config.yaml", "last_checkpoint", "inference", "metrics.json"}
     left |= {f"model_{name}.pth" for name in ("0000003", "best", "final")}
 
     weights = ["MODEL.WEIGHTS", "out/model_final.pth"]
@@ -290,7 +330,7 @@ def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     archive = Path("out/earlier_run_1")
-    assert {path.name for path in archive.iterdir()} == left
+    assert {path.name for path in archive.iterdir()} == left | {"eval_config.yaml"}
     assert (archive / "metrics.json").read_text() == metrics
     again = Trainer(prepare("SOLVER.MAX_ITER", 2, flags=["--resume"]))
     again.resume_or_load(resume=True)
