@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -179,8 +180,25 @@ class _Config(CfgNode):
         return content
 
     def merge_from_list(self, cfg_list: list[Any]) -> None:
+        """
+        Merge KEY, VALUE, KEY, VALUE, ...
+
+        Raises:
+            ValueError: a key that there is not, one without a value, or a value of another type.
+        """
         words = [word if i % 2 else _current_name(word) for i, word in enumerate(cfg_list)]
-        super().merge_from_list(words)
+        for key in words[::2]:
+            name, equals, value = key.partition("=")
+            if equals:
+                raise ValueError(
+                    f"{key}: options are pairs KEY VALUE, with a space: {name} {value}"
+                )
+        if len(words) % 2:
+            raise ValueError(f"{words[-1]} has no value: options are pairs KEY VALUE")
+        try:
+            super().merge_from_list(words)
+        except (AssertionError, ValueError) as error:
+            raise ValueError(_explain(error, self)) from error
 
     @classmethod
     def _decode_cfg_value(cls, value: Any) -> Any:
@@ -192,6 +210,50 @@ def _current_name(key: str) -> str:
     if name != key:
         logger.warning("The key %s is now called %s.", key, name)
     return name
+
+
+def _known(cfg: CfgNode) -> list[str]:
+    """Every key, and every group of keys."""
+    keys = list(flatten_config(cfg))
+    return keys + sorted({key[:i] for key in keys for i, c in enumerate(key) if c == "."})
+
+
+def _no_key(key: str, cfg: CfgNode) -> str:
+    """Says that there is no such key, and which are like it."""
+    known, wanted = _known(cfg), key.upper()
+    last = [name for name in known if name.split(".")[-1] == wanted.split(".")[-1]]
+    near = difflib.get_close_matches(wanted, last or known, n=3, cutoff=0.0 if last else 0.8)
+    near = [wanted] if wanted in known else near
+    return f"there is no key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+# What yacs says of files and command lines.
+_UNKNOWN = re.compile(r"Non-existent (?:config )?key: (\S+)")
+_MISMATCH = re.compile(
+    r"\(<class '(?:.*\.)?(?P<kind>\w+)'> vs.*\) with values \((?P<now>.*) vs\. (?P<given>.*)\) for "
+    r"config key: (?P<key>\S+)",
+    re.DOTALL,
+)
+
+
+def _explain(error: Exception, cfg: CfgNode) -> str:
+    """Says in one line which key or value does not fit, and what would."""
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    text = " ".join(text.split()) or repr(error)
+    if unknown := _UNKNOWN.search(text):
+        return _no_key(unknown[1], cfg)
+    found = _MISMATCH.search(text)
+    if not found:
+        return text
+    kind, example, given = found["kind"], found["now"], found["given"]
+    if kind in ("CfgNode", "_Config"):
+        return f"{found['key']} is a group of keys, not {given!r}"
+    if kind in ("tuple", "list"):
+        values = tuple(CfgNode._decode_cfg_value(word) for word in given.split(","))
+        example = f'"{values}"'
+    elif kind == "float" and given.isdecimal():
+        example = f"{given}.0"
+    return f"{found['key']} is {given!r}; choose a value of type {kind}, such as {example}"
 
 
 def _refuse_download(file: str) -> None:
@@ -211,9 +273,8 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
 
     Raises:
         FileNotFoundError: there is no such file.
-        KeyError: a key that ``cfg`` does not know.
         ValueError: the file, or one it builds on, has tags of Python or is a URL, or is no YAML of
-            keys and values; or a value does not fit.
+            keys and values; or a key is not there, or a value does not fit.
     """
     path = name if is_url(name) else find_config(name)
     if allow_unsafe:
@@ -225,8 +286,11 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
         cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
     except RecursionError as error:
         raise ValueError(f"the config {path} builds on itself (_BASE_)") from error
-    except (AssertionError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()) or repr(error)
+    except (
+        *(AssertionError, AttributeError, KeyError, TypeError, ValueError),
+        yaml.YAMLError,
+    ) as error:
+        reason = _explain(error, cfg)
         if isinstance(error, (AttributeError, TypeError)):
             reason = f"it does not consist of keys and values ({reason})"
         if "for the tag" in reason:
@@ -260,6 +324,18 @@ def check_config(cfg: CfgNode) -> None:
     for key, default in flatten_config(defaults).items():
         if values[key] is None and default is not None:
             raise ValueError(f"{key} is None; choose a value such as its default, {default!r}")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        device = cfg.MODEL.DEVICE
+        raise ValueError(f"MODEL.DEVICE is {device!r}; choose 'cuda' or 'cpu'") from error
+    batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference and batch % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch}, which SOLVER.REFERENCE_WORLD_SIZE {reference} does "
+            "not divide: batch and schedule are for so many GPUs, and scaled to those here. Set "
+            "SOLVER.REFERENCE_WORLD_SIZE 0 for them as they are"
+        )
     for key in ("MODEL.FEEDBACK.EXCLUDE", "MODEL.WEIGHTS_EXCEPT", "MODEL.TRUSTED_WEIGHTS"):
         if not all(isinstance(pattern, str) for pattern in values[key]):
             raise ValueError(f"{key} is {values[key]!r}; choose a list of texts")

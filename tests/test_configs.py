@@ -219,6 +219,7 @@ def test_keys_that_are_there_are_left_as_they_are():
         ("MODEL.FEEDBACK.EXCLUDE", [3]),
         ("OUTPUT_DIR", ""),
         ("SOLVER.ACCUMULATION_STEPS", 0),
+        ("MODEL.DEVICE", "gpu"),
     ],
 )
 def test_a_value_that_would_fail_in_silence_or_late_is_named(key, value):
@@ -227,6 +228,50 @@ def test_a_value_that_would_fail_in_silence_or_late_is_named(key, value):
     cfg.merge_from_list([key, value])
     with pytest.raises(ValueError, match=rf"^{key} is {re.escape(repr(value))}"):
         check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            "SOLVER.MAX_ITER=4",
+            "SOLVER.MAX_ITER=4: options are pairs KEY VALUE, .*: SOLVER.MAX_ITER 4",
+        ),
+        ("SEED 1 SOLVER.MAX_ITER", "SOLVER.MAX_ITER has no value"),
+        ("solver.max_iter 4", r"no key solver.max_iter; did you mean SOLVER.MAX_ITER\?"),
+        ("SOLVER.MAX_ITR 4", r"no key SOLVER.MAX_ITR; did you mean SOLVER.MAX_ITER\?"),
+        ("MAX_ITER 4", r"did you mean SOLVER.MAX_ITER\?"),
+        ("MODEL.NUM_CLASSES 4", "did you mean .*MODEL.RETINANET.NUM_CLASSES"),
+        ("NOTHING_LIKE_IT 4", "no key NOTHING_LIKE_IT$"),
+        ("DATASETS.TRAIN my_train", r"""DATASETS.TRAIN is 'my_train'; .*"\('my_train',\)"$"""),
+        ("SOLVER.STEPS 5", r"""SOLVER.STEPS is '5'; .*"\(5,\)"$"""),
+        ("SOLVER.BASE_LR 1", "SOLVER.BASE_LR is '1'; .* type float, such as 1.0$"),
+        ("SOLVER.MAX_ITER many", "SOLVER.MAX_ITER is 'many'; .* type int, such as 40000$"),
+        ("SOLVER 3", "SOLVER is a group of keys, not '3'"),
+    ],
+)
+def test_keys_and_values_that_do_not_fit_are_refused_with_the_remedy(words, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        config().merge_from_list(words.split())
+    *groups, key = words.split()[0].split(".")
+    if words.count(" ") == 1:  # the same in a file
+        content = {key: yaml.safe_load(words.split()[1])}
+        for group in reversed(groups):
+            content = {group: content}
+        (tmp_path / "my.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(ValueError, match="does not fit: .*" if groups else "does not fit"):
+            merge_config_file(config(), str(tmp_path / "my.yaml"))
+
+
+def test_a_batch_that_the_reference_does_not_divide_says_how_scaling_is_switched_off():
+    cfg = config("retinanet_ss.yaml")
+    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", "2"])
+    with pytest.raises(
+        ValueError, match="IMS_PER_BATCH is 2, .* Set SOLVER.REFERENCE_WORLD_SIZE 0"
+    ):
+        check_config(cfg)
+    cfg.merge_from_list(["SOLVER.REFERENCE_WORLD_SIZE", "0"])
+    check_config(cfg)
 
 
 @pytest.mark.parametrize("seed, own, expected", [(-1, -1, 0), (7, -1, 7), (7, 0, 0), (-1, 3, 3)])

@@ -130,15 +130,12 @@ def merged_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such config.
-        KeyError, ValueError: a key that there is not, or a value that does not fit.
+        ValueError: a key that there is not, or a value that does not fit.
     """
     cfg = get_cfg()
     add_ss_config(cfg)
     merge_config_file(cfg, config_file)
-    try:
-        cfg.merge_from_list(list(options))
-    except AssertionError as error:  # yacs, of a key that is not there
-        raise ValueError(str(error)) from error
+    cfg.merge_from_list(list(options))
     return cfg
 
 
