@@ -1,4 +1,4 @@
-"""The boxes of Detectron2's dataset dicts: which of them nothing can be learned from."""
+"""Boxes from which nothing can be learned: single ones, and all where they are something else."""
 
 import logging
 from math import nan
@@ -15,12 +15,52 @@ logger = logging.getLogger(__name__)
 AXES = {BoxMode.XYXY_ABS: False, BoxMode.XYWH_ABS: True}
 
 
+def check_plausible(where: str, boxes: np.ndarray, sizes: np.ndarray) -> None:
+    """Refuse boxes that are not [x, y, width, height] in pixels, by the look of all of a data set.
+
+    Args:
+        where: what they are of, for the error.
+        boxes: (n, 4); those without area are not looked at.
+        sizes: (n, 2), width and height of each one's image.
+
+    Raises:
+        ValueError: all are within 0..1, or they are corners: all fit into their images as these,
+            and more than a quarter reach beyond by a tenth of its size if they are not.
+    """
+    some = (boxes[:, 2:] > 0).all(1)
+    boxes, sizes = boxes[some], sizes[some]
+    if not len(boxes):
+        return
+    first, second = boxes[:, :2], boxes[:, 2:]
+    if (abs(boxes) <= 1).all() and (sizes > 1).all():
+        raise ValueError(
+            f"{where}: all {len(boxes)} boxes lie within 0..1, such as {_show(boxes[0])}: they are "
+            "fractions of their image's width and height. Multiply them: [x, y, width, height] in "
+            "pixels are expected."
+        )
+    fit = ((second > first) & (second <= sizes + 1)).all(1)
+    beyond = (first + second > 1.1 * sizes).any(1)
+    if fit.mean() > 0.99 and beyond.mean() > 0.25:
+        example = int(np.argmax(beyond))
+        raise ValueError(
+            f"{where}: as [x, y, width, height], {beyond.sum()} of {len(boxes)} boxes reach far "
+            f"beyond their image, such as {_show(boxes[example])} of an image of "
+            f"{_show(sizes[example])}: they are corners [left, top, right, bottom], as which all "
+            "fit. Subtract left and top from right and bottom."
+        )
+
+
+def _show(numbers: np.ndarray) -> str:
+    return "[" + ", ".join(f"{number:.6g}" for number in numbers) + "]"
+
+
 def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
     """Leave out the boxes without area or outside their image; log how many, as ``where`` has them.
 
     Boxes that reach beyond their image, which Detectron2 clips, are counted too. Those that are not
-    four finite numbers are a ValueError. Crowds, which are not learned from, and rotated boxes are
-    not looked at. A box of negative width would be one of positive sides to Detectron2.
+    four finite numbers are a ValueError, and so are all that :func:`check_plausible` refuses.
+    Crowds, which are not learned from, and rotated boxes are not looked at. A box of negative width
+    would be one of positive sides to Detectron2.
     """
     places, corners, sizes = [], [], []
     for i, image in enumerate(dicts):
@@ -45,6 +85,7 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
         message = f"{where}: {wrong.sum()} boxes are not four finite numbers: {examples(wrong)}"
         raise ValueError(f"{message}. Repair or remove them.")
     low, high = boxes[:, :2], boxes[:, 2:]
+    check_plausible(where, np.hstack([low, high - low]), sizes)
     flat = _is_empty(low, high)
     outside = ~flat & _is_empty(np.maximum(low, 0), np.minimum(high, sizes))
     # Rounding takes many boxes just over the edge.

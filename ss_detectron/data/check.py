@@ -56,7 +56,7 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         metadata = MetadataCatalog.get(name)
         if classifier:
             classes[name] = _check_classification(cfg, metadata)
-        elif metadata.get("json_file") is not None:
+        elif metadata.as_dict().get("json_file") is not None:
             classes[name] = check_coco(cfg, metadata, name in trained)
     _check_classes(cfg, {name: found for name, found in classes.items() if found}, classifier)
 
@@ -127,18 +127,25 @@ def _check_classes(cfg: CfgNode, classes: dict[str, list[str]], classifier: bool
         return
     (first, reference), *others = classes.items()
     for other, names in others:
-        if names != reference:
-            differing = abbreviate(sorted({*reference} ^ {*names})) or "their order"
-            raise ValueError(
-                f"The classes of data sets '{first}' and '{other}' differ ({differing}): all sets "
-                "of a config need the same, in the same order."
-            )
+        if names == reference:
+            continue
+        lacks = [
+            f"'{name}' lacks {abbreviate(missing)}"
+            for name, has, all_of in ((other, names, reference), (first, reference, names))
+            if (missing := [label for label in all_of if label not in has])
+        ]
+        raise ValueError(
+            f"The classes of data sets '{first}' and '{other}' differ: "
+            f"{'; '.join(lacks) or 'their order does'}. All sets of a config need the same, in the "
+            "same order. "
+            + ("Each needs images." if classifier else "List what is missing; it needs no objects.")
+        )
     architecture = cfg.MODEL.META_ARCHITECTURE
     parts = [part for name, part in _NUM_CLASSES.items() if name in architecture]
     for part in ["IMAGE_CLASSIFIER"] if classifier else parts:
         wanted = cfg.MODEL[part].NUM_CLASSES
         if len(reference) != wanted:
             raise ValueError(
-                f"Data set '{first}' has {len(reference)} classes, the model is set to {wanted}: "
-                f"set MODEL.{part}.NUM_CLASSES to {len(reference)}."
+                f"Data set '{first}' has {len(reference)} classes ({abbreviate(reference)}), the "
+                f"model is set to {wanted}: set MODEL.{part}.NUM_CLASSES to {len(reference)}."
             )

@@ -2,19 +2,35 @@
 
 import logging
 import os
+from pathlib import PureWindowsPath
+from urllib.parse import unquote
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from ss_detectron.utils.text import abbreviate
 
 from .catalog import new_entries, where_to_put
-from .coco_file import read_coco_file
+from .coco_file import read_coco_file, repaired_file
 from .images import skips_unreadable_images
 
 logger = logging.getLogger(__name__)
+
+
+class CocoMetadata(Metadata):
+    """Metadata of a data set in COCO's form whose annotation file is read as repaired.
+
+    What ``as_dict`` returns has the file itself.
+    """
+
+    @property
+    def json_file(self) -> str:
+        """The file that Detectron2 and pycocotools are to read, see :func:`.repaired_file`."""
+        return repaired_file(PathManager.get_local_path(self.as_dict()["json_file"]))
 
 
 def register_coco_from_config(cfg: CfgNode) -> None:
@@ -29,7 +45,15 @@ def register_coco_from_config(cfg: CfgNode) -> None:
         ValueError: an entry has another form, or its name belongs to another data set already.
     """
     for name, *paths in new_entries(cfg, "COCO_INSTANCES", "json_file", "image_root"):
-        register_coco_instances(name, {}, *paths)
+        _register(name, *paths)
+
+
+def _register(name: str, json_file: str, image_root: str) -> None:
+    metadata = CocoMetadata(
+        name=name, evaluator_type="coco", json_file=json_file, image_root=image_root
+    )
+    DatasetCatalog.register(name, lambda: load_coco_json(metadata.json_file, image_root, name))
+    MetadataCatalog[name] = metadata
 
 
 def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
@@ -40,7 +64,7 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
     every image has to be on disk, unless DATALOADER.UNREADABLE_IMAGES is skip. Of what is not on
     this machine, no class is known. Sets that are only evaluated (not ``training``) need less.
     """
-    file, folder = metadata.json_file, metadata.get("image_root")
+    file, folder = metadata.as_dict()["json_file"], metadata.get("image_root")
     where = f"Data set '{metadata.name}':"
     if "://" not in file and not os.path.isfile(file):
         raise FileNotFoundError(f"{where} there is no annotation file '{file}'. {where_to_put()}")
@@ -59,8 +83,15 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
         content = read_coco_file(file, training, masks=cfg.MODEL.MASK_ON, polygons=polygons)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
+    if not isinstance(metadata, CocoMetadata) and repaired_file(file) != file:
+        raise ValueError(
+            f"{where} '{file}' can only be used as repaired, which the log has: name it in "
+            "DATASETS.COCO_INSTANCES, or repair it."
+        )
     if folder is not None:
         _check_images(cfg, f"{where} '{file}'", folder, content["images"])
+    if training:
+        _note_unused_classes(f"{where} '{file}'", content)
     return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
 
 
@@ -74,7 +105,31 @@ def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> 
         f"{where} names {len(images)} images, {len(missing)} of which are not in '{folder}': "
         f"{abbreviate(missing)}"
     )
+    similar = {_stem(file): (place, file) for place, _, files in os.walk(folder) for file in files}
+    if near := [name for name in missing if _stem(name) in similar]:
+        files = (os.path.relpath(os.path.join(*similar[_stem(name)]), folder) for name in near)
+        pairs = abbreviate(f"'{n}' as '{file}'" for n, file in zip(near, files, strict=True))
+        found += f". {len(near)} seem to be there: {pairs}. Write these names into the file."
     if len(missing) == len(images) or not skips_unreadable_images(cfg):
         raise FileNotFoundError(found)
     if comm.is_main_process():
         logger.warning("%s", found)
+
+
+def _stem(name: str) -> str:
+    """What is left of a file's name without folders of any system, extension, case and %20."""
+    return PureWindowsPath(unquote(name)).stem.lower()
+
+
+def _note_unused_classes(where: str, content: dict[str, list[dict]]) -> None:
+    used = {annotation["category_id"] for annotation in content["annotations"]}
+    categories = content["categories"]
+    if not (unused := [c["name"] for c in categories if c["id"] not in used]):
+        return
+    parents = {c.get("supercategory") for c in categories if c["id"] in used}
+    found = f"{where}: {len(unused)} of {len(categories)} classes have no objects"
+    message = f"{found}: {abbreviate(unused)}."
+    if above := [name for name in unused if name in parents]:
+        message += f" '{above[0]}' is the supercategory of others, and a class like them."
+    if comm.is_main_process():
+        logger.warning("%s", message)

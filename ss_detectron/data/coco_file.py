@@ -1,12 +1,22 @@
 """What an annotation file in COCO's form has to hold, for Detectron2 to load and evaluate it."""
 
 import json
+import logging
+import os
 import re
 import reprlib
+import tempfile
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from typing import Any
+
+import numpy as np
+from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
+
+from .boxes import check_plausible
 
 LARGEST = 1e9  # of a number in pixels: what lies beyond is no measure of an image
 FARTHEST = 1e6  # of a polygon's points: pycocotools takes memory for every pixel of its edges
@@ -33,6 +43,10 @@ def _is_polygon(value: Any) -> bool:
     )
 
 
+def _is_box(value: Any) -> bool:
+    return _is_numbers(value) and len(value) == 4
+
+
 def _is_id(value: Any) -> bool:
     return isinstance(value, str) or (type(value) is int and abs(value) < 2**63)
 
@@ -50,19 +64,141 @@ _ANNOTATION: Form = {
     "id": _ID,
     "image_id": _ID,
     "category_id": _ID,
-    "bbox": (lambda v: _is_numbers(v) and len(v) == 4, "[x, y, width, height] in pixels"),
+    "bbox": (_is_box, "[x, y, width, height] in pixels"),
     "iscrowd": (lambda v: v in (0, 1), "0 or 1"),
     "ignore": (lambda v: v == 0, "0: iscrowd 1 is supported, ignore is not"),
     "area": (lambda v: _is_number(v) and v >= 0, "a number of pixels"),
     "keypoints": (lambda v: not v or (_is_numbers(v) and len(v) % 3 == 0), "[x1, y1, v1, ...]"),
 }
 _OPTIONAL = {"iscrowd", "ignore", "area", "keypoints"}
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+_COPIES: dict[tuple[str, int, int], str] = {}
+"""Of annotation files, by path, time and size: the one that holds what :func:`_read` has read."""
+
+
+def repaired_file(file: str) -> str:
+    """Return the path of an annotation file as it should be: itself, or a repaired copy.
+
+    The copy is in a temporary folder of this process; :func:`repair` says what differs.
+
+    Raises:
+        OSError, ValueError: there is no such file, or it is not JSON.
+    """
+    if _version(file) not in _COPIES:
+        _read(file)
+    return _COPIES[_version(file)]
+
+
+def _version(file: str) -> tuple[str, int, int]:
+    status = os.stat(file)
+    return file, status.st_mtime_ns, status.st_size
+
+
+@cache
+def _folder_of_copies() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="ss_detectron_")  # removed with this process
+
+
+def _read(file: str) -> Any:
+    """Parse and repair an annotation file, and have a file that holds the result."""
+    version = _version(file)
+    with open(file, "rb") as stream:
+        encoded = stream.read()
+    try:
+        content = json.loads(encoded)
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
+    repairs = repair(content)
+    if (encoding := json.detect_encoding(encoded)) != "utf-8":
+        repairs.append(f"its encoding is {encoding}")  # with a byte-order mark, or two bytes each
+    if repairs:
+        if comm.is_main_process():
+            message = f"'{file}' is used as if it were repaired: {'; '.join(repairs)}."
+            log_first_n(logging.WARNING, message, key="message", name=__name__)
+        copy = os.path.join(tempfile.mkdtemp(dir=_folder_of_copies().name), os.path.basename(file))
+        with open(copy, "w", encoding="utf-8") as stream:
+            json.dump(content, stream)
+    _COPIES[version] = copy if repairs else file
+    return content
+
+
+def repair(content: Any) -> list[str]:
+    """Write in place, as COCO's files do, what is meant clearly and written in another way.
+
+    Annotations without iscrowd are of single objects, those without area have their box's, and
+    where ids are not different numbers from 1 they are numbered anew: COCO's evaluation marks a
+    detection by the id of the object that it finds, and 0 is none.
+
+    Returns:
+        in words, what Detectron2 would not have read, or have read as something else.
+    """
+    if not isinstance(content, dict):
+        return []
+    content.setdefault("info", {})  # some versions of pycocotools copy it
+    images, categories, annotations = (
+        [entry for entry in found if isinstance(entry, dict)]
+        if isinstance(found := content.get(part), list)
+        else []
+        for part in ("images", "categories", "annotations")
+    )
+    odd: Counter[str] = Counter()
+    for entry in chain(images, categories, annotations):
+        for key in ("id", "image_id", "category_id"):
+            if isinstance(value := entry.get(key), float) and value.is_integer():
+                entry[key] = int(value)
+                odd["ids are whole floats"] += 1
+    for annotation in annotations:
+        for key in ("iscrowd", "area", "ignore"):
+            if annotation.get(key, 0) is None:
+                del annotation[key]
+                odd[f"times {key} is null"] += 1
+            elif isinstance(value := annotation.get(key), str) and _NUMBER.fullmatch(value):
+                annotation[key] = float(value)
+                odd[f"times {key} is a string"] += 1
+        if _is_polygon(polygon := annotation.get("segmentation")):
+            annotation["segmentation"] = [polygon]
+            odd["polygons are not in a list of them"] += 1
+        annotation.setdefault("iscrowd", 0)
+        box = annotation.get("bbox")
+        if "area" not in annotation and _is_box(box):
+            annotation["area"] = max(box[2], 0) * max(box[3], 0)
+    repairs = [f"{count} {text}" for text, count in odd.items()]
+    ids = [annotation.get("id") for annotation in annotations]
+    known = list(filter(_is_id, ids))
+    if len(unique := set(known)) < len(ids) or not all(type(i) is int and i > 0 for i in ids):
+        for number, annotation in enumerate(annotations, start=1):
+            annotation["id"] = number
+    if len(unique) < len(ids):
+        repairs.append(
+            f"annotations are numbered anew, as {len(ids) - len(known)} have no id and "
+            f"{len(known) - len(unique)} one that others have"
+        )
+    return repairs + _tell_apart(categories, [a.get("category_id") for a in annotations])
+
+
+def _tell_apart(categories: list[dict], used: list[Any]) -> list[str]:
+    """Give categories of one name, one AP of which would be lost, different ones."""
+    repairs, names = [], [category.get("name") for category in categories]
+    for name in {name: 0 for name in names if isinstance(name, str) and names.count(name) > 1}:
+        # In an order that two files of a data set share.
+        same = [c for c in categories if c.get("name") == name]
+        same.sort(key=lambda c: str(c.get("id")))
+        for number, category in enumerate(same[1:], start=2):
+            category["name"] = f"{name} ({number})"
+        found = [f"id {c.get('id')!r} of {used.count(c.get('id'))} objects" for c in same]
+        repairs.append(
+            f"{len(same)} categories are called {name!r} ({', '.join(found)}), all but the first "
+            f"now '{name} (2)' and so on: if they are one class, make them one category"
+        )
+    return repairs
 
 
 def read_coco_file(
     file: str, annotated: bool, *, masks: bool = False, polygons: bool = False
 ) -> dict[str, list[dict]]:
-    """Read an annotation file and check all that Detectron2 and pycocotools take for granted.
+    """Read an annotation file, as repaired, and check all that Detectron2 and pycocotools need.
 
     Boxes without area or outside their image are of the right form, and so are images without any.
 
@@ -71,12 +207,11 @@ def read_coco_file(
         annotated: whether there have to be annotations, as for training.
         masks: whether every object and crowd needs a mask that pycocotools can evaluate.
         polygons: whether those of objects have to be given by polygons; crowds are not trained on.
+
+    Raises:
+        ValueError: names the file, how many entries are wrong, and the first of them.
     """
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except ValueError as error:
-        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
+    content = _read(file)
     found = dict(content) if isinstance(content, dict) else {}
     if not annotated:
         found.setdefault("annotations", [])  # which the files of COCO's test sets lack
@@ -90,12 +225,15 @@ def read_coco_file(
             raise ValueError(f"'{file}' has no {part}.")
     _check(file, "categories", lists["categories"], partial(_problem, _CATEGORY))
     _check(file, "images", lists["images"], partial(_problem, _IMAGE))
-    categories = {category["id"] for category in lists["categories"]}
+    categories = {category["id"]: category for category in lists["categories"]}
     images = {image["id"]: image for image in lists["images"]}
 
     def annotation_problem(annotation: Any) -> str | None:
         if found := _problem(_ANNOTATION, annotation):
             return found
+        for key, entries in (("image_id", images), ("category_id", categories)):
+            if type(annotation[key]) is not type(first := next(iter(entries))):
+                return _unlike(annotation, key, f"one of the kind of the id {reprlib.repr(first)}")
         if annotation["category_id"] not in categories:
             return _unlike(annotation, "category_id", "one of 'categories'")
         image = images.get(annotation["image_id"])  # Detectron2 leaves out those of no image
@@ -103,7 +241,24 @@ def read_coco_file(
         return _unlike(annotation, "segmentation", expected) if expected else None
 
     _check(file, "annotations", lists["annotations"], annotation_problem)
+    _check_plausible(file, images, lists["annotations"])
     return lists
+
+
+def _check_plausible(file: str, images: dict[Any, dict], annotations: list[dict]) -> None:
+    of_images = [a for a in annotations if a["image_id"] in images]
+    if annotations and not of_images:
+        found, known = annotations[0]["image_id"], next(iter(images))
+        raise ValueError(
+            f"'{file}': none of {len(annotations)} annotations is of one of its {len(images)} "
+            f"images: the first has the image_id {found!r}, the first image the id {known!r}."
+        )
+    boxes = np.array([a["bbox"] for a in of_images if not a["iscrowd"]], dtype=float)
+    sizes = [
+        (image["width"], image["height"])
+        for image in (images[a["image_id"]] for a in of_images if not a["iscrowd"])
+    ]
+    check_plausible(f"'{file}'", boxes.reshape(-1, 4), np.reshape(sizes, (-1, 2)))
 
 
 def _problem(form: Form, entry: Any) -> str | None:

@@ -73,9 +73,17 @@ def _read(record: dict[str, Any], form: str) -> np.ndarray:
             # The checksums, which takes a few percent of decoding it.
             Image.open(BytesIO(image.fp.getvalue())).verify()
         image.load()
-        image = detection_utils._apply_exif_orientation(image)
-        pixels = detection_utils.convert_PIL_to_numpy(image, form)
-        detection_utils.check_image_size(record, pixels)
+        turned = detection_utils._apply_exif_orientation(image)
+        pixels = detection_utils.convert_PIL_to_numpy(turned, form)
+        try:
+            detection_utils.check_image_size(record, pixels)
+        except detection_utils.SizeMismatchError as error:
+            if turned.size == image.size or image.size != (record["width"], record["height"]):
+                raise
+            raise ValueError(
+                f"{error} Its EXIF says that it is turned, and its annotations are of the image "
+                "as it is stored: remove the orientation from its EXIF"
+            ) from error
     # YUV-BT.601 is of float64, which no layer takes.
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
@@ -90,7 +98,7 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
     options: dict[str, Any] = {"filter_empty": filtered}
     if training and cfg.MODEL.KEYPOINT_ON:
         options["min_keypoints"] = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-    files = [MetadataCatalog.get(name).get("json_file") for name in names]
+    files = [MetadataCatalog.get(name).as_dict().get("json_file") for name in names]
     where = "Data set " + ", ".join(
         f"'{name}' ('{file}')" if file else f"'{name}'"
         for name, file in zip(names, files, strict=True)

@@ -11,6 +11,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from pycocotools.coco import COCO
 
+from ss_detectron.data.coco_file import repair
+
 __all__ = ["DetectionEvaluator"]
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,10 @@ class DetectionEvaluator(COCOEvaluator):
         """
         super().__init__(dataset_name, *args, **kwargs)
         self._name = dataset_name
-        _complete(self._coco_api, dataset_name)
+        _check_boxes(self._coco_api, dataset_name)
+        repair(self._coco_api.dataset)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
         annotations = self._coco_api.dataset.get("annotations", [])
         flat = [a["id"] for a in annotations if min(a["bbox"][2:]) <= 0]
         if flat and comm.is_main_process():
@@ -51,10 +56,8 @@ class DetectionEvaluator(COCOEvaluator):
         return super().evaluate(img_ids)
 
 
-def _complete(api: COCO, name: str) -> None:
-    """Give annotations what pycocotools' evaluation takes for granted; refuse those of no box."""
-    annotations = api.dataset.get("annotations", [])
-    for annotation in annotations:
+def _check_boxes(api: COCO, name: str) -> None:
+    for annotation in api.dataset.get("annotations", []):
         box = annotation.get("bbox")
         if not isinstance(box, list) or [type(n) in (int, float) for n in box] != [True] * 4:
             found = f"has the bbox {reprlib.repr(box)}" if "bbox" in annotation else "has no bbox"
@@ -62,14 +65,3 @@ def _complete(api: COCO, name: str) -> None:
                 f"Data set '{name}': annotation {annotation['id']!r} {found}, not [x, y, width, "
                 "height] in pixels."
             )
-        annotation.setdefault("iscrowd", 0)
-        if "area" not in annotation:
-            _, _, width, height = box
-            annotation["area"] = max(width, 0) * max(height, 0)
-    api.dataset.setdefault("info", {})  # some versions copy it
-    # It marks a detection by the id of the object that it finds: 0 is none.
-    if not all(isinstance(a["id"], int) and a["id"] > 0 for a in annotations):
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
-        with contextlib.redirect_stdout(io.StringIO()):
-            api.createIndex()

@@ -68,6 +68,10 @@ def used(name: str, spoil: Callable, boxes: Any = None, **kwargs: Any) -> Case:
     return Case(name, spoil, "used", "used", boxes=boxes, **kwargs)
 
 
+def repaired(name: str, spoil: Callable, message: str, **kwargs: Any) -> Case:
+    return Case(name, spoil, "repaired", "repaired", f"as if it were repaired: {message}", **kwargs)
+
+
 def left_out(name: str, spoil: Callable, message: str, boxes: Any = None, **kwargs: Any) -> Case:
     return Case(name, spoil, "left out", "left out", message, boxes, **kwargs)
 
@@ -174,6 +178,7 @@ def average_precision(cfg: CfgNode) -> float:
     results = inference_on_dataset(find, loader, evaluator)
     assert set(results) == ({"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"})
     assert len({round(kind["AP"], 6) for kind in results.values()}) == 1
+    assert sum(key.startswith("AP-") for key in results["bbox"]) == 2  # one per class
     return results["bbox"]["AP"]
 
 
@@ -228,6 +233,23 @@ def strings_as_ids(content: dict) -> None:
     for image in content["images"]:
         image["id"] = str(image["id"])
     all_objects(lambda a: a.update(id=f"a{a['id']}", image_id=str(a["image_id"])))(content)
+
+
+def floats_as_ids(content: dict) -> None:
+    """As tables with gaps write them."""
+    for entry in sum((content[part] for part in ("images", "annotations", "categories")), []):
+        entry.update((k, float(v)) for k, v in entry.items() if k == "id" or k.endswith("_id"))
+
+
+def fractions(content: dict) -> None:
+    sides = [WIDTH, HEIGHT, WIDTH, HEIGHT]
+    all_objects(
+        lambda a: a.update(bbox=[n / side for n, side in zip(a["bbox"], sides, strict=True)])
+    )(content)
+
+
+def in_encoding(name: str) -> Callable[[dict], bytes]:
+    return lambda content: json.dumps(content).encode(name)
 
 
 def polygons(found: Any) -> Callable[[dict], None]:
@@ -306,6 +328,8 @@ FULL = compressed(box_mask(BOXES[1][0]))
 DETECTION_ANNOTATIONS = [
     stops("truncated annotation file", lambda _: b'{"images": [', "not valid JSON"),
     stops("annotation file not in UTF-8", lambda _: b'{"a": "\xe9"}', "not valid JSON"),
+    repaired("byte-order mark", in_encoding("utf-8-sig"), "its encoding is utf-8-sig"),
+    repaired("annotation file in UTF-16", in_encoding("utf-16"), "its encoding is utf-16"),
     stops("JSON of another form", lambda _: b"[]", FORM),
     stops("no images", lambda c: c["images"].clear(), "has no images"),
     stops("no annotations", lambda c: c["annotations"].clear(), "has no annotations"),
@@ -346,9 +370,19 @@ DETECTION_ANNOTATIONS = [
         "box with NaN", on_object(bbox=[4, 8, float("nan"), 9]), r"bbox \[4, 8, nan, 9\], expected"
     ),
     stops("annotation without bbox", without("annotations", "bbox"), "has no bbox"),
-    stops("annotation without id", without("annotations", "id"), "has no id"),
-    stops("duplicate annotation ids", on_object(id=1), r"2 of 4 annotations.*\(id 1\)"),
+    stops(
+        "boxes within 0..1", fractions, r"all 4 boxes lie within 0\.\.1, such as \[0.0625, 0.166"
+    ),
+    stops(
+        "boxes as corners",
+        all_objects(lambda a: a.update(bbox=[30, 20, 60, 46])),
+        r"4 of 4 boxes reach far beyond .* \[30, 20, 60, 46\] of an image of \[64, 48\]: .*corners",
+    ),
+    repaired("annotation without id", without("annotations", "id"), ".*as 1 have no id and 0"),
+    repaired("duplicate annotation ids", on_object(id=1), ".*as 0 have no id and 1 one"),
+    repaired("annotation id that is null", on_object(id=None), ".*as 1 have no id and 0"),
     used("annotation id 0", all_objects(lambda a: a.update(id=a["id"] - 1))),
+    repaired("ids that are whole floats", floats_as_ids, "18 ids are whole floats"),
     used("ids that are strings", strings_as_ids, {str(i): found for i, found in BOXES.items()}),
     stops("annotation without image_id", without("annotations", "image_id"), "image_id"),
     left_out(
@@ -357,16 +391,47 @@ DETECTION_ANNOTATIONS = [
         "contains 5 annotations, but only 4 of them match to images",
     ),
     stops("category_id that is not listed", on_object(category_id=3), "category_id 3, expected"),
+    stops(
+        "annotations of no image that is listed",
+        all_objects(lambda a: a.update(image_id=a["image_id"] + 9)),
+        "none of 4 annotations is of one of its 4 images: the first has the image_id 9, .* id 0",
+    ),
+    stops(
+        "ids of images that are strings, of annotations' images integers",
+        lambda c: [i.update(id=str(i["id"])) for i in c["images"]] and None,
+        "4 of 4 annotations.* has the image_id 0, expected one of the kind of the id '0'",
+    ),
+    stops(
+        "category_ids that are strings, ids of categories integers",
+        all_objects(lambda a: a.update(category_id=str(a["category_id"]))),
+        "4 of 4 annotations.* has the category_id '1', expected one of the kind of the id 1",
+    ),
     used("category ids with gaps", gaps),
+    repaired(
+        "two categories of one name",
+        lambda c: c["categories"][1].update(name="kite"),
+        r"2 categories are called 'kite' \(id 1 of 2 objects, id 2 of 2 objects\), .*'kite \(2\)'",
+    ),
     stops(
         "duplicate category ids",
         lambda c: c["categories"].append({"id": 1, "name": "a"}),
         r"categories\[0\] \(id 1\), which has an id that",
     ),
     used("iscrowd and area missing", all_objects(lambda a: [a.pop("area"), a.pop("iscrowd")])),
+    repaired(
+        "iscrowd, area and ignore null",
+        all_objects(lambda a: a.update(iscrowd=None, area=None, ignore=None)),
+        "4 times iscrowd is null; 4 times area is null; 4 times ignore is null",
+    ),
+    repaired(
+        "iscrowd and area that are strings",
+        all_objects(lambda a: a.update(iscrowd="0", area=str(a["area"]))),
+        "4 times iscrowd is a string; 4 times area is a string",
+    ),
     stops("annotation to be ignored", on_object(ignore=1), "ignore 1, expected 0"),
     used("segmentation empty", polygons([])),
-    stops("segmentation of another form", polygons(TRIANGLE), POLYGONS),
+    stops("segmentation of another form", polygons([4, 8]), POLYGONS),
+    repaired("polygon that is not in a list", polygons(TRIANGLE), "1 polygons are not in a list"),
     left_out("polygons of fewer than three points", polygons(LINE), "Filtered out 1", THREE),
     stops("RLE of another size than the image", rle([81], 9, 9), "expected RLE of its"),
     stops("RLE whose counts do not add up", rle([5]), "expected RLE of its"),
@@ -417,7 +482,7 @@ def test_detection(case, mode, caplog):
         boxes, ap = THREE, ONE_OF_TWO
     assert trained_on(cfg) == boxes
     warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    if outcome in ("left out", "clipped"):
+    if outcome in ("left out", "clipped", "repaired"):
         assert sum(bool(re.search(case.message, text)) for text in warnings) == 1
     if outcome == "skipped":
         (named,) = [text for text in warnings if "1.jpg' cannot be" in text]

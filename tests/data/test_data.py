@@ -1,11 +1,13 @@
 """One's own data sets in COCO's form by config keys, and the checks before training."""
 
+import json
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from coco_utils import BOXES, coco_config, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from ss_detectron.data import (
     build_resumable_detection_train_loader,
@@ -110,7 +112,9 @@ def test_number_of_classes_has_to_fit_the_model(architecture, key):
     cfg = coco_config("MODEL.META_ARCHITECTURE", architecture)
     cfg.MODEL.RETINANET.NUM_CLASSES = cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     if key:
-        with pytest.raises(ValueError, match=f"'own_sky' has 2 classes.* to 80: set {key} to 2"):
+        with pytest.raises(
+            ValueError, match=f"'own_sky' has 2 classes .kite, balloon.* to 80: set {key} to 2"
+        ):
             check(cfg)
         cfg.merge_from_list([key, 2])
     check(cfg)
@@ -119,19 +123,85 @@ def test_number_of_classes_has_to_fit_the_model(architecture, key):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (("balloon", "kite"), "their order"),
-        (("kites", "balloon"), "kite, kites"),
-        (("balloon",), "kite"),
+        (("balloon", "kite"), "their order does"),
+        (("kites", "balloon"), "'own_sea' lacks kite; 'own_sky' lacks kites"),
+        (("balloon",), "'own_sea' lacks kite"),
+        (("kite", "balloon", "moon"), "'own_sky' lacks moon"),
     ],
 )
 def test_train_and_test_need_the_same_classes(classes, message):
     write_coco()
     write_coco(folder="sea", classes=classes)
     cfg = coco_config(entries=[own(), own("sea", "own_sea")], test=("own_sea",))
-    with pytest.raises(ValueError, match=rf"'own_sky' and 'own_sea' differ \({message}\)"):
+    with pytest.raises(ValueError, match=f"'own_sky' and 'own_sea' differ: {message}. All .* List"):
         check(cfg)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
     check(cfg, training=False)
+
+
+def test_ids_of_a_test_set_are_of_one_kind():
+    """VIA writes those of images as strings: training would end at its first evaluation."""
+    write_coco()
+    write_coco(lambda c: [i.update(id=str(i["id"])) for i in c["images"]] and None, folder="sea")
+    cfg = coco_config(entries=[own(), own("sea", "own_sea")], test=("own_sea",))
+    with pytest.raises(ValueError, match="Data set 'own_sea'.* has the image_id 0, expected .*'0'"):
+        check(cfg)
+
+
+def test_classes_without_objects_are_named(caplog):
+    """Such as the supercategory that Roboflow lists first."""
+
+    def add_parent(content):
+        content["categories"].insert(0, {"id": 0, "name": "sky", "supercategory": "none"})
+        for category in content["categories"][1:]:
+            category["supercategory"] = "sky"
+
+    write_coco(add_parent)
+    cfg = coco_config(train=("own_sky",), test=())
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    check(cfg)
+    assert (
+        "1 of 3 classes have no objects: sky. 'sky' is the supercategory of others" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("images/1.jpg", "1.jpg"),
+        ("..\\upload\\1.jpg", "1.jpg"),
+        ("/data/local-files/?d=set%201/1.JPG", "1.jpg"),
+        ("1.jpg", "below/1.jpg"),
+        ("1.jpg", "1.JPEG"),
+    ],
+)
+def test_images_under_other_names_are_named(name, file):
+    write_coco(lambda content: content["images"][1].update(file_name=name))
+    Path("sky/images/below").mkdir()
+    Path("sky/images/1.jpg").rename(Path("sky/images", file))
+    with pytest.raises(FileNotFoundError) as error:
+        check(coco_config())
+    assert f"1 seem to be there: '{name}' as '{file}'. Write these" in str(error.value)
+
+
+def test_what_is_repaired_needs_an_entry_of_the_config():
+    """Detectron2 reads the file itself, where one's own code has registered it."""
+    write_coco(lambda content: b"\xef\xbb\xbf" + json.dumps(content).encode())
+    register_coco_instances("own_code", {}, "sky/labels.json", "sky/images")
+    with pytest.raises(ValueError, match="'own_code'.* only be used as repaired.*COCO_INSTANCES"):
+        check(coco_config(train=("own_code",), test=()))
+
+
+def test_the_repaired_file_is_what_the_file_is_by_then():
+    write_coco()
+    check(coco_config())
+    metadata = MetadataCatalog.get("own_sky")
+    assert metadata.json_file == str(Path("sky/labels.json").absolute())
+    for number in (7.0, 8.0):
+        write_coco(lambda content, number=number: content["images"][1].update(id=number))
+        assert metadata.json_file != str(Path("sky/labels.json").absolute())
+        found = [image["image_id"] for image in DatasetCatalog.get("own_sky")]
+        assert found == [0, 2, 3, number] and type(found[-1]) is int
 
 
 @pytest.mark.parametrize(("form", "channels"), [("L", 1), ("BGR", 3), ("YUV-BT.601", 3)])

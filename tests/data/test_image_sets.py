@@ -163,7 +163,7 @@ def test_imagenet_with_its_defaults(root):
         assert [Path(r["file_name"]).parent.name for r in found] == synsets
         assert [r["label"] for r in found] == list(range(1000))
     shutil.rmtree(root / "imagenet/val" / synsets[7])
-    with pytest.raises(ValueError, match=rf"'imagenet_val' differ \({synsets[7]}\)"):
+    with pytest.raises(ValueError, match=f"differ: 'imagenet_val' lacks {synsets[7]}"):
         check(cfg)
 
 
