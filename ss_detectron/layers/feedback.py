@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .registry import Registry
 
-__all__ = ["FEEDBACK_REGISTRY", "FEEDBACK_SCALES", "FeedbackRule", "Fans", "get_rule"]
+__all__ = ["FEEDBACK_REGISTRY", "FEEDBACK_SCALES", "FeedbackRule", "Fans", "get_rule", "seed_of"]
 
 
 class Fans(NamedTuple):
@@ -190,7 +190,7 @@ class FeedbackRule:
         and layer name on every rank: it comes from a generator of its own, on the CPU, that no
         other random state touches.
         """
-        generator = torch.Generator("cpu").manual_seed(_hash(f"{self.seed}/{self.layer_name}/0"))
+        generator = torch.Generator("cpu").manual_seed(seed_of(f"{self.seed}/{self.layer_name}/0"))
         drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
         bound = FEEDBACK_SCALES[self.scale].uniform_bound(fans)
         if bound is None:
@@ -212,14 +212,14 @@ class FeedbackRule:
         bound = FEEDBACK_SCALES[self.scale].uniform_bound(fans)
         table = _magnitude_table(self.seed, bound, tensor.device)
         for i, part in enumerate(_parts(tensor)):
-            place = _hash(f"{self.seed}/{self.layer_name}/{index}/{i}")
+            place = seed_of(f"{self.seed}/{self.layer_name}/{index}/{i}")
             start = place % (_TABLE_SIZE - part.numel() + 1)
             part.mul_(table[start : start + part.numel()].view(part.shape))
         return tensor
 
 
-def _hash(label: str) -> int:
-    """63 bits."""
+def seed_of(label: str) -> int:
+    """Return 63 bits of the label's hash: the same seed for the same label on every machine."""
     return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") >> 1
 
 
@@ -229,7 +229,7 @@ _TABLE_SIZE = 1 << 22
 @functools.lru_cache(maxsize=2)
 def _magnitude_table(seed: int, bound: float | None, device: torch.device) -> Tensor:
     """Absolute values of N(0, 1), or U(0, bound); float32, the same on every device."""
-    generator = torch.Generator("cpu").manual_seed(_hash(f"{seed}/table"))
+    generator = torch.Generator("cpu").manual_seed(seed_of(f"{seed}/table"))
     table = torch.empty(_TABLE_SIZE, dtype=torch.float32, device="cpu")
     if bound is None:
         table.normal_(generator=generator).abs_()

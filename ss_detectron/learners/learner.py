@@ -124,7 +124,9 @@ class Learner(nn.Module):
                 f"the checkpoint is of the learner {name!r}, and this one is {self.name!r}: go on "
                 f"with MODEL.LEARNER.NAME {name}, or begin another run from its weights"
             )
-        self._without_model().load_state_dict(state)
+        own = self._without_model()
+        own.load_state_dict(state)
+        self.__dict__.update({**own.__dict__, "_modules": self._modules})
 
     def _without_model(self) -> nn.Module:
         # Some layers change their state where a state dict does not mention it (FrozenBatchNorm2d).

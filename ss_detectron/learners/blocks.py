@@ -1,0 +1,229 @@
+"""What the learners share that pass no error from one block of a network to the one below."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_detectron.alignment import backpropagation_gradients
+
+from .learner import Learner
+
+__all__ = ["BlockLearner", "BlockPass"]
+
+
+@dataclass
+class BlockPass:
+    """A forward pass through the blocks, and what is to be passed backwards."""
+
+    args: tuple[Any, ...] = ()
+    """Of the model."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    inputs: list[Any] = field(default_factory=list)
+    """The first argument of each block."""
+    outputs: list[Tensor] = field(default_factory=list)
+    """Of each block, with its graph; the last is the logits."""
+    loss: Tensor = field(default_factory=Tensor)
+    """The scalar that :meth:`BlockLearner.backward` was given; its graph is needed by all roots."""
+    target: Tensor | None = None
+    """The labels, if they were given."""
+
+
+class BlockLearner(Learner):
+    """
+    Train each block of a network by a gradient at its own output that does not come from the
+    blocks above it.
+
+    In training, the outputs of all blocks but the last are cut from the graph; within a block, and
+    from the loss to the last one's input, it is that of backpropagation (or of the layers' feedback
+    rules). One call of autograd passes all gradients back.
+
+    A subclass says in :meth:`roots` what arrives at the outputs of the hidden blocks.
+
+    Args:
+        model: whose last block gives the logits, (N, classes), of which a loss is computed.
+        blocks: its blocks from the first to the last, each a module of the model, its name, or
+            several of them that run one after the other. By default what the model's own
+            ``learner_blocks()`` gives; in an ``nn.Sequential``, a block begins at each module that
+            has parameters of two or more dimensions, or at the ``nn.Flatten`` before it.
+
+    Raises:
+        ValueError: there are fewer than two blocks, something that learns is in none or in two of
+            them, or a name is no module's.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[Any] | None = None) -> None:
+        super().__init__(model)
+        names = dict(model.named_modules())
+        # In plain tuples, for they stay the model's modules and do not become the learner's.
+        self.blocks: tuple[tuple[nn.Module, ...], ...] = tuple(
+            _as_block(block, names)
+            for block in (_default_blocks(model) if blocks is None else blocks)
+        )
+        known = {module: name for name, module in names.items()}
+        self.block_names = tuple(known.get(block[0], "?") for block in self.blocks)
+        self._check_blocks()
+        self._trace: BlockPass | None = None
+
+    def _check_blocks(self) -> None:
+        what = type(self.model).__name__
+        if len(self.blocks) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs two blocks or more, and {what} has "
+                f"{len(self.blocks)}: pass blocks=[...], modules of the model or their names"
+            )
+        of: dict[nn.Module, str] = {}
+        for name, block in zip(self.block_names, self.blocks, strict=True):
+            for module in {part for top in block for part in top.modules()}:
+                if of.setdefault(module, name) != name:
+                    raise ValueError(
+                        f"{type(module).__name__} is in two blocks of {what}, {of[module]!r} and "
+                        f"{name!r}: blocks must not overlap"
+                    )
+        inside = {p for module in of for p in module.parameters(recurse=False)}
+        outside = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and p not in inside
+        ]
+        if outside:
+            raise ValueError(
+                f"{', '.join(outside[:3])}{' ...' if len(outside) > 3 else ''} of {what} is in no "
+                f"block and would not learn by {type(self).__name__}: add its module to a block, "
+                "or freeze it (requires_grad_(False))"
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Return what the model returns. In training, keep what the blocks took in and gave for
+        :meth:`backward`; in evaluation nothing is cut.
+        """
+        self._trace = None
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        trace = BlockPass(args, kwargs)
+        with self._watch(trace):
+            result = super().forward(*args, **kwargs)
+        if len(trace.outputs) < len(self.blocks):
+            raise ValueError(
+                f"the forward pass did not run the block {self.block_names[len(trace.outputs)]!r}"
+            )
+        self._trace = trace
+        return result
+
+    def backward(self, loss: Tensor, target: Tensor | None = None) -> None:
+        """
+        Add each block's gradients to the ``.grad`` of its parameters.
+
+        Args:
+            loss: a scalar, of the logits of the last forward pass; a gradient scaler or
+                accumulation may have scaled it.
+            target: the labels, (N,), for learners that need them.
+
+        Raises:
+            RuntimeError: there was no forward pass of the learner in training before it.
+        """
+        trace, self._trace = self._trace, None
+        if trace is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.backward needs a forward pass of the learner in training "
+                "before it: learner.train(); loss = loss_fn(learner(x), y)"
+            )
+        trace.loss, trace.target = loss, target
+        roots = [(tensor, g) for tensor, g in self.roots(trace) if tensor.requires_grad]
+        torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
+
+    def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
+        """
+        Return what is passed backwards, with the gradient that each begins with (None for a
+        scalar's 1), scaled as the loss is: the loss itself for the last block, and the outputs of
+        the others.
+
+        Args:
+            done: the forward pass.
+        """
+        raise NotImplementedError
+
+    def reference_gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """
+        Return backpropagation's gradients for the last batch, by a forward pass of its own, as the
+        learner's is cut into blocks. Dropout is drawn anew in it.
+        """
+        if self._trace is None:
+            raise RuntimeError("there was no forward pass of the learner in training")
+        (error,) = torch.autograd.grad(loss, self._trace.outputs[-1], retain_graph=True)
+        uncut = BlockPass()
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with (
+            torch.random.fork_rng([loss.device] if loss.is_cuda else []),
+            self._watch(uncut, False),
+        ):
+            self.model(*self._trace.args, **self._trace.kwargs)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        return backpropagation_gradients(self.model, (uncut.outputs[-1] * error).sum())
+
+    @contextmanager
+    def _watch(self, trace: BlockPass, cut: bool = True) -> Iterator[None]:
+        handles = []
+        for index, block in enumerate(self.blocks):
+            enter, leave = partial(self._enter, trace, index), partial(self._leave, trace, index)
+            handles.append(block[0].register_forward_pre_hook(enter))
+            handles.append(block[-1].register_forward_hook(partial(leave, cut)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(
+        self, trace: BlockPass, index: int, module: nn.Module, args: tuple[Any, ...]
+    ) -> None:
+        if not (len(trace.inputs) == len(trace.outputs) == index):
+            raise ValueError(
+                f"the blocks must run once each and in their order: {self.block_names[index]!r} "
+                f"ran after {len(trace.outputs)} of them"
+            )
+        trace.inputs.append(args[0] if args else None)
+
+    def _leave(
+        self, trace: BlockPass, index: int, cut: bool, module: nn.Module, args: Any, output: Any
+    ) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the block {self.block_names[index]!r} gives a {type(output).__name__}; "
+                f"{type(self).__name__} needs blocks that give one tensor"
+            )
+        trace.outputs.append(output)
+        return output.detach() if cut and index < len(self.blocks) - 1 else output
+
+
+def _as_block(block: Any, names: dict[str, nn.Module]) -> tuple[nn.Module, ...]:
+    parts: Sequence[Any] = [block] if isinstance(block, str | nn.Module) else block
+    for part in parts:
+        if isinstance(part, str) and part not in names:
+            raise ValueError(f"there is no module {part!r}; the model has {', '.join(names)}")
+    return tuple(names[part] if isinstance(part, str) else part for part in parts)
+
+
+def _default_blocks(model: nn.Module) -> list[Any]:
+    if hasattr(model, "learner_blocks"):
+        return list(model.learner_blocks())  # type: ignore[operator]
+    if not isinstance(model, nn.Sequential):
+        raise ValueError(
+            f"{type(model).__name__} does not say what its blocks are: pass blocks=[...], modules "
+            "of the model or their names, from the first to the last"
+        )
+    blocks: list[list[nn.Module]] = [[]]
+    complete = False
+    for module in model:
+        weighted = any(p.dim() >= 2 for p in module.parameters())
+        if complete and (weighted or isinstance(module, nn.Flatten)):
+            blocks.append([])
+            complete = False
+        complete = complete or weighted
+        blocks[-1].append(module)
+    return blocks

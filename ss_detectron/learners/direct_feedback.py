@@ -1,0 +1,111 @@
+"""Direct feedback alignment."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ss_detectron.layers.feedback import Fans, FeedbackAlignment
+
+from .blocks import BlockLearner, BlockPass
+from .learner import LEARNER_REGISTRY
+
+__all__ = ["DirectFeedbackAlignment"]
+
+_SCALES = "xavier", "kaiming"
+
+
+@LEARNER_REGISTRY.register
+class DirectFeedbackAlignment(BlockLearner):
+    """
+    Send the error at the logits to each hidden block directly, through a fixed random matrix
+    (Nøkland 2016, arXiv:1609.01596).
+
+    For logits a_L and a loss E, the gradient at the output h_l of a hidden block is B_l dE/da_L
+    instead of dE/dh_l; the last block's is backpropagation's. B_l is drawn from the seed and the
+    block's name alone, and so is in no checkpoint::
+
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.Tanh(), nn.Linear(256, 10))
+        learner = DirectFeedbackAlignment(model)
+        optimizer = torch.optim.Adam(learner.parameter_groups())
+        loss = F.cross_entropy(learner(x), y)
+        learner.backward(loss)
+        optimizer.step()
+        learner.step()
+
+    A block need be no single layer: a residual block learns by backpropagation within it.
+
+    Args:
+        model, blocks: see :class:`~ss_detectron.learners.BlockLearner`.
+        scale: of B_l as a layer from C classes to a block's H units. xavier: U(-sqrt(3) s,
+            sqrt(3) s), s = sqrt(2 / (C + H)); kaiming: U(-s, s), s = 1 / sqrt(C).
+        gain: multiplies the scale.
+        seed: of the draws.
+
+    Raises:
+        ValueError: the blocks do not fit the model, or there is no such scale.
+    """
+
+    name = "direct_feedback"
+    short_name = "dfa"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Iterable[Any] | None = None,
+        *,
+        scale: str = "xavier",
+        gain: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, blocks)
+        if scale not in _SCALES:
+            raise ValueError(
+                f"direct feedback's scale is {scale!r}; there is no weight between a block and the "
+                f"logits to take it from: choose one of {', '.join(_SCALES)}"
+            )
+        self._rules = [
+            FeedbackAlignment(scale, gain, seed, f"direct.{name}") for name in self.block_names[:-1]
+        ]
+        self._feedback: dict[int, Tensor] = {}
+
+    @classmethod
+    def from_config(cls, cfg: Any, model: nn.Module) -> "DirectFeedbackAlignment":
+        options = cfg.MODEL.FEEDBACK
+        return cls(model, scale=options.SCALE, gain=options.GAIN, seed=options.SEED)
+
+    def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
+        *hidden, logits = done.outputs
+        if logits.dim() != 2:
+            raise ValueError(
+                f"direct feedback starts at logits of shape (N, classes); the block "
+                f"{self.block_names[-1]!r} gives {tuple(logits.shape)}"
+            )
+        (error,) = torch.autograd.grad(done.loss, logits, retain_graph=True)
+        roots: list[tuple[Tensor, Tensor | None]] = [(done.loss, None)]
+        for index, h in enumerate(hidden):
+            gradient = error @ self.feedback(index, h, logits).t()
+            roots.append((h, gradient.to(h.dtype).view_as(h)))
+        return roots
+
+    def feedback(self, index: int, output: Tensor, logits: Tensor) -> Tensor:
+        """
+        Return B_l of a hidden block, (units, classes), of the logits' type.
+
+        Args:
+            index: of the block.
+            output: of it, (N, ...).
+            logits: (N, classes).
+        """
+        shape = output[0].numel(), logits.shape[1]
+        made = self._feedback.get(index)
+        if made is None or (made.shape, made.dtype, made.device) != (
+            shape,
+            logits.dtype,
+            logits.device,
+        ):
+            fans = Fans(fan_in=shape[1], fan_out=shape[0], is_linear=True)
+            made = self._rules[index].draw(logits.new_empty(shape), fans)
+            self._feedback[index] = made
+        return made
