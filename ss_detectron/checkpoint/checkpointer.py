@@ -14,7 +14,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
 from ss_detectron.layers import feedback_report
@@ -32,7 +31,14 @@ from .files import (
     last_checkpoint,
     read_checkpoint,
 )
-from .weights import check_torchvision_resnet, find_renaming, is_torchvision_resnet, rename_state
+from .weights import (
+    check_torchvision_resnet,
+    find_renaming,
+    find_unwrapping,
+    find_weights,
+    is_torchvision_resnet,
+    rename_state,
+)
 
 __all__ = ["FeedbackCheckpointer", "NotWrittenError"]
 
@@ -228,10 +234,11 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
     def _torch_load(self, filename: str) -> dict[str, Any]:
         try:
-            return read_checkpoint(filename)
+            content = read_checkpoint(filename)
         except NeedsPickleError as error:
             self._check_pickle(error.why)
-        return torch.load(filename, map_location="cpu", weights_only=False)
+            content = torch.load(filename, map_location="cpu", weights_only=False)
+        return find_weights(self._path, content)
 
     def _check_pickle(self, why: str = "") -> None:
         check_pickle(self._path, self.trusted_weights, why)
@@ -243,8 +250,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         model, saved = self.model.state_dict(), checkpoint["model"]
         self._convert_ndarray_to_tensor(saved)
-        if all(name.startswith("module.") for name in saved):
-            consume_prefix_in_state_dict_if_present(saved, "module.")
+        saved.pop("n_averaged", None)  # of torch's AveragedModel
+        unwrap = find_unwrapping(saved, model)
+        saved = rename_state(saved, unwrap)
         rename = find_renaming(saved, model)
         state = rename_state(saved, rename)
         by_heuristics = checkpoint.pop("matching_heuristics", False)
@@ -269,7 +277,8 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             self._check_shapes(state, model)
         if is_torchvision_resnet(saved):
             check_torchvision_resnet(self._path, self.model)
-        rules = {rename(name): rule for name, rule in checkpoint.get("feedback", {}).items()}
+        rules = checkpoint.get("feedback", {}).items()
+        rules = {rename(unwrap(name)): rule for name, rule in rules}
         self._compare_rules({n: rule for n, rule in rules.items() if not first_match(n, unwanted)})
 
         checkpoint["model"] = state

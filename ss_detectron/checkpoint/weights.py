@@ -1,25 +1,39 @@
-"""The names of weights: how those of a checkpoint become a model's."""
+"""The weights of anyone's checkpoint: where they are, and how their names become a model's."""
 
 import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock, DeformBottleneckBlock
 from torch import Tensor, nn
 
+from ss_detectron.utils.text import abbreviate
+
 __all__ = [
     "check_torchvision_resnet",
     "find_renaming",
+    "find_unwrapping",
+    "find_weights",
     "is_torchvision_resnet",
     "rename_state",
 ]
 
 logger = logging.getLogger(__name__)
 
+# Where trainers put a network's weights, Detectron2's first; averages where there are no others.
+_PLACES = ("model", "state_dict", "model_state_dict", "net", "network", "ema", "model_ema")
+# What DataParallel, torch.compile, FSDP and activation checkpointing put into names, anywhere ...
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# ... and what a trainer's own module calls its network, before all names.
+_ATTRIBUTES = {"model", "net", "network"}
+
+# Those of CIFAR-10's trainers call some parts otherwise.
 _TORCHVISION_RESNET = re.compile(
-    r"(conv1|bn1|fc|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.\w+"
+    r"(conv1|bn1|fc|linear|layer[1-4]\.\d+\.(conv[123]|bn[123]|(downsample|shortcut)\.[01]))\.\w+"
 )
 # What becomes of them in Detectron2's, one after the other.
 _TORCHVISION_TO_DETECTRON2 = (
@@ -27,14 +41,90 @@ _TORCHVISION_TO_DETECTRON2 = (
     (r"^bn1\b", "stem.conv1.norm"),
     (r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}"),
     (r"\.bn(\d)\b", r".conv\1.norm"),
-    (r"\.downsample\.0\b", ".shortcut"),
-    (r"\.downsample\.1\b", ".shortcut.norm"),
+    (r"\.(downsample|shortcut)\.0\b", ".shortcut"),
+    (r"\.(downsample|shortcut)\.1\b", ".shortcut.norm"),
 )
 # Of a pixel from 0 to 255, in RGB.
 _TORCHVISION_PIXELS = {
     "PIXEL_MEAN": [123.675, 116.28, 103.53],
     "PIXEL_STD": [58.395, 57.12, 57.375],
 }
+
+
+def find_weights(path: str, content: Any) -> dict[str, Any]:
+    """
+    Return a checkpoint with its weights as "model", as Detectron2's have them, whoever wrote it:
+    {"state_dict": ..., "epoch": ...}, {"net": ..., "acc": ...}, a state dict alone and the like.
+
+    Args:
+        path: for messages.
+        content: of the file.
+
+    Raises:
+        ValueError: no weights are found, or several networks'; names what is there.
+    """
+    place, state = _find_state(content)
+    if place == "model":
+        return {**content, "model": state}
+    if state is None:
+        held = (f"{key} ({type(value).__name__})" for key, value in content.items())
+        raise ValueError(
+            f"{path} has no weights of one network where they are looked for: it holds "
+            f"{abbreviate(held, 8)}. Save them alone: torch.save(model.state_dict(), 'weights.pth')"
+        )
+    if place:
+        others = abbreviate([str(key) for key in content if key != place.partition(".")[0]])
+        logger.info("%s: the weights are its %r; not read: %s.", path, place, others or "nothing")
+    return {"model": state}
+
+
+def _find_state(content: Any) -> tuple[str, Mapping[str, Any] | None]:
+    """The weights in a checkpoint's content, and the keys that lead there."""
+    if isinstance(content, nn.Module):  # of a file that is trusted to be unpickled
+        content = content.state_dict()
+    if not isinstance(content, Mapping) or not content:
+        return "", None
+    if _is_state(content):
+        return "", content
+    for key in _PLACES:
+        place, state = _find_state(content.get(key))
+        if state is not None:
+            return f"{key}.{place}".rstrip("."), state
+    states = [str(key) for key, value in content.items() if _is_state(value)]
+    return (states[0], content[states[0]]) if len(states) == 1 else ("", None)
+
+
+def _is_state(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(
+            isinstance(name, str)
+            and (isinstance(value, (Tensor, np.ndarray)) or name.endswith("_extra_state"))
+            for name, value in content.items()
+        )
+    )
+
+
+def find_unwrapping(names: Collection[str], model_names: Collection[str]) -> Callable[[str], str]:
+    """
+    Find what the names of a checkpoint's parameters and modules are without what wrappers have put
+    before and into them ("module.", "_orig_mod.") and a model does not have.
+    """
+    wrappers = _WRAPPERS.difference(*(name.split(".") for name in model_names))
+
+    def unwrapped(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in wrappers)
+
+    outer = ""
+    inner = {unwrapped(name) for name in names}
+    own = {name.partition(".")[0] for name in model_names}
+    while True:
+        first = {name.removeprefix(outer).partition(".")[0] for name in inner}
+        if len(first) != 1 or not first <= _ATTRIBUTES - own:
+            break
+        outer += f"{first.pop()}."
+    return lambda name: unwrapped(name).removeprefix(outer)
 
 
 def find_renaming(names: Collection[str], model_names: Collection[str]) -> Callable[[str], str]:
@@ -48,7 +138,7 @@ def find_renaming(names: Collection[str], model_names: Collection[str]) -> Calla
         resnet = stems[0].removesuffix("stem.conv1.weight")
 
         def from_torchvision(name: str) -> str:
-            if re.match(r"fc\b", name):
+            if re.match(r"(fc|linear)\b", name):
                 return name.replace("fc", "linear", 1)
             for pattern, replacement in _TORCHVISION_TO_DETECTRON2:
                 name = re.sub(pattern, replacement, name)

@@ -10,8 +10,10 @@ import torch
 import torchvision
 from core_utils import assert_same
 from detectron2.layers import FrozenBatchNorm2d
-from modeling_utils import classifier, detector, layers, resnet
+from detectron2.modeling import build_model
+from modeling_utils import classifier, detector, layers, load_config, resnet
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from ss_detectron import convert_feedback
@@ -114,7 +116,12 @@ def test_statistics_travel_between_kinds_of_batch_norm_and_are_not_made_up(norms
     assert "backbone.res2.0.conv1.norm.running_mean" in log()[-1]
 
 
-# From torchvision --------------------------------------------------------------------------------
+# From torchvision, and other trainers -------------------------------------------------------------
+
+
+def save_as(content, folder):
+    torch.save(content, folder / "saved.pth")
+    return folder / "saved.pth"
 
 
 def torchvision_resnet(depth, folder, wrap=lambda model: model):
@@ -144,6 +151,90 @@ def test_the_detector_computes_torchvisions_features_saved_from_data_parallel(tm
     with torch.no_grad():
         expected = create_feature_extractor(stock, layers_of)(image)
         torch.testing.assert_close(model.backbone.bottom_up(image), expected)
+
+
+def small():
+    return with_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)))
+
+
+def within(prefix, net):
+    return {prefix + name: value for name, value in net.state_dict().items()}
+
+
+WAYS = {  # what a trainer saves, of a network
+    "imagenet": lambda net: {
+        "epoch": 3,
+        "arch": "resnet18",
+        "state_dict": nn.DataParallel(net).state_dict(),
+        "best_acc1": torch.tensor(7.0),
+        "optimizer": torch.optim.SGD(net.parameters(), 0.1).state_dict(),
+    },
+    "cifar": lambda net: {"net": net.state_dict(), "acc": 95.1, "epoch": 3},
+    "references": lambda net: {
+        "model": net.state_dict(),
+        "model_ema": AveragedModel(small()).state_dict(),
+        "epoch": 3,
+    },
+    "average": lambda net: {"model": None, "ema": AveragedModel(net).state_dict()},
+    "average-within": lambda net: {"ema": {"module": net.state_dict(), "updates": 4}},
+    "compiled": lambda net: {"model_state_dict": within("module._orig_mod.", net), "loss": 0.1},
+    "lightning": lambda net: {"state_dict": within("model.net.", net), "callbacks": {}},
+    "fsdp": lambda net: within("_fsdp_wrapped_module.", net),
+    "own-word": lambda net: {"student": net.state_dict(), "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_other_trainers_save_is_unwrapped(way, tmp_path, log):
+    net = small()
+    for value in net.buffers():
+        value.add_(1)
+    assert_same(tensors(load(small(), save_as(WAYS[way](net), tmp_path))), tensors(net))
+    assert not log()
+
+
+def test_a_backbone_of_pytorchs_imagenet_example_finds_its_place(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    net, path = torchvision_resnet(18, tmp_path)
+    save_as(WAYS["imagenet"](net), tmp_path)
+    for build in (classifier, detector):
+        from_alone, found = (
+            load(build("bp", *R18), file).backbone for file in (path, tmp_path / "saved.pth")
+        )
+        resnets = (getattr(backbone, "bottom_up", backbone) for backbone in (found, from_alone))
+        assert_same(*map(tensors, resnets))
+    assert "the weights are its 'state_dict'; not read: epoch, arch, best_acc1, ..." in caplog.text
+
+
+def test_cifars_resnet_of_other_trainers_computes_the_same_logits(tmp_path):
+    stock = with_statistics(torchvision.models.resnet18(num_classes=10))
+    stock.conv1, stock.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    state = {
+        re.sub("^fc", "linear", name.replace("downsample", "shortcut")): value
+        for name, value in stock.state_dict().items()
+    }
+    path = save_as({"net": state, "acc": 95.1}, tmp_path)
+    keys = "MODEL.BACKBONE.NAME", "build_cifar_resnet_backbone", "MODEL.RESNETS.DEPTH", 18
+    keys += "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 10
+    model = load(build_model(load_config("imagenet_resnet18_ss.yaml", *keys)), path).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32))
+    with torch.no_grad():
+        expected = stock.eval()((images - model.pixel_mean) / model.pixel_std)
+        torch.testing.assert_close(model.logits(images), expected)
+
+
+@pytest.mark.parametrize(
+    "content, held",
+    [
+        ({"netG": {"a.b": torch.ones(1)}, "netD": {"a.b": torch.ones(1)}}, r"netG \(dict\), netD"),
+        ({"epoch": 3, "optimizer": {"state": {}, "param_groups": []}}, r"epoch \(int\), optimizer"),
+        ({"state_dict": {"a.b": "text"}, "epoch": 3}, r"state_dict \(dict\), epoch \(int\)"),
+    ],
+)
+def test_what_cannot_be_unwrapped_is_refused_by_what_it_holds(content, held, tmp_path):
+    message = rf"saved.pth has no weights of one network .* it holds {held}.*Save them alone: torch"
+    with pytest.raises(ValueError, match=message):
+        load(classifier(), save_as(content, tmp_path))
 
 
 @pytest.mark.parametrize("blue, warned", [(103.53, False), (103.5, False), (123.675, True)])
