@@ -2,17 +2,49 @@
 
 import logging
 import os
+import re
+from collections.abc import Iterable
+from functools import cache
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
-from torchvision.datasets.folder import find_classes, is_image_file, make_dataset
+from PIL import Image
+from torchvision.datasets.folder import find_classes, make_dataset
 
 from ss_detectron.utils.text import abbreviate
 
 from .catalog import datasets_root, new_entries, where_to_put
+
+# Of the formats that Pillow reads, those of pictures; HEIF where a plug-in of one's own reads it.
+FORMATS = {"AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA"}
+FORMATS |= {"TIFF", "WEBP"}
+# What macOS, Jupyter and storage devices put between one's files.
+_HIDDEN = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir)(/|$))")
+
+
+@cache
+def _extensions() -> tuple[str, ...]:
+    return tuple(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def is_image(name: str) -> bool:
+    """Say whether a path is that of an image by its name, and of no hidden file or folder."""
+    return name.lower().endswith(_extensions()) and not _HIDDEN.search(name)
+
+
+def _find_classes(folder: str) -> list[str]:
+    classes = [name for name in find_classes(folder)[0] if not _HIDDEN.search(name)]
+    if not classes:
+        raise FileNotFoundError(f"Couldn't find any class folder in {folder}.")
+    return classes
+
+
+def _remark(unused: Iterable[str]) -> str:
+    heic = any(name.lower().endswith((".heic", ".heif")) for name in unused)
+    return " HEIC photographs are not read: convert them to JPEG." * heic
 
 
 class FolderMetadata(Metadata):
@@ -29,7 +61,7 @@ class FolderMetadata(Metadata):
     @property
     def thing_classes(self) -> list[str]:
         """The names of the class folders, sorted: a class's index is its label."""
-        return find_classes(self.image_root)[0]
+        return _find_classes(self.image_root)
 
     def prepare(self, cfg: CfgNode) -> None:
         """Check that there is a folder of images for every class; else raise an OSError."""
@@ -41,39 +73,46 @@ class FolderMetadata(Metadata):
                 f"{where}'{self.image_root}' has to hold one folder of images per class, whose "
                 f"name is that of the class: {error}. {where_to_put()}"
             ) from error
-        empty = [name for name in classes if not _holds_image(os.path.join(self.image_root, name))]
-        if empty:
+        folders = {name: os.path.join(self.image_root, name) for name in classes}
+        if empty := {name: of for name, of in folders.items() if not _holds_image(of)}:
             raise FileNotFoundError(
                 f"{where}in '{self.image_root}', {len(empty)} of {len(classes)} class folders hold "
                 f"no image ({abbreviate(empty)}). Put images there, or remove the folders."
+                + _remark(file for folder in empty.values() for file in os.listdir(folder))
             )
 
 
 def _holds_image(folder: str) -> bool:
-    walk = os.walk(folder, followlinks=True)
-    return any(is_image_file(file) for _, _, files in walk for file in files)  # up to the first
+    walk = os.walk(folder, followlinks=True)  # up to the first
+    found = (os.path.join(of, file) for of, _, files in walk for file in files)
+    return any(is_image(file[len(folder) :]) for file in found)
 
 
 def load_image_folder(folder: str) -> list[dict]:
     """List the dataset dicts of a folder of class folders, as torchvision's ImageFolder does.
 
-    Files in class folders that are no images by their names, and images in none, are counted in
-    the log.
+    What is not used is counted in the log: what :func:`is_image` takes for no image in class
+    folders, images in none, and hidden folders.
     """
     with os.scandir(folder) as entries:
-        unused = [entry.name for entry in entries if is_image_file(entry.name) and entry.is_file()]
+        unused = [
+            entry.name
+            for entry in entries
+            if (is_image(entry.name) and entry.is_file()) or _HIDDEN.search(entry.name)
+        ]
 
-    def is_image(file: str) -> bool:
-        found = is_image_file(file)
-        if not found:
-            unused.append(os.path.relpath(file, folder))
+    def is_used(file: str) -> bool:
+        name = file[len(folder) + 1 :]
+        if not (found := is_image(name)):
+            unused.append(name)
         return found
 
-    files = make_dataset(folder, find_classes(folder)[1], is_valid_file=is_image)
+    classes = {name: label for label, name in enumerate(_find_classes(folder))}
+    files = make_dataset(folder, classes, is_valid_file=is_used)
     if unused and comm.is_main_process():
         message = (
-            f"'{folder}': {len(unused)} files are not used, as they are no images by their names "
-            f"or in no class folder: {abbreviate(unused)}."
+            f"'{folder}': {len(unused)} files are not used, as they are no images by their names, "
+            f"hidden or in no class folder: {abbreviate(unused)}.{_remark(unused)}"
         )
         log_first_n(logging.WARNING, message, key="message", name=__name__)
     return [{"file_name": f, "image_id": i, "label": label} for i, (f, label) in enumerate(files)]

@@ -1,6 +1,8 @@
 """From an image file to the tensor that a classifier takes."""
 
+import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -11,7 +13,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from detectron2.utils.logger import log_first_n
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import v2
 
 from ss_detectron.config import choose
@@ -42,7 +45,14 @@ def reading(name: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise errors of all kinds
+        if isinstance(error, UnidentifiedImageError) and _is_heic(name):
+            error = ValueError("it is HEIC, as telephones store photographs: convert it to JPEG")
         raise UnreadableImageError(f"'{name}' cannot be read as an image: {error}") from error
+
+
+def _is_heic(name: str) -> bool:
+    with PathManager.open(name, "rb") as file:
+        return re.match(rb"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.DOTALL) is not None
 
 
 def open_image(record: dict[str, Any]) -> Image.Image:
@@ -65,8 +75,9 @@ def decode(image: Image.Image) -> Image.Image:
     """Decode an image of :func:`open_image` as 8-bit RGB; return itself where it is that already.
 
     Grey becomes three equal channels; of transparency the colour below is kept; CMYK and palettes
-    become the colours they stand for; of 16-bit values the upper 8 bits are kept. As in
-    torchvision, the orientation in a photograph's EXIF is not followed.
+    become the colours they stand for; of 16-bit values the upper 8 bits are kept, of grey ones
+    whose largest value has at most 8, 10 or 12 bits the upper 8 of these. As in torchvision, the
+    orientation in a photograph's EXIF is not followed.
     """
     with reading(image.filename):
         image.load()
@@ -75,8 +86,16 @@ def decode(image: Image.Image) -> Image.Image:
             values = np.asarray(image)
             if values.min() < 0 or values.max() > 0xFFFF:
                 raise ValueError(f"values {values.min()} to {values.max()}, 16 bits are taken")
+            # What cameras and scanners store in 16 bits, often without saying of how many it is.
+            bits = next(bits for bits in (8, 10, 12, 16) if values.max() < 1 << bits)
+            if bits < 16:
+                message = (
+                    f"Grey images of 16 bits whose values stay below {1 << bits} are taken as of "
+                    f"{bits} bits: convert all to 8 bits where one may be darker than others."
+                )
+                log_first_n(logging.INFO, message, key="message", name=__name__)
             # Of 16-bit colours, Pillow keeps the same bits; of grey, it would clip the values.
-            image = Image.fromarray((values >> 8).astype(np.uint8))
+            image = Image.fromarray((values >> bits - 8).astype(np.uint8))
         elif image.mode == "F":
             raise ValueError("floats, which do not say what is white")
         return image if image.mode == "RGB" else image.convert("RGB")

@@ -19,18 +19,18 @@ from detectron2.structures import Instances
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torchvision.datasets.folder import is_image_file
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
 from ss_detectron.config import find_config
 from ss_detectron.data import (
     ClassificationMapper,
     UnreadableImageError,
+    read_image,
     register_coco_from_config,
     register_image_folders_from_config,
 )
 from ss_detectron.data.catalog import check_registered
-from ss_detectron.data.images import reading
+from ss_detectron.data.folders import is_image
 from ss_detectron.layers import feedback_report
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import ImageClassifier
@@ -284,7 +284,7 @@ def find_files(words: Iterable[str]) -> list[Path]:
     for word in words:
         path = Path(word).expanduser()
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if is_image_file(file.name))
+            files = sorted(file for file in path.iterdir() if is_image(file.name))
         else:
             files = sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))))
             files = [path] if path.is_file() else files  # its name may look like a pattern
@@ -316,13 +316,13 @@ def output_paths(files: Sequence[Path], folder: Path, suffix: str = ".png") -> l
 def read_picture(path: str | Path) -> np.ndarray:
     """
     Reads an image file as Detectron2 does for evaluation: turned as its EXIF says, and converted to
-    (H, W, 3) uint8 RGB.
+    (H, W, 3) uint8 RGB; 16-bit grey as :func:`~ss_detectron.data.images.decode` has it.
 
     Raises:
         UnreadableImageError: naming the file and what is wrong with it.
     """
-    with reading(str(path)):
-        return detection_utils.read_image(str(path), format="RGB")
+    image = read_image({"file_name": str(path)})
+    return np.asarray(detection_utils._apply_exif_orientation(image))
 
 
 def draw_video(source: Path, target: Path, draw: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -114,7 +114,9 @@ def dangle(file: Path) -> None:
 
 VALUES = np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH)
 SIXTEEN_BITS = encoded("png", Image.fromarray(VALUES * 20))
+TWELVE_BITS = encoded("png", Image.fromarray(VALUES))
 FLOATS = encoded("tiff", Image.fromarray(VALUES.astype(np.float32)))
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"  # as it begins
 PALETTE = encoded("png", picture().convert("P"), transparency=bytes(range(256)))
 # Name, what is done to the file, what is said about it.
 UNREADABLE = [
@@ -125,6 +127,7 @@ UNREADABLE = [
     ("empty file", write(b""), "cannot identify"),
     ("text named as an image", write(b"no image"), "cannot identify"),
     ("floating-point values", write(FLOATS), "mode is F|floats"),
+    ("HEIC under another name", write(HEIC), "it is HEIC, .*convert it to JPEG"),
     ("link that leads nowhere", dangle, "No such file"),
 ]
 READABLE = [
@@ -313,7 +316,11 @@ DETECTION_IMAGES = [
     ),
     unreadable("16-bit values", on_file(write(SIXTEEN_BITS)), "mode is I"),
     unreadable("another size than the annotation's", on_image(width=60), r"got \(64, 48\)"),
-    unreadable("orientation in EXIF, size as stored", on_file(CLOCKWISE), r"got \(48, 64\)"),
+    unreadable(
+        "orientation in EXIF, size as stored",
+        on_file(CLOCKWISE),
+        r"got \(48, 64\).*Its EXIF says that it is turned",
+    ),
     *(used(name, on_file(change)) for name, change in READABLE),
     used("non-ASCII name", renamed("Käse 猫 \u202e.jpg")),
     used("name with a subfolder", renamed("a/b.jpg")),
@@ -557,6 +564,29 @@ def as_bytes(folder: Path) -> None:
     (folder / "cat" / "1.jpg").rename(folder / "cat" / NOT_UTF8)
 
 
+def saved_as(ending: str) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        (folder / "cat" / "1.jpg").unlink()
+        picture().save(folder / "cat" / f"1{ending}")
+
+    return save
+
+
+OTHER_ENDINGS = [".gif", ".avif", ".jp2", ".jfif"]
+
+
+def of_macos(folder: Path) -> None:
+    """Its archives, and what Jupyter leaves where it shows a picture."""
+    for name in ("__MACOSX/cat/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "cat/._0.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7")
+
+
+def photographs(folder: Path) -> None:
+    for file in (folder / "cat").iterdir():
+        file.rename(file.with_suffix(".HEIC"))
+
+
 def emptied(folder: Path) -> None:
     for file in (folder / "cat").iterdir():
         file.unlink()
@@ -574,6 +604,8 @@ CLASSIFICATION = [
     *(unreadable(name, at_file(change), message) for name, change, message in UNREADABLE),
     *(used(name, at_file(change)) for name, change in READABLE),
     used("16-bit values", at_file(write(SIXTEEN_BITS))),
+    used("16-bit values of 12 bits", at_file(write(TWELVE_BITS))),
+    *(used(f"{end} file", saved_as(end), FIVE | {f"cat/1{end}"}) for end in OTHER_ENDINGS),
     used("orientation in EXIF", at_file(CLOCKWISE)),
     used("non-ASCII name", as_file("cat/Käse 猫.jpg"), FIVE | {"cat/Käse 猫.jpg"}),
     used("name not in UTF-8", as_bytes, FIVE | {f"cat/{NOT_UTF8}"}),
@@ -581,8 +613,13 @@ CLASSIFICATION = [
     left_out(
         "file that is no image by its name",
         as_file("cat/1.heic"),
-        "1 files are not used, .*: cat/1.heic",
+        "1 files are not used, .*: cat/1.heic. HEIC photographs are not read: convert",
         FIVE,
+    ),
+    left_out(
+        "hidden files and folders, __MACOSX",
+        of_macos,
+        "3 files are not used, .*hidden.*(__MACOSX|.ipynb_checkpoints), cat/._0.jpg",
     ),
     left_out(
         "image outside the class folders",
@@ -591,6 +628,7 @@ CLASSIFICATION = [
         FIVE,
     ),
     stops("class folder without images", emptied, r"1 of 2 class folders hold no image \(cat\)"),
+    stops("class folder of HEIC alone", photographs, r"no image \(cat\)\. .* HEIC photographs are"),
     stops("no class folders", no_classes, "has to hold one folder .* any class folder"),
     stops("missing folder", shutil.rmtree, "has to hold one folder .* No such file"),
 ]

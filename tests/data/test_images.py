@@ -72,6 +72,14 @@ def with_alpha(mode):
         ("a.png", GREY, RAMP, {"transparency": 9}),
         ("a.png a.tif", Image.fromarray(RAMP % 3 == 0), 255 * (RAMP % 3 == 0), {}),
         ("a.png a.tif a.pgm", Image.fromarray(SIXTEEN), RAMP, {}),  # scaled, not clipped
+        ("a.png a.tif a.pgm", Image.fromarray(RAMP.astype(np.uint16) << 4), RAMP, {}),  # 12 bits
+        (
+            "a.png a.tif a.pgm",
+            Image.fromarray((RAMP.astype(np.uint16) << 2) + np.uint16(3)),
+            RAMP,
+            {},
+        ),
+        ("a.png a.tif a.pgm", Image.fromarray(RAMP.astype(np.uint16)), RAMP, {}),
         ("a.png a.tif a.pgm", Image.fromarray(SIXTEEN + np.uint16(255)), RAMP, {}),
         ("a.tif", Image.frombytes("I;16B", (16, 16), SIXTEEN.astype(">u2").tobytes()), RAMP, {}),
         ("a.png", with_alpha("RGBA"), COLOURS, {}),

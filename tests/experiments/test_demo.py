@@ -238,6 +238,9 @@ def test_a_picture_is_turned_and_converted_to_rgb(tmp_path):
     np.testing.assert_array_equal(
         read_picture(tmp_path / "Größe.png"), np.rot90(picture()[:60], -1)
     )
+    grey = picture()[..., 0]
+    Image.fromarray(grey.astype(np.uint16) << 4).save(tmp_path / "12 bits.png")
+    np.testing.assert_array_equal(read_picture(tmp_path / "12 bits.png")[..., 2], grey)
 
 
 # Files -------------------------------------------------------------------------------------------
