@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from .functional import (
     asymmetric_conv_transpose2d,
     asymmetric_conv_transpose3d,
     asymmetric_linear,
+    is_recording,
 )
 
 __all__ = [
@@ -115,6 +116,9 @@ class AsymmetricLayer(nn.Module):
             state = rule.initial_state(self.weight.detach(), self.fans())
         self.drop_state()
         self.rule = rule
+        # torch.fx, asked whether to look into a layer, takes those of torch.nn as they are: so a
+        # traced model (torchvision's create_feature_extractor) keeps the layer and its rule.
+        self.__module__ = "torch.nn"
         if rule.counts_updates:
             # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
             self.feedback_updates = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -144,7 +148,8 @@ class AsymmetricLayer(nn.Module):
     @torch.no_grad()
     def current_feedback(self) -> Tensor:
         """Return B as a backward pass would use it now, of the weight's shape."""
-        return self._feedback(self.weight).detach()
+        arguments = self.feedback_arguments()
+        return cast(Tensor, arguments["feedback"](self.weight, arguments["state"]).detach())
 
     def fans(self) -> Fans:
         """Return the layer's fan-in and fan-out, for the scales that depend on the shape alone."""
@@ -170,12 +175,19 @@ class AsymmetricLayer(nn.Module):
 
     def feedback_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that make an asymmetric operation use this layer's rule."""
+        if self.training and is_recording():
+            _warn_of_recording()
         state = self.feedback_updates if self.rule.counts_updates else self.feedback_state
-        return {"feedback": self._feedback, "state": state}
+        feedback: Any = self._feedback
+        if not torch.compiler.is_compiling():  # which may know no partial functions
+            feedback = functools.partial(feedback, forward_rule=self.rule)
+        return {"feedback": feedback, "state": state}
 
-    def _feedback(self, weight: Tensor, state: Tensor | None = None) -> Tensor:
-        # Called in backward: what counts is the rule in force then, with its state. A compiler has
-        # to be shown the state it is to use, which is that of the forward pass.
+    def _feedback(
+        self, weight: Tensor, state: Tensor | None, forward_rule: FeedbackRule | None = None
+    ) -> Tensor:
+        # Called in backward: what counts is the rule in force then. If that has not changed, its
+        # state is what the forward pass met (torch.func.functional_call brings one of its own).
         if not isinstance(self, AsymmetricLayer) or self.bypass_feedback:
             return weight
         rule, fans = self.rule, self.fans()
@@ -186,7 +198,8 @@ class AsymmetricLayer(nn.Module):
                 return cast(Tensor, made)
             return rule.feedback(weight, state, fans)
         if not rule.counts_updates:
-            return rule.feedback(weight, self.feedback_state, fans)
+            state = state if rule is forward_rule else self.feedback_state
+            return rule.feedback(weight, state, fans)
         updates = int(self.feedback_updates)
         self._backward_passes += 1
         if self._backward_passes == _PATIENCE and not updates:
@@ -229,6 +242,17 @@ class AsymmetricLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule.name}"
 
+    def _refuse_by_type(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            f"torch.jit.script and torch.ao.quantization do not know {type(self).__name__}: give "
+            "them a stock model, convert_feedback(copy.deepcopy(model), 'backpropagation')"
+        )
+
+    # torch.ao.quantization sets a module's qconfig, and then passes over types that it does not
+    # know. (A stock copy returned to torch.jit.script would stay in the model that is scripted.)
+    qconfig = property(fset=_refuse_by_type)
+    __prepare_scriptable__ = _refuse_by_type
+
 
 @functools.cache
 def _warn_of_no_updates(rule: str) -> None:
@@ -238,6 +262,14 @@ def _warn_of_no_updates(rule: str) -> None:
         "optimiser.",
         rule,
         _PATIENCE,
+    )
+
+
+@functools.cache
+def _warn_of_recording() -> None:
+    logger.warning(
+        "A model in training mode is being recorded (torch.export, torch.jit.trace): the program "
+        "holds stock operations, and if it is trained, it learns by backpropagation."
     )
 
 

@@ -165,7 +165,7 @@ def _restore(layer: nn.Module) -> None:
         return
     layer.drop_state()
     stock_class = layer.stock_class
-    for name in ("rule", "stock_class", "bypass_feedback"):
+    for name in ("rule", "stock_class", "bypass_feedback", "__module__"):
         layer.__dict__.pop(name, None)
     layer.__class__ = stock_class  # type: ignore[assignment]
 

@@ -14,6 +14,9 @@ which weight the backward pass is given, so there are two ways to the same gradi
 * an autograd Function with B in the weight's place: for linear layers, and wherever the exchange
   cannot be (in a graph being compiled, under hooks that others have for saved tensors).
 
+Where no backward pass can come, and in a program being recorded for stock tools (torch.export,
+torch.jit.trace, ONNX, fvcore's counting of operations), the operation is the stock one alone.
+
 ``feedback`` says what B is. It is either a tensor of the weight's shape, or a callable
 ``feedback(weight, state) -> B`` that the *backward* pass calls, so that the rule in force then
 decides, whatever it was in the forward pass (a compiled graph keeps the rule it was compiled
@@ -86,7 +89,7 @@ def _conv(dims: int) -> Callable[..., Tensor]:
 
         Raises:
             ValueError: B or ``padding`` does not fit.
-            RuntimeError: a second derivative is asked for.
+            RuntimeError: a second or forward-mode derivative, or one of torch.func, is asked for.
         """
         function, state = _feedback_source(feedback, state, weight)
         stride, dilation = numbers(stride), numbers(dilation)
@@ -130,7 +133,7 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
 
         Raises:
             ValueError: B does not fit.
-            RuntimeError: a second derivative is asked for.
+            RuntimeError: a second or forward-mode derivative, or one of torch.func, is asked for.
         """
         function, state = _feedback_source(feedback, state, weight)
         stride, padding, dilation = numbers(stride), numbers(padding), numbers(dilation)
@@ -170,11 +173,56 @@ def asymmetric_linear(
 
     Raises:
         ValueError: B does not fit.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second or forward-mode derivative, or one of torch.func, is asked for.
     """
     function, state = _feedback_source(feedback, state, weight)
+    if _stock_serves(input, weight, bias):
+        return F.linear(input, weight, bias)
     dtype = _autocast_dtype(input)
     return cast(Tensor, _AsymmetricLinear.apply(input, weight, bias, state, function, dtype))
+
+
+# Not in every torch; where it is not, a program is recorded as a graph is compiled.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+
+def is_recording() -> bool:
+    """Whether a program is being recorded for stock tools, which know no rule."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or _is_exporting()
+
+
+def _stock_serves(*tensors: Tensor | None) -> bool:
+    """Whether the stock operation is enough: for a recorded program, or without a backward pass."""
+    if is_recording():
+        return True
+    given = [t for t in tensors if t is not None]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if not torch.compiler.is_compiling() and _other_derivative_wanted(given):
+        raise RuntimeError(
+            "asymmetric feedback works in .backward() and torch.autograd.grad, not in torch.func "
+            "or in forward-mode derivatives. Where no gradient is wanted, use torch.no_grad(); "
+            "else convert the model back first: convert_feedback(model, 'backpropagation')."
+        )
+    return not wanted
+
+
+def _other_derivative_wanted(tensors: list[Tensor]) -> bool:
+    """Whether one is wanted in forward mode, or within transforms of torch.func."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if forward_ad._current_level >= 0:
+        unpack: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual
+        return transformed or any(unpack(t).tangent is not None for t in tensors)
+    if not (transformed and torch.is_grad_enabled()):
+        return False
+    functorch = torch._C._functorch
+    while True:  # a batch of tensors does not require a gradient itself, though they may
+        if any(t.requires_grad for t in tensors):
+            return True
+        wrapped = [t for t in tensors if functorch.is_functorch_wrapped_tensor(t)]
+        if not wrapped:
+            return False
+        tensors = [functorch.get_unwrapped(t) for t in wrapped]
 
 
 def _given(weight: Tensor, state: Tensor | None) -> Tensor:
@@ -237,6 +285,8 @@ def _convolve(
     options: Options,
 ) -> Tensor:
     """Either way; ``options`` as ``aten.convolution_backward`` takes them."""
+    if _stock_serves(input, weight, bias):
+        return _stock_convolution(dims, input, weight, bias, options)
     if input.dim() == dims + 1:  # unbatched, as torch itself does it
         batch = input.unsqueeze(0)
         return _convolve(dims, batch, weight, bias, feedback, state, options).squeeze(0)
@@ -312,9 +362,6 @@ def _exchangeable(input: Tensor) -> bool:
         # Checkpointing and offloading of activations: a saved tensor takes one pair of hooks.
         and _hooks_of_others is not None
         and _hooks_of_others(False) is None
-        # Derivatives other than those of a backward pass, which the Function refuses.
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
     )
 
 
