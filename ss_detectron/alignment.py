@@ -137,7 +137,9 @@ def gradient_angles(model: nn.Module, reference: dict[str, Tensor]) -> GradientA
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for row in feedback_report(model):
         layer = model.get_submodule(row.name)
-        if isinstance(getattr(layer, "weight", None), nn.Parameter):
+        if isinstance(layer, AsymmetricLayer) or isinstance(
+            getattr(layer, "weight", None), nn.Parameter
+        ):
             yield row.name, layer
 
 

@@ -11,6 +11,7 @@ from .asymmetric import (
     AsymmetricLinear,
     register_layer,
 )
+from .attention import AsymmetricMultiheadAttention
 from .convert import (
     advance_feedback,
     backpropagation,
@@ -49,6 +50,7 @@ __all__ = [
     "AsymmetricConvTranspose3d",
     "AsymmetricLayer",
     "AsymmetricLinear",
+    "AsymmetricMultiheadAttention",
     "Fans",
     "FeedbackReport",
     "FeedbackRow",

@@ -104,6 +104,20 @@ class AsymmetricLayer(nn.Module):
         """Return why a stock layer of the registered type cannot be converted, or None."""
         return None
 
+    @staticmethod
+    def weight_names(layer: nn.Module) -> tuple[str, ...]:
+        """
+        Return the names of the parameters that are the weight of a layer, stock or asymmetric.
+        Several stand side by side in it, as columns.
+        """
+        return ("weight",)
+
+    @classmethod
+    def weight_of(cls, layer: nn.Module) -> Tensor:
+        """Return a layer's weight, which a rule has the feedback for."""
+        weights = [cast(Tensor, getattr(layer, name)) for name in cls.weight_names(layer)]
+        return weights[0] if len(weights) == 1 else torch.cat(weights, 1)
+
     def set_rule(self, rule: FeedbackRule, state: Tensor | None = None) -> None:
         """
         Make ``rule`` this layer's, and its state.
@@ -126,8 +140,8 @@ class AsymmetricLayer(nn.Module):
         if state is None or rule.state_name is None:
             return
         if rule.learned:
-            parameter = nn.Parameter(state, requires_grad=self.weight.requires_grad)
-            self.register_parameter(rule.state_name, parameter)
+            learns = any(getattr(self, name).requires_grad for name in self.weight_names(self))
+            self.register_parameter(rule.state_name, nn.Parameter(state, requires_grad=learns))
         else:
             self.register_buffer(rule.state_name, state)
 
@@ -216,7 +230,7 @@ class AsymmetricLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         _, _, missing_keys, unexpected_keys, _ = args
-        brings_weight = prefix + "weight" in state_dict
+        brings_weight = all(prefix + name in state_dict for name in self.weight_names(self))
         if self.rule.counts_updates:
             updates = prefix + _UPDATES
             if updates in unexpected_keys:
@@ -520,8 +534,6 @@ def obstacle(layer: nn.Module) -> str | None:
     kind = type(layer)
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance"
-    if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "nn.MultiheadAttention uses its weight without calling it"
     form = asymmetric_form(kind)
     if form is None:
         known = next((stock for stock in _FORMS if isinstance(layer, stock)), None)
@@ -531,8 +543,9 @@ def obstacle(layer: nn.Module) -> str | None:
             f"{kind.__name__}, a subclass of {known.__name__} that may compute otherwise; if it "
             "does not: register_layer"
         )
-    if "weight" not in layer._parameters:
+    names = form.weight_names(layer)
+    if any(name not in layer._parameters for name in names):
         return "its weight is computed, not a parameter (weight_norm, spectral_norm)"
-    if cast(Tensor, layer.weight).is_complex():
+    if any(layer.get_parameter(name).is_complex() for name in names):
         return "its weight is complex"
     return form.obstacle(layer)

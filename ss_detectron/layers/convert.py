@@ -148,8 +148,9 @@ class _Change(NamedTuple):
 
 def _conversion(layer: nn.Module, rule: FeedbackRule) -> _Change:
     form = type(layer) if isinstance(layer, AsymmetricLayer) else asymmetric_form(type(layer))
-    fans = form.fans(layer)  # type: ignore[union-attr, arg-type]
-    return _Change(layer, rule, rule.initial_state(layer.weight.detach(), fans))  # type: ignore[operator]
+    assert form is not None
+    weight = form.weight_of(layer).detach()
+    return _Change(layer, rule, rule.initial_state(weight, form.fans(layer)))  # type: ignore[arg-type]
 
 
 def _check_restorable(layer: nn.Module) -> None:

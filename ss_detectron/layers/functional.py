@@ -158,6 +158,7 @@ def asymmetric_linear(
     *,
     feedback: Feedback,
     state: Tensor | None = None,
+    part: tuple[slice, ...] | None = None,
 ) -> Tensor:
     """
     :func:`torch.nn.functional.linear` whose input gradient is dE/dy B instead of dE/dy W.
@@ -167,6 +168,8 @@ def asymmetric_linear(
         weight: W, (C_out, C_in).
         bias: (C_out,) or None.
         feedback, state: as in :func:`asymmetric_conv2d`.
+        part: the rows and columns of W that the map uses, and of a B that is made for all of W;
+            for one of several projections that are packed in W.
 
     Returns:
         (*, C_out), exactly as ``linear`` gives it.
@@ -179,7 +182,7 @@ def asymmetric_linear(
     if _stock_serves(input, weight, bias):
         return F.linear(input, weight, bias)
     dtype = _autocast_dtype(input)
-    return cast(Tensor, _AsymmetricLinear.apply(input, weight, bias, state, function, dtype))
+    return cast(Tensor, _AsymmetricLinear.apply(input, weight, bias, state, function, dtype, part))
 
 
 # Not in every torch; where it is not, a program is recorded as a graph is compiled.
@@ -497,11 +500,16 @@ class _AsymmetricLinear(torch.autograd.Function):
         state: Tensor | None,
         feedback: FeedbackFn,
         dtype: torch.dtype | None,
+        part: tuple[slice, ...] | None,
     ) -> Tensor:
-        ctx.feedback = feedback
-        input, cast_weight, bias = _cast(dtype, input, weight, bias)
+        ctx.feedback, ctx.part = feedback, part
+        used = weight if part is None else weight[part].contiguous()
+        input, used, bias = _cast(dtype, input, used, bias)
         ctx.save_for_backward(input, weight, state)
-        output = F.linear(input, cast_weight, bias)
+        if used is not weight and not torch.compiler.is_compiling():
+            # What torch multiplies, a matrix or a batch of them, depends on it.
+            used = used.detach().requires_grad_(weight.requires_grad)
+        output = F.linear(input, used, bias)
         # In more or fewer dimensions than two it can be a view of a matrix. To whoever changes it
         # in place it must not be one: autograd refuses that of a Function's views.
         return output if output.dim() == 2 else torch.ops.aten._unsafe_view(output, output.shape)
@@ -514,12 +522,17 @@ class _AsymmetricLinear(torch.autograd.Function):
         grad_input = grad_weight = grad_bias = grad_state = None
         feedback = _feedback_in_backward(ctx, weight, state)
         if need_input:
-            grad_input = grad_output @ feedback.to(input.dtype)
+            used = feedback if ctx.part is None else feedback[ctx.part]
+            grad_input = grad_output @ used.to(input.dtype)
         rows = _rows(grad_output)
         if need_weight:
             grad_weight = rows.t() @ _rows(input)
+            if ctx.part is not None:
+                whole = grad_weight.new_zeros(weight.shape)
+                whole[ctx.part] = grad_weight
+                grad_weight = whole
         if grad_weight is not None and need_state:
             grad_state = _state_gradient(weight, feedback, state, grad_weight)
         if need_bias:
             grad_bias = rows.sum(0)
-        return grad_input, grad_weight, grad_bias, grad_state, None, None
+        return grad_input, grad_weight, grad_bias, grad_state, None, None, None

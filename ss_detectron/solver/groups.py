@@ -1,7 +1,7 @@
 """Parameter groups in which learned feedback weights stand with their weights."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -34,17 +34,18 @@ def match_feedback_groups(groups: Iterable[dict[str, Any]], model: nn.Module) ->
     for name, layer in model.named_modules():
         if not (isinstance(layer, AsymmetricLayer) and layer.rule.learned):
             continue
-        pair = {layer.rule.state_name: layer.feedback_state, "weight": layer.weight}
-        found = [key for key, parameter in pair.items() if parameter in group_of]
-        if len(found) == 1:
-            (missing,) = pair.keys() - found
+        weights = layer.weight_names(layer)
+        names = [cast(str, layer.rule.state_name), *weights]
+        found = [key for key in names if layer.get_parameter(key) in group_of]
+        missing = [key for key in names if key not in found]
+        if found and missing:
             raise ValueError(
-                f"{name}.{found[0]} is in a parameter group and {name}.{missing} is in none: the "
-                "two learn together. Put both in a group, or none; frozen ones are often left out: "
-                "see their requires_grad"
+                f"{name}.{found[0]} is in a parameter group and {name}.{missing[0]} is in none: "
+                "they learn together. Put both in a group, or none; frozen ones are often left "
+                "out: see their requires_grad"
             )
         if found:
-            group_of[layer.feedback_state] = group_of[layer.weight]
+            group_of[layer.feedback_state] = group_of[layer.get_parameter(weights[0])]
     members = [member for group in groups for member in group["params"]]
     for group in groups:
         group["params"] = [m for m in members if group_of[_parameter(m)] is group]

@@ -211,13 +211,6 @@ def _replaced_forward():
         (OwnWeight, {"": "no asymmetric form of OwnWeight"}),
         (lambda: Subclass(2, 2, 1), {"": "Subclass, a subclass of Conv2d that may compute"}),
         (
-            lambda: nn.MultiheadAttention(4, 2),
-            {
-                "": "no asymmetric form of MultiheadAttention",
-                "out_proj": "nn.MultiheadAttention uses its weight without calling it",
-            },
-        ),
-        (
             lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
             {"": "its weight is computed, not a parameter"},
         ),
