@@ -4,8 +4,9 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,11 @@ class NotWrittenError(OSError):
 class FeedbackCheckpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer, for weights that travel. A checkpoint also says by which rule each
-    layer learned (under "feedback": layer name -> rule and its settings, which stock Detectron2
-    ignores), and loading one whose rules or settings are not the model's gives a warning. A
-    classifier's backbone and torchvision's ResNets find their place in a detector, and what fits
-    nothing is refused.
+    layer learned (under "feedback": layer name -> rule and its settings) and what its classes are
+    called (under "classes"), both of which stock Detectron2 ignores. Loading one whose rules or
+    settings are not the model's gives a warning; one of other classes, or of the same in another
+    order, is refused by a run that is resumed and by an evaluation. A classifier's backbone and
+    torchvision's ResNets find their place in a detector, and what fits nothing is refused.
 
     A checkpoint is written whole or not at all, and a run whose last one is damaged goes on from
     the one before it. Nothing is unpickled or downloaded that is not trusted by name.
@@ -68,13 +70,17 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
+        classes: Iterable[str] = (),
         weights_except: Iterable[str] = (),
         trusted_weights: Iterable[str] = (),
         **kwargs: Any,
     ) -> None:
         """
         Args:
-            model, save_dir, **kwargs: see DetectionCheckpointer.
+            model, save_dir, **kwargs: see DetectionCheckpointer. Of a training, these are more
+                than the model; a model alone is evaluated.
+            classes: what the model's classes are called, in the order of their labels; none where
+                that is not known, and then they are not compared.
             weights_except: what is not to be loaded: shell-style patterns of names of the model's
                 modules ("linear": all that is in it) and parameters. A run that is resumed loads
                 all the same.
@@ -85,6 +91,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             ValueError: a pattern of ``weights_except`` matches nothing in the model.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.classes = [str(name) for name in classes]  # not NumPy's, which has to be unpickled
         self.weights_except = as_patterns(weights_except)
         self.trusted_weights = as_patterns(trusted_weights)
         self._path = ""
@@ -109,7 +116,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data |= {key: part.state_dict() for key, part in self.checkpointables.items()}
-        data |= {"feedback": _layer_rules(self.model), **kwargs}
+        data |= {"feedback": _layer_rules(self.model), "classes": self.classes, **kwargs}
         target = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", target)
         with self.explain_full_disk(target):
@@ -215,8 +222,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
 
         Raises:
             ValueError: the file has nothing of this model, or a parameter of another shape (which
-                Detectron2's name-matching heuristics pass over with a warning); it is damaged; it
-                has to be downloaded or unpickled, and is not trusted.
+                Detectron2's name-matching heuristics pass over with a warning), or all of it for
+                other classes; it is damaged; it has to be downloaded or unpickled, and is not
+                trusted.
         """
         self._path = path
         if is_url(path):
@@ -277,6 +285,9 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             self._check_shapes(state, model)
         if is_torchvision_resnet(saved):
             check_torchvision_resnet(self._path, self.model)
+        lacking = [n for n in model.keys() - state.keys() if not _is_part_of_training(n)]
+        if self.classes and not lacking:  # else a part, as a backbone, that comes without classes
+            self._compare_classes(checkpoint.get("classes"))
         rules = checkpoint.get("feedback", {}).items()
         rules = {rename(unwrap(name)): rule for name, rule in rules}
         self._compare_rules({n: rule for n, rule in rules.items() if not first_match(n, unwanted)})
@@ -318,6 +329,27 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             f"another shape ({abbreviate(shapes.values())}): {remedy}"
         )
 
+    def _compare_classes(self, saved: Any) -> None:
+        if not saved or not isinstance(saved, list):
+            message = "%s does not say its classes, which are taken to be the data set's."
+            logger.info(message, self._path)
+        elif difference := compare_classes(saved, self.classes):
+            problem = f"{self._path} was trained on {difference}"
+            if self._resuming:
+                raise ValueError(
+                    f"{problem}: resume the run with its own data, or start another from its "
+                    "weights (MODEL.WEIGHTS) in a new OUTPUT_DIR"
+                )
+            if not self.checkpointables:
+                raise ValueError(
+                    f"{problem}: give the data set the model's classes in the model's order, which "
+                    "is that of the ids in a COCO file, and that of the names of folders"
+                )
+            logger.warning(
+                "%s. The last layers start from those: MODEL.WEIGHTS_EXCEPT leaves them out.",
+                problem,
+            )
+
     def _compare_rules(self, saved: Mapping[str, str]) -> None:
         model = _layer_rules(self.model)
         differ = [name for name in model if saved.get(name, model[name]) != model[name]]
@@ -331,6 +363,22 @@ class FeedbackCheckpointer(DetectionCheckpointer):
                 model[differ[0]],
                 saved[differ[0]],
             )
+
+
+def compare_classes(saved: Sequence[str], here: Sequence[str]) -> str:
+    """Say in words how the classes of a checkpoint differ from others; empty if they do not."""
+    if list(saved) == list(here):
+        return ""
+    pairs = enumerate(zip_longest(saved, here))
+    first = next(i for i, (one, other) in pairs if one != other)
+    same = sorted(saved) == sorted(here)
+    there, here = (abbreviate(names[first:]) or "no more" for names in (saved, here))
+    kind = "the same classes in another order" if same else "other classes"
+    return f"{kind}: from class {first} on, {there} in the checkpoint, {here} here"
+
+
+def _is_part_of_training(name: str) -> bool:
+    return _is_feedback(name) or "num_batches_tracked" in name
 
 
 def _is_feedback(name: str) -> bool:

@@ -64,6 +64,15 @@ def new_entries(cfg: CfgNode, key: str, *attributes: str) -> Iterator[tuple[str,
             )
 
 
+def class_names(datasets: Iterable[str]) -> list[str]:
+    """
+    Return the names of the classes, in the order of their labels: those of the first of these data
+    sets that says them, as one of an annotation file does once it has been loaded; else none.
+    """
+    found = (MetadataCatalog.get(name).get("thing_classes") for name in datasets)
+    return [str(name) for name in next(filter(None, found), [])]
+
+
 def check_registered(names: Iterable[str]) -> None:
     """Refuse names that no data set has, by a ValueError that names those that are like it."""
     for name in names:

@@ -59,6 +59,10 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
         elif metadata.as_dict().get("json_file") is not None:
             classes[name] = check_coco(cfg, metadata, name in trained)
     _check_classes(cfg, {name: found for name, found in classes.items() if found}, classifier)
+    for name, found in classes.items() if not training else ():
+        if found and not MetadataCatalog.get(name).get("thing_classes"):
+            # As they are to be compared with a checkpoint's before the set is loaded.
+            MetadataCatalog.get(name).thing_classes = found
 
 
 def _is_classifier(architecture: str) -> bool:

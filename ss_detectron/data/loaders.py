@@ -1,6 +1,7 @@
 """Loaders of images for classification, which give stacked batches, and for detection."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from numbers import Integral
@@ -11,11 +12,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 from torch.utils.data import Sampler, default_collate
 
 from ss_detectron.config import choose
 from ss_detectron.utils.random_state import seeded
+from ss_detectron.utils.text import abbreviate
 
+from .catalog import class_names
 from .dali import DaliLoader, EncodedImageMapper
 from .detection import DetectionMapper, load_detection_dicts
 from .images import ClassificationMapper, skips_unreadable_images
@@ -47,7 +51,6 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
     else:
         loader = partial(TrainingLoader, pin_memory=_pins_memory(cfg))
     records = [record for name in cfg.DATASETS.TRAIN for record in _load(cfg, name)]
-    logger.info("%d images for training in %s.", len(records), ", ".join(cfg.DATASETS.TRAIN))
     return loader(
         ImageDataset(records, mapper, skip=skips_unreadable_images(cfg), replace=True),
         lambda seed: TrainingSampler(len(records), seed=seed),
@@ -183,6 +186,12 @@ def _load(cfg: CfgNode, name: str) -> list[dict]:
             f"integer 'label' from 0 to {classes - 1}; got the keys {sorted(record)}, the name "
             f"{record.get('file_name')!r} and the label {label!r}."
         )
+    counts = Counter(record["label"] for record in records)
+    names = class_names([name]) or [f"class {label}" for label in range(classes)]
+    each = abbreviate((f"{label} ({counts[i]})" for i, label in enumerate(names)), 50)
+    message = f"Data set '{name}': {len(records)} images; of each class: {each}."
+    if comm.is_main_process():
+        log_first_n(logging.INFO, message, key="message", name=__name__)
     return records
 
 

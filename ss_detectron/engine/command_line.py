@@ -31,6 +31,7 @@ from ss_detectron.data import (
     register_coco_from_config,
     register_image_folders_from_config,
 )
+from ss_detectron.data.catalog import class_names
 
 from .checks import check_options, check_proposals, check_weights
 from .defaults import Trainer
@@ -82,7 +83,8 @@ def _train_or_evaluate(kind: type[Trainer], args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = kind.build_model(cfg)
-    checkpointer = kind.build_checkpointer(cfg, model)
+    checkpointer = kind.build_checkpointer(cfg, model, classes=class_names(cfg.DATASETS.TEST))
+    checkpointer.weights_except = ()  # which a training was not to start from, and has learned
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = kind.test(cfg, model)
     if comm.is_main_process():

@@ -26,6 +26,7 @@ from ss_detectron.data import (
     build_detection_test_loader,
     build_resumable_detection_train_loader,
 )
+from ss_detectron.data.catalog import class_names
 from ss_detectron.evaluation.classification import ClassificationEvaluator
 from ss_detectron.evaluation.coco import DetectionEvaluator
 from ss_detectron.layers import feedback_report, reset_feedback
@@ -102,6 +103,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = self.build_checkpointer(
             cfg,
             model,
+            classes=class_names(cfg.DATASETS.TRAIN),
             # The first to be loaded: the trainer's has an optimiser of the learner's parameters.
             learner=SimpleNamespace(
                 state_dict=learner.own_state_dict, load_state_dict=learner.load_own_state_dict

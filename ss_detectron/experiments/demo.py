@@ -20,7 +20,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
-from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
+from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer, compare_classes
 from ss_detectron.config import find_config
 from ss_detectron.data import (
     ClassificationMapper,
@@ -85,7 +85,8 @@ class Predictor:
     Attributes:
         model: in evaluation mode.
         rule: which it was trained by, as its checkpoint says or, of one that does not, its config.
-        classes: their names, those of the config's first data set.
+        classes: their names, as its checkpoint says or, of one that does not, those of the config's
+            first data set.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -95,8 +96,8 @@ class Predictor:
                 is not known or has another number of classes.
         """
         self.model = build_model(cfg).eval()
-        self.rule = _load_weights(self.model, cfg.MODEL.WEIGHTS, cfg.MODEL.TRUSTED_WEIGHTS)
-        self.classes = _class_names(cfg, self.model)
+        self.rule, saved = _load_weights(self.model, cfg.MODEL.WEIGHTS, cfg.MODEL.TRUSTED_WEIGHTS)
+        self.classes = _class_names(cfg, self.model, saved)
 
     def draw(self, image: np.ndarray) -> tuple[np.ndarray, str]:
         """Draws what the model sees: the picture of a panel, (H, W, 3), and the lines below it."""
@@ -191,8 +192,8 @@ def titles(predictors: Iterable[Predictor], weights: Sequence[str]) -> list[str]
     ]
 
 
-def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> str:
-    """Loads a checkpoint of the whole model; returns the rule it was trained by."""
+def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Loads a checkpoint of the whole model; returns the rule and the classes it was trained by."""
     state = model.state_dict().items()
     # All but feedback, which is for training.
     needed = {n: t for n, t in state if t.is_floating_point() and "feedback" not in n}
@@ -205,11 +206,12 @@ def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> str:
     # As checkpoints write them: sign_symmetry(scale=mean_abs, gain=1).
     counts = Counter(rule.partition("(")[0] for rule in rules.values())
     del counts[Backpropagation.name]  # last layers stay on it
-    return counts.most_common(1)[0][0] if counts else Backpropagation.name
+    rule = counts.most_common(1)[0][0] if counts else Backpropagation.name
+    return rule, checkpoint.get("classes") or []
 
 
-def _class_names(cfg: CfgNode, model: nn.Module) -> list[str]:
-    """The classes of the first data set; numbered where it is not on this machine."""
+def _class_names(cfg: CfgNode, model: nn.Module, saved: Sequence[str]) -> Sequence[str]:
+    """The checkpoint's classes, else the first data set's; numbered where it is not here."""
     register_coco_from_config(cfg)
     register_image_folders_from_config(cfg)
     name = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)[0]
@@ -222,8 +224,15 @@ def _class_names(cfg: CfgNode, model: nn.Module) -> list[str]:
             DatasetCatalog.get(name)  # reads them from the annotations
         classes = list(metadata.thing_classes)
     except FileNotFoundError as error:
+        if saved:
+            return saved
         logger.warning("The classes have no names here, but numbers: %s", error)
         return [f"class {i}" for i in range(number)]
+    if saved:
+        if difference := compare_classes(saved, classes):
+            said = "The classes drawn are the checkpoint's: it was trained on %s, in data set '%s'."
+            logger.warning(said, difference, name)
+        return saved
     if number not in (None, len(classes)):
         has = f"data set '{name}' has {len(classes)} classes, the model {number}"
         raise ValueError(f"{has}: DATASETS.TEST is to name the one that it was trained for")

@@ -4,11 +4,14 @@ import copy
 import logging
 import pickle
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from core_utils import assert_same
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from modeling_utils import classifier, detector, layers, load_config, resnet
@@ -347,6 +350,57 @@ def test_resuming_leaves_nothing_out_and_refuses_another_model(tmp_path):
     other = FeedbackCheckpointer(classifier(classes=7), str(tmp_path))
     with pytest.raises(ValueError, match="linear.weight.*resume the run with its own config"):
         other.resume_or_load("", resume=True)
+
+
+# Classes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "saved, here, difference",
+    [
+        (
+            ["a", "b", "c"],
+            ["a", "c", "b"],
+            "the same classes in another order: from class 1 on, b, c",
+        ),
+        (
+            ["apple", "banana"],
+            ["car", "person"],
+            "other classes: from class 0 on, apple, banana in",
+        ),
+        (["a", "b"], ["a"], "other classes: from class 1 on, b in the checkpoint, no more here"),
+        (np.array(["a", "b"]), ["a", "b"], None),
+        ([], ["a", "b"], None),
+        (["a", "b"], [], None),
+    ],
+)
+def test_the_classes_of_a_checkpoint_are_compared(saved, here, difference, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    net, training = small(), {"trainer": SimpleNamespace(state_dict=dict, load_state_dict=len)}
+    checkpointer = FeedbackCheckpointer(net, str(tmp_path), classes=saved, **training)
+    checkpointer.save("model_0000001")
+    path = str(tmp_path / "model_0000001.pth")
+    content = torch.load(path, weights_only=True)
+    assert content["classes"] == list(saved)
+    assert DetectionCheckpointer(small()).load(path)["classes"] == list(saved)  # stock Detectron2's
+
+    evaluated = FeedbackCheckpointer(net, str(tmp_path), classes=here)
+    trained = FeedbackCheckpointer(net, str(tmp_path), classes=here, **training)
+    for act, remedy in (
+        (lambda: evaluated.load(path), "give the data set the model's classes"),
+        (lambda: trained.resume_or_load("", resume=True), "resume the run with its own data"),
+    ):
+        if difference is None:
+            act()
+        else:
+            with pytest.raises(ValueError, match=f"{path} was trained on {difference}.*{remedy}"):
+                act()
+    assert ("does not say its classes" in caplog.text) == (list(saved) == [])
+    trained.resume_or_load(path, resume=False)  # a new training may start from it
+    assert ("MODEL.WEIGHTS_EXCEPT leaves them out" in caplog.text) == (difference is not None)
+    # A part, as a backbone, has no classes.
+    del content["model"]["2.weight"]
+    evaluated.load(str(save_as(content, tmp_path)))
 
 
 # Rules -------------------------------------------------------------------------------------------

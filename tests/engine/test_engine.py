@@ -1,6 +1,8 @@
+import json
 import logging
 import math
 import re
+from ast import literal_eval
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from ss_detectron.engine import (
     PeriodicCheckpointer,
     Trainer,
     argument_parser,
+    command_line,
     setup,
 )
 from ss_detectron.engine.not_finite import not_finite
@@ -298,6 +301,29 @@ def test_a_run_is_resumed_bit_for_bit_by_its_own_learner_and_by_no_other(prepare
     resumed.resume_or_load(resume=True)
     resumed.train()
     assert_equal(torch.load("out/model_final.pth"), final)
+
+
+def test_an_evaluation_on_the_same_names_in_another_order_of_ids_is_refused(prepare, options):
+    train(prepare("SOLVER.MAX_ITER", 1, "OUTPUT_DIR", "out", "MODEL.WEIGHTS_EXCEPT", ["head"]))
+    assert torch.load("out/model_final.pth")["classes"] == ["circle", "square", "triangle"]
+    (name, file, images), *_ = literal_eval(options[options.index("DATASETS.COCO_INSTANCES") + 1])
+    content = json.loads(Path(file).read_text())
+    categories = content["categories"]
+    for category, name in zip(categories, ("triangle", "circle", "square"), strict=True):
+        category["name"] = name
+    Path("turned.json").write_text(json.dumps(content))
+
+    def evaluate(*opts):
+        words = ["--eval-only", "--config-file", "quick/shapes_retinanet_ss.yaml", *options]
+        words += ["MODEL.WEIGHTS", "out/model_final.pth", "MODEL.WEIGHTS_EXCEPT", "['head']"]
+        words += ["DATASETS.TEST", "('tiny_val',)", "OUTPUT_DIR", "evaluated", *map(str, opts)]
+        command_line._train_or_evaluate(Trainer, argument_parser().parse_args(words))
+
+    turned = [["turned", "turned.json", images]]
+    with pytest.raises(ValueError, match="in another order: from class 0 on, circle, square, tri"):
+        evaluate("DATASETS.COCO_INSTANCES", turned, "DATASETS.TEST", ("turned",))
+    evaluate()
+    assert "tensors loaded, 0 excepted" in Path("evaluated/log.txt").read_text()
 
 
 def test_a_run_is_not_resumed_from_weights_alone(prepare):

@@ -1,6 +1,7 @@
 """A whole run of tools/train_net.py on classification, as its users start it."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ def test_real_digits_are_learned_and_the_best_checkpoint_is_that_of_the_least_er
     words += [word for pair in keys.items() for word in pair]
     output = finish(start(*words, cwd=tmp_path))
     assert "100 steps of 32 images are 2.376 epochs of 1347 images" in output
+    assert re.search(r"'own_train': 1347 images; of each class: 0 \(\d+\), 1 \(\d+\), 2", output)
     folder = tmp_path / "out"
     found = json.loads((folder / "inference" / "classification_results.json").read_text())
     assert found["images"] == 450
@@ -59,5 +61,6 @@ def test_real_digits_are_learned_and_the_best_checkpoint_is_that_of_the_least_er
     assert list(errors) == [49, 100]  # that after the last step counts as 100
     assert errors[100] == found["top1_error"]
     best = torch.load(folder / "model_best.pth", weights_only=True)
+    assert best["classes"] == list("0123456789")
     assert best["iteration"] == min(errors, key=errors.get)
     assert len([k for row in rows(folder) for k in row if "top1_error-" in k]) == 20

@@ -190,9 +190,9 @@ def test_the_classes_names_come_from_one_s_own_data_set(runs, tmp_path, monkeypa
         text = text.replace(f'"{name}"', f'"{renamed}"')
     annotations.write_text(text)
 
-    def classes(key, name, *paths):
+    def classes(key, name, *paths, weights=runs / "ss" / "model_final.pth"):
         keys = [f"DATASETS.{key}", [[name, *map(str, paths)]], "DATASETS.TEST", (name,)]
-        return Detector(config(runs, "ss", *keys)).classes
+        return Detector(config(runs, "ss", *keys, "MODEL.WEIGHTS", str(weights))).classes
 
     with datasets_folder(tmp_path, monkeypatch):
         own = classes("COCO_INSTANCES", "own", annotations, shapes / "val")
@@ -205,6 +205,19 @@ def test_the_classes_names_come_from_one_s_own_data_set(runs, tmp_path, monkeypa
             classes("IMAGE_FOLDERS", "two", tmp_path / "two")
         with pytest.raises(ValueError, match="No data set named 'none'"):
             Detector(config(runs, "ss", "DATASETS.TEST", ("none",)))
+
+        # Of a checkpoint that says them, they are drawn whatever the data set says.
+        saved = torch.load(runs / "ss" / "model_final.pth")
+        saved["classes"] = ["circle", "square", "triangle"]
+        torch.save(saved, says := tmp_path / "says.pth")
+        for name, *paths in (
+            ("gone", tmp_path / "gone.json", tmp_path),
+            ("own", annotations, shapes / "val"),
+        ):
+            caplog.clear()
+            assert classes("COCO_INSTANCES", name, *paths, weights=says) == saved["classes"]
+            said = "classes drawn are the checkpoint's: it was trained on other classes: from class"
+            assert (said in caplog.text) == (name == "own")
 
 
 # Pictures ----------------------------------------------------------------------------------------
