@@ -22,7 +22,7 @@ from .catalog import datasets_root, new_entries, where_to_put
 FORMATS = {"AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA"}
 FORMATS |= {"TIFF", "WEBP"}
 # What macOS, Jupyter and storage devices put between one's files.
-_HIDDEN = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir)(/|$))")
+HIDDEN = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir)(/|$))")
 
 
 @cache
@@ -32,11 +32,11 @@ def _extensions() -> tuple[str, ...]:
 
 def is_image(name: str) -> bool:
     """Say whether a path is that of an image by its name, and of no hidden file or folder."""
-    return name.lower().endswith(_extensions()) and not _HIDDEN.search(name)
+    return name.lower().endswith(_extensions()) and not HIDDEN.search(name)
 
 
 def _find_classes(folder: str) -> list[str]:
-    classes = [name for name in find_classes(folder)[0] if not _HIDDEN.search(name)]
+    classes = [name for name in find_classes(folder)[0] if not HIDDEN.search(name)]
     if not classes:
         raise FileNotFoundError(f"Couldn't find any class folder in {folder}.")
     return classes
@@ -98,7 +98,7 @@ def load_image_folder(folder: str) -> list[dict]:
         unused = [
             entry.name
             for entry in entries
-            if (is_image(entry.name) and entry.is_file()) or _HIDDEN.search(entry.name)
+            if (is_image(entry.name) and entry.is_file()) or HIDDEN.search(entry.name)
         ]
 
     def is_used(file: str) -> bool:
