@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import AsymmetricLayer, backpropagation, feedback_report
+from .layers import AsymmetricLayer, backpropagation
+from .layers.report import weight_layers
 
 __all__ = [
     "GradientAngles",
@@ -122,25 +123,26 @@ def gradient_angles(model: nn.Module, reference: dict[str, Tensor]) -> GradientA
         where one of the two gradients is zero or not finite has no angle, and is not there.
     """
     total = torch.zeros(3, dtype=torch.float64)
-    by_module: dict[str, Tensor] = {}
+    by_parameter: dict[nn.Parameter, Tensor] = {}
     for name, parameter in _parameters(model):
         if name in reference and parameter.grad is not None:
             sums = _sums(parameter.grad, reference[name]).cpu()
             total += sums
-            module = name.rpartition(".")[0]
-            by_module[module] = by_module.get(module, 0) + sums
-    angles = {name: _angle(by_module[name]) for name, _ in _layers(model) if name in by_module}
-    per_layer = {name: angle for name, angle in angles.items() if math.isfinite(angle)}
+            by_parameter[parameter] = sums
+    per_layer = {}
+    for name, layer in _layers(model):
+        own = [by_parameter[p] for p in layer.parameters(recurse=False) if p in by_parameter]
+        if own and math.isfinite(angle := _angle(torch.stack(own).sum(0))):
+            per_layer[name] = angle
     return GradientAngles(_angle(total), per_layer)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for row in feedback_report(model):
-        layer = model.get_submodule(row.name)
+    for name, layer in weight_layers(model):
         if isinstance(layer, AsymmetricLayer) or isinstance(
             getattr(layer, "weight", None), nn.Parameter
         ):
-            yield row.name, layer
+            yield name, layer
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

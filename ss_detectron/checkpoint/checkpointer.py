@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from ss_detectron.layers import feedback_report
 from ss_detectron.layers.names import as_patterns, first_match
+from ss_detectron.layers.report import weight_layers
 from ss_detectron.utils.comm import any_rank
 from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
@@ -387,7 +388,5 @@ def _is_feedback(name: str) -> bool:
 
 def _layer_rules(model: nn.Module) -> dict[str, str]:
     """Return layer name -> its rule, with what the rule is set to."""
-    layers = dict(model.named_modules())
-    return {
-        row.name: str(getattr(layers[row.name], "rule", row.rule)) for row in feedback_report(model)
-    }
+    rows = zip(feedback_report(model), weight_layers(model), strict=True)
+    return {row.name: str(getattr(layer, "rule", row.rule)) for row, (_, layer) in rows}

@@ -5,6 +5,7 @@ and every other reference to it (Detectron2's FPN keeps its convolutions in plai
 stay as they are.
 """
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from .asymmetric import AsymmetricLayer, asymmetric_form, is_form, obstacle
 from .feedback import Backpropagation, FeedbackRule, get_rule
-from .names import as_patterns, first_match
-from .report import weight_layers
+from .names import as_patterns, first_match, grouped
+from .report import EXCLUDED, OWN_RULE, feedback_report, weight_layers
+from .watch import unwatch, watch
 
 __all__ = [
     "advance_feedback",
@@ -25,6 +27,8 @@ __all__ = [
     "convert_part",
     "reset_feedback",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def convert_feedback(
@@ -48,7 +52,9 @@ def convert_feedback(
 
     A layer that has a rule already changes to this one. ``rule="backpropagation"`` restores the
     stock classes and drops all feedback state. Layers that cannot be converted stay on
-    backpropagation and are in :func:`feedback_report`, with the reason.
+    backpropagation and are in :func:`feedback_report`, with the reason; a warning names those that
+    nobody excluded. A layer that is converted and whose parent uses its weight without calling it
+    stays on backpropagation as well: the first forward pass with gradients warns of it.
 
     Args:
         model: any module; convert it before wrapping it (DistributedDataParallel, torch.compile)
@@ -75,9 +81,20 @@ def convert_feedback(
     exclude = as_patterns(exclude)
     check_exclude(model, exclude)
     _check_patterns(model, overrides or (), "overrides")
-    return convert_part(
+    convert_part(
         model, rule, scale=scale, gain=gain, exclude=exclude, overrides=overrides, seed=seed
     )
+    left_out: dict[str, list[str]] = {}
+    for row in feedback_report(model):
+        if row.left_out and get_rule(rule) is not Backpropagation:
+            left_out.setdefault(row.why, []).append(row.name)
+    if left_out:
+        logger.warning(
+            "%d layers stay on backpropagation that nobody excluded: %s",
+            sum(map(len, left_out.values())),
+            "; ".join(f"{', '.join(grouped(names))}: {why}" for why, names in left_out.items()),
+        )
+    return model
 
 
 def convert_part(
@@ -105,13 +122,13 @@ def convert_part(
         full_name = ".".join(filter(None, (prefix, name)))
         if (pattern := first_match(full_name, exclude)) is not None:
             if not isinstance(layer, AsymmetricLayer):
-                changes.append(_Change(layer, reason=f"excluded by {pattern!r}"))
+                changes.append(_Change(layer, reason=f"{EXCLUDED}{pattern!r}"))
             continue
         overridden = first_match(full_name, others)
         layer_rule = rule if overridden is None else others[overridden]
         if layer_rule is Backpropagation:
             _check_restorable(layer)
-            reason = "" if overridden is None else "its own rule is backpropagation"
+            reason = "" if overridden is None else OWN_RULE
             changes.append(_Change(layer, reason=reason))
         elif obstacle(layer) is None:
             # A part that is itself a layer has no name within itself.
@@ -119,8 +136,10 @@ def convert_part(
         else:
             changes.append(_Change(layer))
     # Not before all of them are known to be possible.
+    unwatch(part.modules())
     for change in changes:
         change.apply()
+    watch(part)
     return part
 
 

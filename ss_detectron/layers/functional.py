@@ -25,6 +25,7 @@ is learned (Kolen-Pollack, Akrout et al. 2019, arXiv:1904.05391) is a tensor tha
 gradient: it receives the weight's own.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, cast
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules.utils import _ntuple
+from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
     "asymmetric_conv1d",
@@ -49,6 +51,19 @@ FeedbackFn = Callable[[Tensor, Tensor | None], Tensor]
 Feedback = Tensor | FeedbackFn
 IntOrTuple = Any  # int | Sequence[int]; torch's own annotations do not agree on it
 Options = tuple[Any, ...]
+
+
+def _overridable(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Have torch's function modes see the operation itself, as they see torch's own."""
+
+    @functools.wraps(operation)
+    def overridable(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tensors = input, weight
+        if not torch.compiler.is_compiling() and has_torch_function(tensors):
+            return handle_torch_function(overridable, tensors, *tensors, *args, **kwargs)
+        return operation(input, weight, *args, **kwargs)
+
+    return overridable
 
 
 def _numbers(dims: int) -> Callable[[Any], tuple[int, ...]]:
@@ -99,7 +114,7 @@ def _conv(dims: int) -> Callable[..., Tensor]:
         return _convolve(dims, input, weight, bias, function, state, options)
 
     asymmetric_conv.__name__ = asymmetric_conv.__qualname__ = f"asymmetric_conv{dims}d"
-    return asymmetric_conv
+    return _overridable(asymmetric_conv)
 
 
 def _conv_transpose(dims: int) -> Callable[..., Tensor]:
@@ -142,7 +157,7 @@ def _conv_transpose(dims: int) -> Callable[..., Tensor]:
 
     name = f"asymmetric_conv_transpose{dims}d"
     asymmetric_conv_transpose.__name__ = asymmetric_conv_transpose.__qualname__ = name
-    return asymmetric_conv_transpose
+    return _overridable(asymmetric_conv_transpose)
 
 
 asymmetric_conv1d, asymmetric_conv2d, asymmetric_conv3d = map(_conv, (1, 2, 3))
@@ -151,6 +166,7 @@ asymmetric_conv_transpose1d, asymmetric_conv_transpose2d, asymmetric_conv_transp
 )
 
 
+@_overridable
 def asymmetric_linear(
     input: Tensor,
     weight: Tensor,
