@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .asymmetric import AsymmetricLayer, AsymmetricLinear, register_layer
 from .feedback import Fans
-from .functional import asymmetric_linear
+from .functional import asymmetric_linear, stock_serves
 
 __all__ = ["AsymmetricMultiheadAttention"]
 
@@ -70,8 +70,7 @@ class AsymmetricMultiheadAttention(AsymmetricLayer, nn.MultiheadAttention):
         """What the stock module computes, of the same shapes."""
         options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         parameters = (p for name, p in self.named_parameters() if "feedback" not in name)
-        learns = any(t.requires_grad for t in (query, key, value, *parameters))
-        if not (learns and torch.is_grad_enabled()) or query.is_nested:
+        if query.is_nested or stock_serves(query, key, value, *parameters):
             return super().forward(query, key, value, *options)
 
         # From here on the operations are those of torch's multi_head_attention_forward, in its

@@ -195,8 +195,8 @@ def asymmetric_linear(
         RuntimeError: a second or forward-mode derivative, or one of torch.func, is asked for.
     """
     function, state = _feedback_source(feedback, state, weight)
-    if _stock_serves(input, weight, bias):
-        return F.linear(input, weight, bias)
+    if stock_serves(input, weight, bias):
+        return F.linear(input, _used(weight, part), bias)
     dtype = _autocast_dtype(input)
     return cast(Tensor, _AsymmetricLinear.apply(input, weight, bias, state, function, dtype, part))
 
@@ -211,7 +211,7 @@ def is_recording() -> bool:
     return tracing or _is_exporting()
 
 
-def _stock_serves(*tensors: Tensor | None) -> bool:
+def stock_serves(*tensors: Tensor | None) -> bool:
     """Whether the stock operation is enough: for a recorded program, or without a backward pass."""
     if is_recording():
         return True
@@ -304,7 +304,7 @@ def _convolve(
     options: Options,
 ) -> Tensor:
     """Either way; ``options`` as ``aten.convolution_backward`` takes them."""
-    if _stock_serves(input, weight, bias):
+    if stock_serves(input, weight, bias):
         return _stock_convolution(dims, input, weight, bias, options)
     if input.dim() == dims + 1:  # unbatched, as torch itself does it
         batch = input.unsqueeze(0)
@@ -504,6 +504,10 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0).flatten(0, -2)
 
 
+def _used(weight: Tensor, part: tuple[slice, ...] | None) -> Tensor:
+    return weight if part is None else weight[part].contiguous()
+
+
 class _AsymmetricLinear(torch.autograd.Function):
     """Linear map: two matrix products, the first with B in W's place."""
 
@@ -519,7 +523,7 @@ class _AsymmetricLinear(torch.autograd.Function):
         part: tuple[slice, ...] | None,
     ) -> Tensor:
         ctx.feedback, ctx.part = feedback, part
-        used = weight if part is None else weight[part].contiguous()
+        used = _used(weight, part)
         input, used, bias = _cast(dtype, input, used, bias)
         ctx.save_for_backward(input, weight, state)
         if used is not weight and not torch.compiler.is_compiling():

@@ -316,3 +316,18 @@ def test_autocast_as_stock():
             gradients = torch.autograd.grad(y.sum(), list(layer.parameters()))
         expected = torch.autograd.grad(expected.sum(), list(stock.parameters()))
         torch.testing.assert_close(gradients, expected, rtol=0.05, atol=0.05)
+
+
+def test_recorded_attention_is_stock():
+    stock = _Attention().eval()
+    layer, x = convert_feedback(copy.deepcopy(stock), "ss"), torch.randn(2, 3, 8)
+
+    def recorded(model):
+        exported = torch.export.export(model, (x,), strict=False)
+        assert torch.equal(exported.module()(x), stock(x))
+        return [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+
+    operations = recorded(layer), recorded(stock)
+    if hasattr(torch.compiler, "is_exporting"):
+        assert operations[0] == operations[1]
+    assert torch.equal(torch.fx.symbolic_trace(layer)(x), stock(x))
