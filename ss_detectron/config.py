@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
+from .learners.learner import feedback_seed
 from .utils.trust import is_url
 
 __all__ = [
@@ -41,6 +42,23 @@ def add_ss_config(cfg: CfgNode) -> None:
     # through whatever feedback rules the layers have.
     _C.MODEL.LEARNER = CfgNode()
     _C.MODEL.LEARNER.NAME = "backpropagation"
+    # Of direct_feedback: how large its random matrices are, xavier or kaiming, times GAIN. Their
+    # seed, and that of the learners below, is MODEL.FEEDBACK.SEED.
+    _C.MODEL.LEARNER.SCALE = "xavier"
+    _C.MODEL.LEARNER.GAIN = 1.0
+    # Of target propagation: the step of the top target (difference_target_propagation), how far it
+    # goes from the outputs to the labels (the simplified one and auxiliary_output_sdtp; 1 in the
+    # paper), and the width of the auxiliary output.
+    _C.MODEL.LEARNER.ALPHA = 0.2
+    _C.MODEL.LEARNER.TARGET_STEP = 1.0
+    _C.MODEL.LEARNER.AUXILIARY_UNITS = 256
+    # The deviation of the noise that inverses learn by, and their learning rate; 0 for the model's.
+    _C.MODEL.LEARNER.NOISE = 0.1
+    _C.MODEL.LEARNER.INVERSE_LR = 0.0
+    # Whether inverses and model learn in the same steps, "parallel", or in turns, "alternating", of
+    # PERIOD steps each.
+    _C.MODEL.LEARNER.SCHEDULE = "parallel"
+    _C.MODEL.LEARNER.PERIOD = 0
 
     _C.MODEL.FEEDBACK = CfgNode()
     # Which rule the layers built by build_{ss,fa,feedback}_* and *RetinaNetHead learn by: a name
@@ -69,6 +87,14 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.MODEL.IMAGE_CLASSIFIER = CfgNode()
     _C.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES = 1000
     _C.MODEL.IMAGE_CLASSIFIER.IN_FEATURE = ""
+
+    # The backbones build_fc_backbone, build_lc_backbone (locally connected) and
+    # build_conv_backbone: their layers from the first to the last, a number of units for a fully
+    # connected one or, before the first of these, (kernel size, channels, stride); and the
+    # nonlinearity of all, tanh or relu.
+    _C.MODEL.CHAIN = CfgNode()
+    _C.MODEL.CHAIN.LAYERS = []
+    _C.MODEL.CHAIN.ACTIVATION = "tanh"
 
     # Weights, feedback and feature maps laid out as (N, H, W, C) in memory (channels_last), which
     # is faster on GPUs with SOLVER.AMP and on many CPUs. Training and evaluation.
@@ -115,8 +141,13 @@ def add_ss_config(cfg: CfgNode) -> None:
     # One's own classification data sets, registered before training: pairs of a name and a folder
     # that holds one folder of images per class.
     _C.DATASETS.IMAGE_FOLDERS = []
-    # Whether data sets may be downloaded: CIFAR-10, and one's own whose paths are URLs.
+    # Whether data sets may be downloaded: MNIST, Fashion-MNIST, CIFAR-10, and one's own whose paths
+    # are URLs.
     _C.DATASETS.DOWNLOAD = False
+
+    # For classification of small images of one size: decode them once, hold them in memory, and
+    # augment a batch at a time. With INPUT.CLASSIFICATION.TRANSFORM pad_crop or resize.
+    _C.DATALOADER.IN_MEMORY = False
 
     # How images are made ready for classification; flipped as INPUT.RANDOM_FLIP says.
     #   resized_crop  train: a random part of 8 to 100 % of the area, resized to SIZE (ImageNet);
@@ -355,12 +386,6 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
-
-
-def feedback_seed(cfg: CfgNode) -> int:
-    """Return MODEL.FEEDBACK.SEED; where that is -1, SEED; where that is -1 too, 0."""
-    seed = cfg.MODEL.FEEDBACK.SEED
-    return seed if seed >= 0 else max(cfg.SEED, 0)
 
 
 def choose(cfg: CfgNode, key: str, *choices: Any) -> Any:

@@ -12,14 +12,26 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from modeling_utils import load_config, rules
 
-from ss_detectron import add_ss_config, find_config
+from ss_detectron import add_ss_config, build_learner, find_config
 from ss_detectron.config import check_config, flatten_config, merge_config_file
 from ss_detectron.layers import AsymmetricLayer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 RULES = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
+# The comparisons of Bartunov et al. (2018), with learners beside rules; "parallel" is a variant.
+CHAINS = ["mnist_fc"]
+LEARNERS = {
+    "bp": "backpropagation",
+    "fa": "backpropagation",
+    "dfa": "direct_feedback",
+    "dtp": "difference_target_propagation",
+    "dtp_parallel": "difference_target_propagation",
+    "sdtp": "simplified_difference_target_propagation",
+    "aosdtp": "auxiliary_output_sdtp",
+}
 EXPERIMENTS = sorted({n.removesuffix("_bp.yaml") for n in NAMES if n.endswith("_bp.yaml")})
+EXPERIMENTS = [name for name in EXPERIMENTS if name not in CHAINS]
 LAST_LAYERS = [name for name in NAMES if name.endswith("_lastlayer.yaml")]
 CLASSIFIER_OF = {"retinanet_R_18": "imagenet_resnet18", "retinanet_R_50": "imagenet_resnet50"}
 
@@ -55,6 +67,7 @@ def test_config_is_found_from_any_folder_and_is_safe_yaml_with_known_keys(
 
 def test_every_config_is_a_base_a_sibling_or_a_last_layer_variant():
     siblings = {f"{name}_{kind}.yaml" for name in EXPERIMENTS for kind in RULES}
+    siblings |= {f"{name}_{kind}.yaml" for name in CHAINS for kind in LEARNERS}
     bases = {name for name in NAMES if "Base-" in name}
     assert set(NAMES) == siblings | bases | set(LAST_LAYERS)
 
@@ -78,6 +91,25 @@ def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
         assert RULES[kind] == cfg.MODEL.FEEDBACK.RULE
         assert f"./output/{Path(experiment).name}_{kind}" == cfg.OUTPUT_DIR
         assert differing(cfg, siblings["bp"]) <= allowed
+
+
+@pytest.mark.parametrize("experiment", CHAINS)
+def test_chains_differ_in_rule_and_learner_alone_and_train_by_it(experiment):
+    plain = config(f"{experiment}_bp.yaml")
+    for kind, learner in LEARNERS.items():
+        cfg = config(f"{experiment}_{kind}.yaml")
+        own = {key for key in flatten_config(cfg) if key.startswith("MODEL.LEARNER.")}
+        assert differing(cfg, plain) <= {"OUTPUT_DIR", "MODEL.FEEDBACK.RULE", *own}
+        assert f"./output/{experiment}_{kind}" == cfg.OUTPUT_DIR
+        assert learner == cfg.MODEL.LEARNER.NAME
+        cfg.MODEL.DEVICE = "cpu"
+        trained = build_learner(cfg, build_model(cfg)).train()
+        shape = (2, len(cfg.MODEL.PIXEL_MEAN), *[cfg.INPUT.CLASSIFICATION.SIZE] * 2)
+        batch = {"image": torch.randint(0, 256, shape).byte(), "label": torch.tensor([3, 7])}
+        trained.backward(trained(batch)["loss_cls"], target=batch["label"])
+        alternating = cfg.MODEL.LEARNER.SCHEDULE == "alternating"  # begins with the inverses
+        learning = (trained.inverses if alternating else trained).parameters()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in learning)
 
 
 def test_backpropagation_is_the_model_zoos_retinanet_in_every_other_key():

@@ -1,7 +1,7 @@
 """Data sets: importing this package registers them with Detectron2 and creates no file."""
 
+from .arrays import CIFAR10_CLASSES, register_arrays
 from .check import check_datasets
-from .cifar import CIFAR10_CLASSES, register_cifar10
 from .coco import register_coco_from_config
 from .detection import DetectionMapper, build_detection_test_loader
 from .folders import register_image_folders_from_config, register_imagenet
@@ -31,7 +31,7 @@ __all__ = [
     "generate_shapes",
     "generate_shapes_cls",
     "read_image",
-    "register_cifar10",
+    "register_arrays",
     "register_coco_from_config",
     "register_image_folders_from_config",
     "register_imagenet",
@@ -39,7 +39,7 @@ __all__ = [
     "register_shapes_cls",
 ]
 
-register_cifar10()
+register_arrays()
 register_imagenet()
 register_shapes()
 register_shapes_cls()

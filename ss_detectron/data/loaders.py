@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_tra
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
-from torch.utils.data import Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from ss_detectron.config import choose
 from ss_detectron.utils.random_state import seeded
@@ -23,6 +23,7 @@ from .catalog import class_names
 from .dali import DaliLoader, EncodedImageMapper
 from .detection import DetectionMapper, load_detection_dicts
 from .images import ClassificationMapper, skips_unreadable_images
+from .memory import ImagesInMemory, MemoryLoader, build_memory_test_loader, holds_in_memory
 from .stream import EvaluationLoader, ImageDataset, TrainingLoader
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,17 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
             that does not fit.
     """
     size, mapper = _images_per_pass(cfg), build_training_mapper(cfg)
-    if isinstance(mapper, EncodedImageMapper):
+    in_memory = holds_in_memory(cfg)
+    if in_memory:
+        loader, mapper = partial(MemoryLoader, cfg), ClassificationMapper(cfg, training=False)
+    elif isinstance(mapper, EncodedImageMapper):
         loader = partial(DaliLoader, cfg)
     else:
         loader = partial(TrainingLoader, pin_memory=_pins_memory(cfg))
     records = [record for name in cfg.DATASETS.TRAIN for record in _load(cfg, name)]
+    images = ImageDataset(records, mapper, skip=skips_unreadable_images(cfg), replace=True)
     return loader(
-        ImageDataset(records, mapper, skip=skips_unreadable_images(cfg), replace=True),
+        ImagesInMemory(images) if in_memory else images,
         lambda seed: TrainingSampler(len(records), seed=seed),
         size,
         seed=_training_seed(cfg),
@@ -84,7 +89,7 @@ def build_training_mapper(cfg: CfgNode) -> ClassificationMapper | EncodedImageMa
     return mapper
 
 
-def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Build a loader of every image of a data set once, in order, shared out over the processes.
 
     Returns:
@@ -96,8 +101,13 @@ def build_classification_test_loader(cfg: CfgNode, dataset_name: str) -> Evaluat
     """
     mapper = ClassificationMapper(cfg, training=False)
     skip = skips_unreadable_images(cfg)
+    images = ImageDataset(_load(cfg, dataset_name), mapper, skip=skip, replace=False)
+    if holds_in_memory(cfg):
+        return build_memory_test_loader(
+            ImagesInMemory(images), cfg.TEST.CLASSIFICATION.IMS_PER_BATCH
+        )
     return EvaluationLoader(
-        ImageDataset(_load(cfg, dataset_name), mapper, skip=skip, replace=False),
+        images,
         cfg.TEST.CLASSIFICATION.IMS_PER_BATCH,
         default_collate,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

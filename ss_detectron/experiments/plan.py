@@ -14,17 +14,19 @@ from ss_detectron.checkpoint.files import has_checkpoint
 from ss_detectron.config import find_config, flatten_config
 from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
 from ss_detectron.layers.feedback import Backpropagation
+from ss_detectron.learners import LEARNER_REGISTRY, Learner
 
 from .runs import (
     MACHINE_KEYS,
     METRICS,
     OWN_KEYS,
     differences,
+    get_method,
     matching,
     merged_config,
+    method_of_config,
     read_config,
     read_metrics,
-    rule_of_config,
 )
 
 # Whose config a rule without one of its own starts from: that of the nearest relative, whose gain
@@ -42,7 +44,7 @@ class PlannedRun:
     """A config with overrides, which is one side of a comparison, and a seed."""
 
     label: str
-    """What is compared: the feedback rule's full name."""
+    """What is compared: the full name of a feedback rule or learner."""
     seed: int
     config_file: str
     overrides: tuple[str, ...]
@@ -96,7 +98,7 @@ def plan_runs(
     Args:
         config_file: a path, or the name of a config that ships with this package; see
             :func:`starting_config`.
-        rules: name or short name -> seeds.
+        rules: name or short name of a rule or learner -> seeds.
         output: the runs' folders are ``<output>/<short name>_seed<seed>``.
         options: KEY VALUE ... for all runs.
 
@@ -108,7 +110,7 @@ def plan_runs(
         raise ValueError(f"{', '.join(sorted(own))}: the comparison sets this itself")
     runs = {}
     for name, seeds in rules.items():
-        rule = get_rule(name)
+        rule = get_method(name)
         start, overrides = starting_config(config_file, rule.name)
         cfg = merged_config(start, [*overrides, *options])
         if not cfg.DATASETS.TEST:
@@ -128,36 +130,44 @@ def plan_runs(
     return list(runs.values())
 
 
-def starting_config(config_file: str, rule: str) -> tuple[str, list[str]]:
+def starting_config(config_file: str, method: str) -> tuple[str, list[str]]:
     """
-    Finds the config file of a rule, and the KEY VALUE ... that make it the rule's own.
+    Finds the config file of a rule or learner, and the KEY VALUE ... that make it its own.
 
-    Where ``config_file`` is named after a rule, as retinanet_ss.yaml, that is the one named after
-    this rule, as retinanet_fa.yaml; if there is none, the one of the nearest relative
-    (sign-symmetry's for frSF and brSF, feedback alignment's for FA with signed initialisation and
-    Kolen-Pollack); else ``config_file`` itself. Where it has another MODEL.FEEDBACK.RULE, that is
-    changed, and so is the LAST_LAYER_RULE of a config whose last layers learn as the others do.
+    Where ``config_file`` is named after one, as retinanet_ss.yaml, that is the one named after
+    this, as retinanet_fa.yaml; if there is none, the one of the nearest relative (sign-symmetry's
+    for frSF and brSF, feedback alignment's for FA with signed initialisation and Kolen-Pollack,
+    backpropagation's for learners); else ``config_file`` itself. Where it has another
+    MODEL.LEARNER.NAME or MODEL.FEEDBACK.RULE, that is changed, and so is the LAST_LAYER_RULE of a
+    config whose last layers learn as the others do.
 
     Args:
         config_file: a path, or the name of a config that ships with this package.
-        rule: full name.
+        method: full name of the rule or learner.
     """
-    shorts = "|".join(known.short_name for _, known in FEEDBACK_REGISTRY if known.short_name)
+    is_learner = issubclass(get_method(method), Learner)
+    known = [known for registry in (FEEDBACK_REGISTRY, LEARNER_REGISTRY) for _, known in registry]
+    shorts = "|".join(sorted({k.short_name for k in known if k.short_name}))
     folder, slash, file = config_file.rpartition("/")
     start = config_file
-    for name in filter(None, (RELATIVES.get(rule), rule)):
-        renamed = re.sub(rf"^(.*_)({shorts})(?=[_.])", rf"\g<1>{get_rule(name).short_name}", file)
+    relative = Backpropagation.name if is_learner else RELATIVES.get(method)
+    for name in filter(None, (relative, method)):
+        renamed = re.sub(rf"^(.*_)({shorts})(?=[_.])", rf"\g<1>{get_method(name).short_name}", file)
         with suppress(FileNotFoundError):
             find_config(folder + slash + renamed)
             start = folder + slash + renamed
     cfg = merged_config(start)
-    before = rule_of_config(flatten_config(cfg))
-    if before == rule:
+    if method_of_config(flatten_config(cfg)) == method:
         return start, []
-    overrides = ["MODEL.FEEDBACK.RULE", rule]
+    if is_learner:
+        return start, ["MODEL.LEARNER.NAME", method]
+    overrides = ["MODEL.FEEDBACK.RULE", method]
+    if get_method(cfg.MODEL.LEARNER.NAME) is not Backpropagation:
+        overrides += ["MODEL.LEARNER.NAME", Backpropagation.name]
+    before = method_of_config(flatten_config(cfg) | {"MODEL.LEARNER.NAME": ""})
     last = cfg.MODEL.FEEDBACK.LAST_LAYER_RULE
     if before != Backpropagation.name and before == get_rule(last).name:
-        overrides += ["MODEL.FEEDBACK.LAST_LAYER_RULE", rule]
+        overrides += ["MODEL.FEEDBACK.LAST_LAYER_RULE", method]
     return start, overrides
 
 

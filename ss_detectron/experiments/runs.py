@@ -16,7 +16,9 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ss_detectron.config import add_ss_config, flatten_config, merge_config_file
-from ss_detectron.layers import FEEDBACK_REGISTRY, get_rule
+from ss_detectron.layers import FEEDBACK_REGISTRY, FeedbackRule, get_rule
+from ss_detectron.layers.feedback import Backpropagation
+from ss_detectron.learners import LEARNER_REGISTRY, Learner
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ METRICS = (*ERRORS, *SCORES)
 # Keys that a run may change when it goes on: where and how fast it runs.
 MACHINE_KEYS = frozenset({"DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "OUTPUT_DIR"})
 # Keys that a comparison sets itself.
-OWN_KEYS = frozenset({"MODEL.FEEDBACK.RULE", "MODEL.FEEDBACK.SEED", "OUTPUT_DIR", "SEED"})
+OWN_KEYS = frozenset(
+    {"MODEL.FEEDBACK.RULE", "MODEL.FEEDBACK.SEED", "MODEL.LEARNER.NAME", "OUTPUT_DIR", "SEED"}
+)
 PERIODS = {"SOLVER.CHECKPOINT_PERIOD", "TEST.ALIGNMENT_PERIOD", "TEST.EVAL_PERIOD", "VIS_PERIOD"}
 # Keys that repetitions of one experiment may differ in.
 PER_RUN_KEYS = MACHINE_KEYS | OWN_KEYS | PERIODS
@@ -73,7 +77,10 @@ class Run:
     config: Mapping[str, Any]
     """Of config.yaml, with dotted keys; empty where there is none."""
     label: str | None = None
-    """What is compared: the feedback rule's full name; None where the config does not say it."""
+    """
+    What is compared: the full name of a feedback rule or learner; None where the config does not
+    say it.
+    """
     epochs_per_iteration: float | None = None
 
     @cached_property
@@ -110,7 +117,7 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder}/metrics.json is empty: the run logged nothing, at least so far")
     config = read_config(folder / "config.yaml")
     epochs = [row["epoch"] / (row["iteration"] + 1) for row in rows if "epoch" in row]
-    return Run(folder, rows, config, rule_of_config(config), epochs[-1] if epochs else None)
+    return Run(folder, rows, config, method_of_config(config), epochs[-1] if epochs else None)
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
@@ -149,17 +156,39 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
 
 
-def rule_of_config(config: Mapping[str, Any]) -> str | None:
+def get_method(name: str) -> type[FeedbackRule] | type[Learner]:
     """
-    Tells the full name of the rule that a config with dotted keys trains by: MODEL.FEEDBACK.RULE,
-    or that of a builder of sign-symmetry or feedback alignment; None where it names none.
+    Finds a feedback rule or a learner by one of its names; "backpropagation", which is both, is
+    the rule.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if name in FEEDBACK_REGISTRY or name not in LEARNER_REGISTRY:
+        try:
+            return get_rule(name)
+        except ValueError as error:
+            learners = (
+                f"{n} ({c.short_name})" for n, c in LEARNER_REGISTRY if n != "backpropagation"
+            )
+            raise ValueError(f"{error}; or a learner: {', '.join(learners)}") from None
+    return LEARNER_REGISTRY.get(name)
+
+
+def method_of_config(config: Mapping[str, Any]) -> str | None:
+    """
+    Tells the full name of what a config with dotted keys trains by: MODEL.LEARNER.NAME or, where
+    that is backpropagation, MODEL.FEEDBACK.RULE or the rule of a builder of sign-symmetry or
+    feedback alignment; None where it names none.
     """
     found = re.match(r"build_(ss|fa)_", config.get("MODEL.BACKBONE.NAME", ""))
     rule = config.get("MODEL.FEEDBACK.RULE") or (found and found[1])
-    try:
-        return get_rule(rule).name if rule else None
-    except ValueError:  # one that the project of the run registered
-        return rule
+    for name in (config.get("MODEL.LEARNER.NAME"), rule):
+        if name and name not in LEARNER_REGISTRY and name not in FEEDBACK_REGISTRY:
+            return name  # one that the project of the run registered
+        if name and (name == rule or get_method(name) is not Backpropagation):
+            return get_method(name).name
+    return None
 
 
 def differences(
@@ -215,7 +244,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
         else:
             alike.append([run])
 
-    order = [name for name, _ in FEEDBACK_REGISTRY]
+    order = [name for registry in (FEEDBACK_REGISTRY, LEARNER_REGISTRY) for name, _ in registry]
     names = sorted(by_name, key=lambda name: order.index(name) if name in order else len(order))
     return [
         RunGroup(name, detail, variant, group)

@@ -1,4 +1,4 @@
-"""How figures look: colour, dashes and marker of each rule, axis labels, and the size of text."""
+"""How figures look: colour, dashes and marker of rules and learners, axis labels, size of text."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -25,11 +25,17 @@ RULE_STYLES = {
     "feedback_alignment": Style("FA", "#D55E00", (0, (3, 1.5)), "D"),
     "feedback_alignment_signed_init": Style("FA, signed init", "#E69F00", (0, (3, 3)), "P"),
     "kolen_pollack": Style("KP", "#CC79A7", (0, (3, 1.5, 1, 1.5, 1, 1.5)), "X"),
+    "direct_feedback": Style("DFA", "#882255", (0, (8, 2)), "h"),
+    "difference_target_propagation": Style("DTP", "#117733", (0, (2, 1)), "<"),
+    "simplified_difference_target_propagation": Style(
+        "SDTP", "#999933", (0, (5, 1, 1, 1, 1, 1)), ">"
+    ),
+    "auxiliary_output_sdtp": Style("AO-SDTP", "#332288", (0, (8, 1, 1, 1)), "p"),
 }
 # Of others: Paul Tol's "muted" scheme.
-_OTHER_COLOURS = ("#882255", "#117733", "#332288", "#999933", "#AA4499", "#44AA99", "#7F7F7F")
-DASHES = ("-", (0, (8, 2)), (0, (2, 1)), (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("h", "<", ">", "*", "p", "d", "8")
+_OTHER_COLOURS = ("#AA4499", "#44AA99", "#7F7F7F", "#661100", "#6699CC", "#888888", "#AA4466")
+DASHES = ("-", (0, (10, 2)), (0, (2, 2)), (0, (7, 1, 1, 1, 1, 1)))
+MARKERS = ("*", "d", "8", "H", "1", "2", "3")
 
 # The text of a figure that is printed as wide as it was made: a journal's text width.
 RC = {

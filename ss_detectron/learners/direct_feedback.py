@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ss_detectron.layers.feedback import Fans, FeedbackAlignment
 
 from .blocks import BlockLearner, BlockPass
-from .learner import LEARNER_REGISTRY
+from .learner import LEARNER_REGISTRY, feedback_seed
 
 __all__ = ["DirectFeedbackAlignment"]
 
@@ -72,8 +72,8 @@ class DirectFeedbackAlignment(BlockLearner):
 
     @classmethod
     def from_config(cls, cfg: Any, model: nn.Module) -> "DirectFeedbackAlignment":
-        options = cfg.MODEL.FEEDBACK
-        return cls(model, scale=options.SCALE, gain=options.GAIN, seed=options.SEED)
+        options = cfg.MODEL.LEARNER
+        return cls(model, scale=options.SCALE, gain=options.GAIN, seed=feedback_seed(cfg))
 
     def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
         *hidden, logits = done.outputs

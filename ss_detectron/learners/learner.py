@@ -10,7 +10,7 @@ from ss_detectron.layers import advance_feedback
 from ss_detectron.layers.registry import Registry
 from ss_detectron.solver import match_feedback_groups
 
-__all__ = ["LEARNER_REGISTRY", "Backpropagation", "Learner", "build_learner"]
+__all__ = ["LEARNER_REGISTRY", "Backpropagation", "Learner", "build_learner", "feedback_seed"]
 
 
 class Learner(nn.Module):
@@ -162,3 +162,9 @@ def build_learner(cfg: Any, model: nn.Module) -> Learner:
         ValueError: there is no learner of that name or short name.
     """
     return LEARNER_REGISTRY.get(cfg.MODEL.LEARNER.NAME).from_config(cfg, model)
+
+
+def feedback_seed(cfg: Any) -> int:
+    """Return MODEL.FEEDBACK.SEED; where that is -1, SEED; where that is -1 too, 0."""
+    seed: int = cfg.MODEL.FEEDBACK.SEED
+    return seed if seed >= 0 else max(cfg.SEED, 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_detectron.layers.feedback import seed_of
 
 from .blocks import BlockLearner, BlockPass
-from .learner import LEARNER_REGISTRY
+from .learner import LEARNER_REGISTRY, feedback_seed
 
 __all__ = [
     "AuxiliaryOutputTargetPropagation",
@@ -174,6 +174,23 @@ class DifferenceTargetPropagation(BlockLearner):
                 f"{type(self).__name__} on {len(self.blocks)} blocks needs {count} inverses, not "
                 f"{len(self.inverses)}"
             )
+
+    @classmethod
+    def options(cls, cfg: Any) -> dict[str, Any]:
+        """Return the keyword arguments that a config's MODEL.LEARNER stands for."""
+        keys = cfg.MODEL.LEARNER
+        return {
+            "alpha": keys.ALPHA,
+            "noise": keys.NOISE,
+            "schedule": keys.SCHEDULE,
+            "period": keys.PERIOD,
+            "inverse_lr": keys.INVERSE_LR or None,
+            "seed": feedback_seed(cfg),
+        }
+
+    @classmethod
+    def from_config(cls, cfg: Any, model: nn.Module) -> "DifferenceTargetPropagation":
+        return cls(model, **cls.options(cfg))
 
     def _make_inverse(self, index: int) -> Inverse:
         layer, _ = self._split(index)
@@ -377,6 +394,10 @@ class SimplifiedTargetPropagation(DifferenceTargetPropagation):
         super().__init__(model, blocks, **options)
         self.target_step = target_step
 
+    @classmethod
+    def options(cls, cfg: Any) -> dict[str, Any]:
+        return {**super().options(cfg), "target_step": cfg.MODEL.LEARNER.TARGET_STEP}
+
     def top_step(self, done: BlockPass, h: list[Tensor], scale: Tensor) -> Tensor:
         if done.target is None:
             raise ValueError(f"{type(self).__name__} needs the labels: backward(loss, target=y)")
@@ -384,7 +405,8 @@ class SimplifiedTargetPropagation(DifferenceTargetPropagation):
         p = done.outputs[-1].to(self._dtype).softmax(1)
         wanted = p + self.target_step * (F.one_hot(done.target, p.shape[1]) - p)
         reached: Tensor = inverse(self.top_code(p, below), below)
-        return inverse(self.top_code(wanted, below), below) - reached
+        aimed: Tensor = inverse(self.top_code(wanted, below), below)
+        return aimed - reached
 
 
 @LEARNER_REGISTRY.register
@@ -415,12 +437,16 @@ class AuxiliaryOutputTargetPropagation(SimplifiedTargetPropagation):
         self.auxiliary_units = auxiliary_units
         super().__init__(model, blocks, **options)
 
+    @classmethod
+    def options(cls, cfg: Any) -> dict[str, Any]:
+        return {**super().options(cfg), "auxiliary_units": cfg.MODEL.LEARNER.AUXILIARY_UNITS}
+
     def _top_inputs(self, layer: Any) -> int:
         generator = torch.Generator().manual_seed(seed_of(f"{self.seed}/auxiliary"))
         drawn = torch.empty(self.auxiliary_units, layer.in_features, dtype=layer.weight.dtype)
         nn.init.xavier_uniform_(drawn, generator=generator)
         self.register_buffer("auxiliary", drawn)
-        return layer.out_features + self.auxiliary_units
+        return int(layer.out_features) + self.auxiliary_units
 
     def top_code(self, p: Tensor, below: Tensor) -> Tensor:
         return torch.cat([p, torch.tanh(F.linear(below.flatten(1), self.auxiliary))], 1)

@@ -2,6 +2,7 @@
 
 from . import backbone  # noqa: F401, it registers its builders
 from .alexnet import AlexNet
+from .chain import Chain
 from .cifar_resnet import CifarStem
 from .classifier import ImageClassifier
 from .retinanet import (
@@ -15,6 +16,7 @@ from .retinanet import (
 __all__ = [
     "RETINANET_HEAD_REGISTRY",
     "AlexNet",
+    "Chain",
     "CifarStem",
     "FARetinaNetHead",
     "FeedbackRetinaNet",

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, ResNet, build_backbone
 from torch import Tensor, nn
 
 from ss_detectron.layers import check_exclude, convert_part
@@ -131,6 +131,26 @@ class ImageClassifier(nn.Module):
         if features.dim() == 4:
             features = F.adaptive_avg_pool2d(features, 1).flatten(1)
         return self.linear(features)
+
+    def learner_blocks(self) -> list[nn.Module]:
+        """
+        Return the blocks that a learner tells apart: the backbone's, by its own
+        ``learner_blocks()`` or a ResNet's stem and blocks, and the linear layer.
+
+        Raises:
+            ValueError: the backbone does not say what its blocks are.
+        """
+        backbone = self.backbone
+        if hasattr(backbone, "learner_blocks"):
+            blocks = backbone.learner_blocks()
+        elif isinstance(backbone, ResNet):
+            blocks = [backbone.stem, *(block for stage in backbone.stages for block in stage)]
+        else:
+            raise ValueError(
+                f"MODEL.LEARNER.NAME needs a backbone of blocks, a ResNet or one with "
+                f"learner_blocks(); {type(backbone).__name__} is none"
+            )
+        return [*blocks, self.linear]
 
     def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """

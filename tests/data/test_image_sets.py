@@ -1,6 +1,8 @@
+import gzip
 import hashlib
 import pickle
 import shutil
+import struct
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from image_utils import image_config, write_images
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST, ImageFolder
 
 from ss_detectron.data import CIFAR10_CLASSES, check_datasets, register_image_folders_from_config
 
@@ -280,3 +282,44 @@ def test_what_is_to_be_done_without_cifar10(archive, root, broken):
         assert CIFAR10.url in str(error.value)
         if "DOWNLOAD" in message:
             assert list(root.rglob("*")) == before
+
+
+# MNIST -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "reader", "title"),
+    [("mnist", MNIST, "MNIST"), ("fashion_mnist", FashionMNIST, "Fashion-MNIST")],
+)
+def test_mnist_in_its_own_format(name, reader, title, packed, root, monkeypatch):
+    folder = root / reader.__name__ / "raw"
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    labels = np.arange(5, dtype=np.uint8)
+    resources = []
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(
+                f">{array.ndim}I", *array.shape
+            )
+            content = head + array.tobytes()
+            file = folder / f"{part}-{kind}-ubyte"
+            archive = gzip.compress(content)
+            resources.append((f"{file.name}.gz", hashlib.md5(archive).hexdigest()))
+            if packed:
+                file.with_suffix(".gz").write_bytes(archive)
+            else:
+                file.write_bytes(content)
+    monkeypatch.setattr(reader, "resources", resources)
+    monkeypatch.setattr(reader, "mirrors", ["http://127.0.0.1:9/"])  # nobody's
+    cfg = image_config(train=(f"{name}_train",), test=(f"{name}_test",), classes=10)
+    check(cfg)
+    for split in ("train", "test"):
+        found = DatasetCatalog.get(f"{name}_{split}")
+        assert [record["label"] for record in found] == [0, 1, 2, 3, 4]
+        assert (np.stack([record["image"] for record in found]) == images).all()
+    assert len(MetadataCatalog.get(f"{name}_test").thing_classes) == 10
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=f"{title} is not in '{folder}': set DATASETS.DOWN"):
+        check(cfg)

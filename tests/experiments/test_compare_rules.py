@@ -66,6 +66,21 @@ def test_a_rule_without_a_config_of_its_own_changes_the_rule(config, rule, expec
     assert starting_config(str(tmp_path / config), rule) == (str(tmp_path / start), overrides)
 
 
+def test_a_learner_starts_from_its_own_config_or_backpropagations():
+    name = "direct_feedback"
+    assert starting_config("mnist_fc_bp.yaml", name) == ("mnist_fc_dfa.yaml", [])
+    changed = ("quick/shapes_resnet18_bp.yaml", ["MODEL.LEARNER.NAME", name])
+    assert starting_config(CLASSIFICATION, name) == changed
+    assert starting_config("mnist_fc_dtp.yaml", FA) == ("mnist_fc_fa.yaml", [])
+    overrides = [RULE, SS, "MODEL.LEARNER.NAME", BP]
+    assert starting_config("mnist_fc_dtp_parallel.yaml", SS) == (
+        "mnist_fc_dtp_parallel.yaml",
+        overrides,
+    )
+    with pytest.raises(ValueError, match="unknown feedback rule 'x'.*or a learner: direct_feed"):
+        plan_runs("mnist_fc_bp.yaml", {"x": [1]}, Path("."))
+
+
 # The plan ----------------------------------------------------------------------------------------
 
 

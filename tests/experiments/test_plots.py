@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from output_folders import CLASSIFICATION, write_rows, write_run
 
-from ss_detectron import FEEDBACK_REGISTRY
+from ss_detectron import FEEDBACK_REGISTRY, LEARNER_REGISTRY
 from ss_detectron.experiments.plots import (
     depth_order,
     draw_figures,
@@ -45,12 +45,13 @@ def lines_of(panel) -> dict[str, list]:
 
 
 def test_every_rule_and_other_name_has_a_look_of_its_own():
-    own = {name for name, rule in FEEDBACK_REGISTRY if rule.__module__.startswith("ss_detectron")}
+    registered = [*FEEDBACK_REGISTRY, *LEARNER_REGISTRY]
+    own = {name for name, kind in registered if kind.__module__.startswith("ss_detectron")}
     assert set(RULE_STYLES) == own
     names = [*RULE_STYLES, *(f"run {i}" for i in range(7))]
     looks = [style_of(name, names) for name in names]
     assert looks == [style_of(name, reversed(names)) for name in names]
-    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 14
+    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 18
     assert len({look.dashes for look in RULE_STYLES.values()}) == len(RULE_STYLES)
 
 

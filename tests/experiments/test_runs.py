@@ -6,10 +6,10 @@ from output_folders import CLASSIFICATION, write_rows, write_run
 
 from ss_detectron.experiments.runs import (
     group_runs,
+    method_of_config,
     read_metrics,
     read_run,
     read_runs,
-    rule_of_config,
     warn_of_differences,
 )
 
@@ -81,7 +81,10 @@ def test_a_config_that_cannot_be_read_is_none_and_reported(text, tmp_path, caplo
 )
 def test_rule_of_a_config(rule, backbone, expected):
     config = {"MODEL.FEEDBACK.RULE": rule, "MODEL.BACKBONE.NAME": backbone}
-    assert rule_of_config(config) == expected
+    assert method_of_config(config) == expected
+    assert method_of_config({**config, "MODEL.LEARNER.NAME": "bp"}) == expected
+    for learner, full in (("dfa", "direct_feedback"), ("hebb", "hebb")):
+        assert method_of_config({**config, "MODEL.LEARNER.NAME": learner}) == full
 
 
 def test_folders_that_hold_no_run_are_named_and_left_out(tmp_path, caplog):

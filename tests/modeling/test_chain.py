@@ -1,0 +1,92 @@
+"""Chains of fully connected layers and convolutions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import build_model
+from modeling_utils import load_config
+
+from ss_detectron import build_learner
+from ss_detectron.modeling import Chain
+from ss_detectron.modeling.chain import same_padding
+
+
+def _config(layers, backbone="conv", size=9, **keys):
+    cfg = load_config("mnist_fc_bp.yaml")
+    cfg.MODEL.BACKBONE.NAME = f"build_feedback_{backbone}_backbone"
+    cfg.MODEL.CHAIN.LAYERS = layers
+    cfg.INPUT.CLASSIFICATION.SIZE = size
+    cfg.MODEL.LEARNER.merge_from_other_cfg(type(cfg)(keys))
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [(28, 3, 2), (9, 5, 2), (7, 4, 3), (5, 1, 2)]
+)
+def test_same_padding_is_tensorflows(size, kernel, stride):
+    before, after = same_padding(size, kernel, stride)
+    assert after - before in (0, 1)
+    padded = F.pad(torch.zeros(1, 1, size, size), (before, after, before, after))
+    out = F.conv2d(padded, torch.zeros(1, 1, kernel, kernel), stride=stride)
+    assert out.shape[-1] == -(-size // stride)
+
+
+def test_a_chain_is_its_layers_one_after_the_other():
+    model = build_model(_config([(3, 4, 2), (5, 2, 1), 6]))
+    first, second, third = model.backbone.children()
+    images = torch.randint(0, 256, (2, 1, 9, 9)).byte()
+    x = images / 255
+    x = torch.tanh(F.conv2d(F.pad(x, (1, 1, 1, 1)), *first.parameters(), stride=2))
+    x = torch.tanh(F.conv2d(F.pad(x, (2, 2, 2, 2)), *second.parameters()))
+    x = torch.tanh(F.linear(x.flatten(1), *third.parameters()))
+    torch.testing.assert_close(model.logits(images), model.linear(x))
+    weights = [module for module in model.backbone.modules() if hasattr(module, "weight")]
+    for layer in weights:  # Glorot's, uniform
+        fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(layer.weight)
+        bound = (6 / (fan_in + fan_out)) ** 0.5
+        assert 0.8 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    for cfg_activation, kind in (("relu", torch.nn.ReLU), ("tanh", torch.nn.Tanh)):
+        cfg = _config([4])
+        cfg.MODEL.CHAIN.ACTIVATION = cfg_activation
+        assert isinstance(build_model(cfg).backbone.block1[-1], kind)
+
+
+@pytest.mark.parametrize(
+    ("layers", "backbone", "message"),
+    [
+        ([], "fc", "MODEL.CHAIN.LAYERS is empty"),
+        ([4, (3, 2, 1)], "conv", "after a fully connected layer"),
+        ([(3, 2, 1)], "fc", "build_fc_backbone takes numbers of units alone"),
+    ],
+)
+def test_layers_that_do_not_fit(layers, backbone, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(_config(layers, backbone))
+
+
+def test_the_classifier_tells_its_blocks():
+    model = build_model(_config([5, 4], "fc"))
+    assert isinstance(model.backbone, Chain)
+    expected = [model.backbone.block1, model.backbone.block2, model.linear]
+    assert model.learner_blocks() == expected
+    learner = build_learner(_config([5, 4], "fc", NAME="dtp", ALPHA=0.5), model)
+    assert learner.alpha == 0.5 and learner.blocks == tuple((b,) for b in expected)
+
+
+def test_direct_feedback_takes_a_resnets_blocks_and_other_backbones_are_refused():
+    cfg = load_config("quick/shapes_resnet18_bp.yaml")
+    cfg.MODEL.LEARNER.NAME = "dfa"
+    model = build_model(cfg)
+    learner = build_learner(cfg, model).train()
+    assert len(learner.blocks) == 1 + sum(map(len, model.backbone.stages)) + 1
+    images = torch.randint(0, 256, (2, 3, *[cfg.INPUT.CLASSIFICATION.SIZE] * 2)).byte()
+    loss = learner({"image": images, "label": torch.tensor([1, 0])})["loss_cls"]
+    learner.backward(loss)
+    assert all(p.grad.any() for p in model.parameters())
+    cfg.MODEL.LEARNER.NAME = "dtp"
+    with pytest.raises(ValueError, match="no inverse follows from the block"):
+        build_learner(cfg, model)
+    cfg = load_config("quick/shapes_retinanet_bp.yaml")
+    cfg.MODEL.LEARNER.NAME = "dfa"
+    with pytest.raises(ValueError, match="does not say what its blocks are"):
+        build_learner(cfg, build_model(cfg))
