@@ -141,7 +141,10 @@ class AsymmetricLayer(nn.Module):
             return
         if rule.learned:
             learns = any(getattr(self, name).requires_grad for name in self.weight_names(self))
-            self.register_parameter(rule.state_name, nn.Parameter(state, requires_grad=learns))
+            # Layers that share their weight share a parameter.
+            parameter = state if isinstance(state, nn.Parameter) else nn.Parameter(state)
+            parameter.requires_grad_(learns)
+            self.register_parameter(rule.state_name, parameter)
         else:
             self.register_buffer(rule.state_name, state)
 

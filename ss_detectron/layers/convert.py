@@ -9,13 +9,13 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from .asymmetric import AsymmetricLayer, asymmetric_form, is_form, obstacle
 from .feedback import Backpropagation, FeedbackRule, get_rule
-from .names import as_patterns, first_match, grouped
+from .names import as_patterns, first_match, grouped, plain_modules
 from .report import EXCLUDED, OWN_RULE, feedback_report, weight_layers
 from .watch import unwatch, watch
 
@@ -135,6 +135,7 @@ def convert_part(
             changes.append(_conversion(layer, layer_rule(scale, gain, seed, name or prefix)))
         else:
             changes.append(_Change(layer))
+    _share_learned(part, changes)
     # Not before all of them are known to be possible.
     unwatch(part.modules())
     for change in changes:
@@ -165,11 +166,55 @@ class _Change(NamedTuple):
         self.layer.set_rule(self.rule, self.state)  # type: ignore[operator]
 
 
-def _conversion(layer: nn.Module, rule: FeedbackRule) -> _Change:
+def _form(layer: nn.Module) -> type[AsymmetricLayer]:
+    """Of a layer that is converted, or can be."""
     form = type(layer) if isinstance(layer, AsymmetricLayer) else asymmetric_form(type(layer))
     assert form is not None
+    return form
+
+
+def _conversion(layer: nn.Module, rule: FeedbackRule) -> _Change:
+    form = _form(layer)
     weight = form.weight_of(layer).detach()
     return _Change(layer, rule, rule.initial_state(weight, form.fans(layer)))  # type: ignore[arg-type]
+
+
+def _share_learned(part: nn.Module, changes: list[_Change]) -> None:
+    """
+    Let layers that share a weight share its learned feedback, which so receives all that the weight
+    receives. Where others use the weight as well, it cannot: leave the layers on backpropagation.
+    """
+    places = {change.layer: i for i, change in enumerate(changes)}
+    rules: dict[nn.Module, FeedbackRule | None] = {
+        module: module.rule
+        for module in part.modules()
+        if isinstance(module, AsymmetricLayer) and module not in places
+    }
+    rules |= {change.layer: change.rule for change in changes}
+    users: dict[Tensor, dict[nn.Module, str]] = {}
+    for name, module in plain_modules(part):
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, {})[module] = name
+    shared: dict[tuple[Tensor, ...], tuple[FeedbackRule, Tensor]] = {}
+    for layer, rule in rules.items():
+        if rule is None or not rule.learned:
+            continue
+        weights = tuple(getattr(layer, name) for name in _form(layer).weight_names(layer))
+        uses = {user: name for w in weights for user, name in users.get(w, {}).items()}
+        other = next((u for u in uses if type(rules.get(u)) is not type(rule)), None)
+        if other is not None:
+            reason = (
+                f"its weight is also {uses[other] or 'the whole model'}'s "
+                f"({type(other).__name__}); {rule.name} needs all that the weight learns"
+            )
+            if layer not in places:
+                raise ValueError(f"{uses[layer]} cannot keep its rule: {reason}")
+            changes[places[layer]] = _Change(layer, reason=reason)
+        elif layer not in places:
+            shared[weights] = rule, cast(Tensor, layer.feedback_state)
+        elif len(uses) > 1:
+            own = rule, nn.Parameter(cast(Tensor, changes[places[layer]].state))
+            changes[places[layer]] = _Change(layer, *shared.setdefault(weights, own))
 
 
 def _check_restorable(layer: nn.Module) -> None:

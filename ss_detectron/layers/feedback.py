@@ -103,7 +103,8 @@ class FeedbackRule:
 
     A new rule is a subclass with a ``name``, registered with ``@FEEDBACK_REGISTRY.register()``,
     that overrides :meth:`feedback` and, if it keeps state, names it in ``state_name`` and makes it
-    in :meth:`initial_state`. An instance belongs to one layer and never changes.
+    in :meth:`initial_state`. An instance belongs to one layer, or to those that share a weight, and
+    never changes.
 
     Args:
         scale: one of :data:`FEEDBACK_SCALES`.
@@ -364,7 +365,9 @@ class FeedbackAlignmentSignedInit(FeedbackAlignment):
 class KolenPollack(FeedbackAlignment):
     """
     B starts random and receives W's gradient; with the same learning rate and weight decay it
-    converges to W (Kolen and Pollack 1994; Akrout et al. 2019).
+    converges to W (Kolen and Pollack 1994; Akrout et al. 2019). Layers that share one W when they
+    are converted share B. Where others use W as well (an embedding), B would miss a part of what W
+    learns: such layers stay on backpropagation.
     """
 
     name = "kolen_pollack"

@@ -22,6 +22,7 @@ from ss_detectron.layers import (
     advance_feedback,
     backpropagation,
     convert_feedback,
+    feedback_report,
     get_rule,
 )
 
@@ -267,6 +268,73 @@ def test_kolen_pollack_feedback_learns_nothing_while_suspended(kind):
     with backpropagation(layer):
         y.sum().backward()
     assert layer.feedback_weight.grad is None and layer.weight.grad is not None
+
+
+class Tied(nn.Module):
+    """One weight encodes and decodes, as an autoencoder's or a language model's does."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second, self.head = first, second, nn.Linear(8, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).tanh()))
+
+
+def test_kolen_pollack_shares_the_feedback_of_a_shared_weight():
+    torch.manual_seed(0)
+    model = convert_feedback(Tied(nn.Linear(8, 8), nn.Linear(8, 8)), "kp").double()
+    assert model.second.feedback_weight is model.first.feedback_weight
+    x, layer = torch.randn(4, 8).double(), model.first
+    lr, momentum, decay = 0.1, 0.9, 0.2
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=decay)
+    start, c, m = (layer.feedback_weight - layer.weight).detach(), 1.0, 0.0
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        torch.testing.assert_close(layer.feedback_weight.grad, layer.weight.grad)
+        optimizer.step()
+        m = momentum * m + decay * c
+        c -= lr * m
+        actual = (layer.feedback_weight - layer.weight).detach()
+        torch.testing.assert_close(actual, c * start, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_that_share_learned_feedback_keep_sharing_it():
+    model = convert_feedback(Tied(nn.Linear(8, 8), nn.Linear(8, 8)), "kp")
+    drawn = model.first.feedback_weight.detach().clone()
+    stock = {key: value for key, value in model.state_dict().items() if "feedback" not in key}
+    model.load_state_dict(stock)
+    assert torch.equal(model.second.feedback_weight, drawn)
+    convert_feedback(model, "kp", exclude="second", seed=3)
+    assert torch.equal(model.first.feedback_weight, drawn)
+    assert model.second.feedback_weight is model.first.feedback_weight
+    with pytest.raises(ValueError, match="second cannot keep its rule: its weight is also first's"):
+        convert_feedback(model, "fa", exclude="second")
+    convert_feedback(model, "fa")
+    assert not torch.equal(model.second.feedback_weight, model.first.feedback_weight)
+
+
+def test_kolen_pollack_leaves_a_weight_that_others_use_on_backpropagation():
+    model, x = Tied(nn.Embedding(8, 8), nn.Linear(8, 8)), torch.tensor([1, 5, 5])
+    stock = copy.deepcopy(model)
+    convert_feedback(model, "kp")
+    rules = {row.name: (row.rule, row.reason) for row in feedback_report(model)}
+    assert rules["head"] == ("kolen_pollack", "")
+    rule, reason = rules["second"]
+    assert rule == "backpropagation"
+    assert reason.startswith("its weight is also first's (Embedding); kolen_pollack needs all that")
+    with backpropagation(model):
+        model(x).sum().backward()
+    stock(x).sum().backward()
+    assert torch.equal(model.first.weight.grad, stock.first.weight.grad)
+    # Feedback that is fixed misses nothing.
+    report = feedback_report(convert_feedback(model, "fa"))
+    assert [row.rule for row in report] == ["feedback_alignment"] * 2
+    model = Tied(nn.Linear(8, 8), nn.Linear(8, 8))
+    report = feedback_report(convert_feedback(model, "kp", overrides={"second": "fa"}))
+    assert report[0].reason.startswith("its weight is also second's (Linear)")
 
 
 # What is drawn.
