@@ -88,14 +88,8 @@ def _load_plugin() -> None:
     Raises:
         ImportError: there is no Detectron2; says how to get it.
     """
-    try:
-        import detectron2  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "this part of ss_detectron extends Detectron2, which is not installed (and not on "
-            "PyPI). tools/install_detectron2.py of the ss_detectron source installs it; or see "
-            "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
-        ) from error
+    from . import _detectron2  # noqa: F401
+
     for room in ("data", "modeling"):
         importlib.import_module(f".{room}", __name__)
 

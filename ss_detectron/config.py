@@ -1,5 +1,8 @@
 """The config keys this package adds to Detectron2's, and where its config files are found."""
 
+from . import _detectron2  # noqa: F401, first
+
+# isort: split
 import difflib
 import logging
 import re
@@ -336,6 +339,8 @@ _LEAST = {
     "SOLVER.ACCUMULATION_STEPS": 1,
     "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_ITER": 1,
     "SOLVER.MAX_SKIPPED_STEPS": 0,
     "TEST.ALIGNMENT_PERIOD": 0,
 }

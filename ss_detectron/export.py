@@ -1,5 +1,8 @@
 """From a model with asymmetric feedback to what stock tools read: feedback is for training only."""
 
+from . import _detectron2  # noqa: F401, first
+
+# isort: split
 import re
 
 from detectron2.config import CfgNode, get_cfg

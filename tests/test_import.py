@@ -38,6 +38,16 @@ def test_the_plug_ins_names_say_what_is_missing():
     assert _python(script).split() == ["True", "True"]
 
 
+def test_modules_of_the_plug_in_say_what_to_install():
+    script = CORE + (
+        "import importlib\n"
+        "for name in ('config', 'data', 'engine', 'experiments.runs', 'export'):\n"
+        "    try: importlib.import_module(f'ss_detectron.{name}')\n"
+        "    except ImportError as error: print('install_detectron2.py' in str(error))\n"
+    )
+    assert _python(script).split() == 5 * ["True"]
+
+
 @pytest.mark.parametrize("name", ss_detectron.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(ss_detectron, name) is not None

@@ -1,5 +1,6 @@
 """Data sets: importing this package registers them with Detectron2 and creates no file."""
 
+from .. import _detectron2  # noqa: F401
 from .arrays import CIFAR10_CLASSES, register_arrays
 from .check import check_datasets
 from .coco import register_coco_from_config

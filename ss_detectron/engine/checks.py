@@ -22,6 +22,9 @@ __all__ = ["check_conversion", "check_options", "check_proposals", "check_weight
 
 logger = logging.getLogger(__name__)
 
+# Of detectron2.layers.get_norm.
+_NORMS = ("", "BN", "FrozenBN", "GN", "LN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
 
 def check_options(cfg: CfgNode, *, training: bool = True) -> None:
     """Refuse unknown names, and options that do not go together, or not with this machine."""
@@ -31,6 +34,9 @@ def check_options(cfg: CfgNode, *, training: bool = True) -> None:
     for rule in filter(None, (feedback.RULE, feedback.LAST_LAYER_RULE)):
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
     choose(cfg, "SOLVER.OPTIMIZER", "SGD", "AdamW")
+    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+        choose(cfg, "MODEL.RESNETS.DEPTH", 18, 34, 50, 101, 152)
+        choose(cfg, "MODEL.RESNETS.NORM", *_NORMS)
     choose(cfg, "MODEL.RETINANET.HEAD", *(name for name, _ in RETINANET_HEAD_REGISTRY))
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:
         raise ValueError(

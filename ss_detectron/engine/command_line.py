@@ -17,7 +17,6 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 
 from ss_detectron.checkpoint.files import (
     atomic_write,
@@ -32,10 +31,12 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 from ss_detectron.data.catalog import class_names
+from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 from .checks import check_options, check_proposals, check_weights
 from .defaults import Trainer
 from .launch import add_launch_options, complete_launch_options, launch
+from .logs import set_up_logging
 
 __all__ = ["argument_parser", "main", "setup"]
 
@@ -77,16 +78,21 @@ def main(args: Sequence[str] | None = None, *, trainer: type[Trainer] = Trainer)
 
 def _train_or_evaluate(kind: type[Trainer], args: argparse.Namespace) -> Any:
     """What one process of a run does."""
-    cfg = setup(args)
-    if not args.eval_only:
-        trainer = kind(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
-    model = kind.build_model(cfg)
-    checkpointer = kind.build_checkpointer(cfg, model, classes=class_names(cfg.DATASETS.TEST))
-    checkpointer.weights_except = ()  # which a training was not to start from, and has learned
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    results = kind.test(cfg, model)
+    with one_line_errors(args.traceback):
+        cfg = setup(args)
+        if args.eval_only:
+            model = kind.build_model(cfg)
+            classes = class_names(cfg.DATASETS.TEST)
+            checkpointer = kind.build_checkpointer(cfg, model, classes=classes)
+            checkpointer.weights_except = ()  # what a training was not to start from, it learned
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        else:
+            trainer = kind(cfg)
+            trainer.resume_or_load(resume=args.resume)
+    with one_line_errors(args.traceback, OSError):  # of files; other errors are no longer of usage
+        if not args.eval_only:
+            return trainer.train()
+        results = kind.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -96,6 +102,7 @@ def argument_parser() -> argparse.ArgumentParser:
     """Return Detectron2's, for which no code in a config file runs unless that is asked for."""
     parser = default_argument_parser()
     parser.set_defaults(dist_url="auto")  # a free port
+    add_traceback_option(parser)
     parser.add_argument(
         "--allow-unsafe-config",
         action="store_true",
@@ -117,10 +124,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         FileNotFoundError: no such config, annotation file or image folder.
-        KeyError, ValueError: an unknown key, a value that does not fit, an unknown data set.
+        ValueError: an unknown key, a value that does not fit, an unknown data set.
     """
     cfg = get_cfg()
     add_ss_config(cfg)
+    if not (args.config_file or args.opts):
+        raise ValueError("give --config-file: a path, or the name of one such as retinanet_ss.yaml")
     if args.config_file:
         args.config_file = merge_config_file(
             cfg, args.config_file, allow_unsafe=args.allow_unsafe_config
@@ -136,8 +145,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     found = has_checkpoint(cfg.OUTPUT_DIR)
     settle_feedback_seed(cfg, goes_on=found and not starts_anew)
     cfg.freeze()
-    for name in ("fvcore", "detectron2", "ss_detectron"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    set_up_logging(cfg)
     check_options(cfg, training=not args.eval_only)
     check_datasets(cfg, training=not args.eval_only)
     check_proposals(cfg)
@@ -155,9 +163,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
             cfg.OUTPUT_DIR,
             "is of MODEL.WEIGHTS" if args.eval_only else "starts anew",
         )
-    logger.info("Environment:\n%s", collect_env_info())
-    logger.info("Command line: %s", args)
-    logger.info("Config:\n%s", cfg.dump())
+    log = os.path.join(cfg.OUTPUT_DIR, "log.txt")
+    logger.info("Command line, environment, config and model are in %s.", log)
+    logger.debug("Environment:\n%s", collect_env_info())
+    logger.debug("Command line: %s", args)
+    logger.debug("Config:\n%s", cfg.dump())
     if args.eval_only and comm.is_main_process():
         with atomic_write(os.path.join(cfg.OUTPUT_DIR, "eval_config.yaml")) as file:
             file.write(cfg.dump().encode())

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data.catalog import MetadataCatalog
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -41,7 +42,13 @@ from ss_detectron.utils.random_state import (
 )
 
 from .checks import check_conversion
-from .hooks import AlignmentHook, BestCheckpointer, EpochLogger, PeriodicCheckpointer
+from .hooks import (
+    AlignmentHook,
+    BestCheckpointer,
+    EpochLogger,
+    FirstStepLogger,
+    PeriodicCheckpointer,
+)
 from .loss_normalizer import get_loss_normalizers, set_loss_normalizers
 from .preemption import PreemptionHook
 from .train_loop import StepTrainer
@@ -287,7 +294,8 @@ class Trainer(DefaultTrainer):
             ValueError: MODEL.FEEDBACK names a rule, or excludes layers, to no effect, or nothing
                 of the model can be compiled.
         """
-        model = super().build_model(cfg)
+        model = build_model(cfg)
+        logger.debug("Model:\n%s", model)
         report = feedback_report(model)
         check_conversion(cfg, model, report)
         logger.info("Which layers learn by which rule:\n%s", report)
@@ -381,6 +389,7 @@ class Trainer(DefaultTrainer):
         images = getattr(self._trainer.data_loader, "dataset", None)
         if isinstance(images, Sized):
             built.insert(0, EpochLogger(solver.IMS_PER_BATCH, len(images)))
+        built.insert(0, FirstStepLogger())
         return [*built, PreemptionHook()]
 
 

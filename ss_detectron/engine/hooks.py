@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.checkpoint.files import find_checkpoints
 from ss_detectron.learners import Backpropagation, Learner
 
-__all__ = ["AlignmentHook", "BestCheckpointer", "EpochLogger", "PeriodicCheckpointer"]
+__all__ = [
+    "AlignmentHook",
+    "BestCheckpointer",
+    "EpochLogger",
+    "FirstStepLogger",
+    "PeriodicCheckpointer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +51,28 @@ class EpochLogger(HookBase):
     def after_step(self) -> None:
         epoch = (self.trainer.iter + 1) * self._step / self._images
         self.trainer.storage.put_scalar("epoch", epoch, smoothing_hint=False)
+
+
+class FirstStepLogger(HookBase):
+    """Log, after the first step, how long it took and when the run ends at that pace."""
+
+    _began: float | None = None
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.trainer.start_iter:
+            self._began = time.time()
+
+    def after_step(self) -> None:
+        if self._began is None:
+            return
+        now, steps = time.time(), self.trainer.max_iter - 1 - self.trainer.iter
+        seconds, self._began = now - self._began, None
+        end = time.strftime("%a %d %b %Y %H:%M", time.localtime(now + steps * seconds))
+        logger.info(
+            "The first step took %.2g s, with what is done once. At that pace, the other %d end at "
+            "about %s.",
+            *(seconds, steps, end),
+        )
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):

@@ -214,6 +214,11 @@ def _run_process(
                 timeout = timedelta(minutes=args.timeout)
                 rendezvous = {"store": dist.TCPStore(_HOST, port, timeout=timeout)}
             _run(main, args, local_rank, **rendezvous)
+    except SystemExit as exit_:
+        if not isinstance(exit_.code, str):
+            raise
+        failures.put((multiprocessing.current_process().name, exit_.code[:4000], ""))
+        sys.exit(1)
     except Exception as error:
         summary = f"{type(error).__name__}: {error}".splitlines()[0]
         # Cut, so that a pipe holds those of all processes.
@@ -237,7 +242,8 @@ def _report(
 ) -> str:
     """
     Says what has ended the run, with its traceback, and how the other processes ended then.
-    ``failed`` were the first to end; ``errors`` has errors and tracebacks by name, first in time.
+    ``failed`` were the first to end; ``errors`` has errors and tracebacks by name, first in time;
+    of one that has no traceback, its error alone is said.
     """
 
     def ending(process: BaseProcess) -> str:
@@ -255,6 +261,9 @@ def _report(
 
     # An exception takes others down before its own process has ended: the first in time counts.
     names = [process.name for process in failed if process.name not in errors] + list(errors)
+    said, trace = errors.get(names[0], ("", None))
+    if trace == "":  # it ended by a message, of an error of usage
+        return said
     culprit = next(process for process in processes if process.name == names[0])
     # Where the culprit has left no traceback, another's may be of what led to its end.
     lines = [errors.get(names[0], first)[1] for first in [*errors.values()][:1]]

@@ -6,3 +6,5 @@ Comparisons of feedback rules: from the runs that they take to a table and figur
 * :mod:`.plan`, :mod:`.launch`, :mod:`.compare`: a whole comparison (tools/compare_rules.py)
 * :mod:`.demo`, :mod:`.visualize`: what trained models see
 """
+
+from .. import _detectron2  # noqa: F401

@@ -1,5 +1,6 @@
 """Detectron2 models with asymmetric feedback; importing this registers them."""
 
+from .. import _detectron2  # noqa: F401
 from . import backbone  # noqa: F401, it registers its builders
 from .alexnet import AlexNet
 from .chain import Chain

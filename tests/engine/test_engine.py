@@ -84,6 +84,8 @@ def prepare(options):
         (["MODEL.FEEDBACK.SCALE", "large"], "unknown feedback scale 'large'"),
         (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER is 'Lion'; choose 'SGD' or 'AdamW'"),
         (["MODEL.RETINANET.HEAD", "MyHead"], "MODEL.RETINANET.HEAD is 'MyHead'; choose"),
+        (["MODEL.RESNETS.DEPTH", 20], "MODEL.RESNETS.DEPTH is 20; choose 18 or"),
+        (["MODEL.RESNETS.NORM", "Group"], "MODEL.RESNETS.NORM is 'Group'; choose"),
         (["INPUT.FORMAT", "BRG"], "INPUT.FORMAT is 'BRG'; choose 'RGB' or 'BGR'"),
         (["SEED", -2], "SEED is -2; choose at least -1"),
         (["SOLVER.CHECKPOINT_MAX_TO_KEEP", -1], "MAX_TO_KEEP is -1; choose at least 0"),

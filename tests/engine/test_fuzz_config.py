@@ -91,7 +91,7 @@ def clean(monkeypatch, tmp_path, sets):
     """In an empty folder, with no log files; afterwards the catalogs are as they were."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(sets))
-    for name in ("setup_logger", "collect_env_info"):
+    for name in ("set_up_logging", "collect_env_info"):
         monkeypatch.setattr(command_line, name, lambda *args, **kwargs: None)
     catalog = set(DatasetCatalog.list())
     yield

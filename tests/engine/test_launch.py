@@ -92,6 +92,12 @@ def test_the_process_that_ended_the_run_is_named_last(codes, failed, errors, las
     assert lines[:-1] == (["Traceback:", f"  {next(iter(errors.values()))}"] if errors else [])
 
 
+def test_of_an_error_of_usage_its_line_alone_is_said():
+    processes = [SimpleNamespace(name=str(i), pid=7, exitcode=1) for i in (0, 1)]
+    errors = {"1": ("a.py: error: no", ""), "0": (CLOSED, "Traceback")}
+    assert _report(processes, processes, errors) == "a.py: error: no"
+
+
 # Runs of the tool --------------------------------------------------------------------------------
 
 

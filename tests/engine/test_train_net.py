@@ -10,7 +10,7 @@ import torch
 from detectron2.config import get_cfg
 from group_utils import run_ranks
 from modeling_utils import load_config
-from run_utils import finish, rows, start, tiny_detection
+from run_utils import finish, output_after, rows, start, tiny_detection
 
 from ss_detectron import add_ss_config
 from ss_detectron.data import generate_shapes_cls
@@ -41,11 +41,24 @@ def test_a_run_says_which_layer_learns_how_and_leaves_its_config(fa_run):
     assert "There is no GPU here: MODEL.DEVICE is cpu" in output
     assert re.search(r"backbone\.bottom_up\.stem\.conv1 +\| feedback_alignment +\| +\|", output)
     assert re.search(r"head\.cls_score +\| backpropagation +\| its own rule", output)
+    assert re.search(r"first step took .* the other 7 end at about ", output)
     cfg = get_cfg()
     add_ss_config(cfg)
     cfg.merge_from_file(str(folder / "config.yaml"))
     assert cfg.MODEL.FEEDBACK.RULE == "feedback_alignment"
     assert cfg.DATASETS.COCO_INSTANCES[0][0] == "tiny_train"
+
+
+def test_a_run_shows_what_a_person_reads_and_logs_the_rest(fa_run):
+    folder, output = fa_run
+    before = output.partition("Starting training")[0]
+    layers = [line for line in before.splitlines() if line.startswith("| ")]
+    assert len(before.splitlines()) - len(layers) < 15
+    assert "Warning" not in output and "(backbone)" not in output
+    log = (folder / "log.txt").read_text()
+    assert log.count("Model:\n") == 1 and log.count("(backbone)") == 1
+    assert "META_ARCHITECTURE: FeedbackRetinaNet" in log and "PyTorch built with" in log
+    assert "\x1b" not in log
 
 
 def test_a_run_logs_losses_and_ap_and_keeps_the_last_checkpoints_and_the_best(fa_run):
@@ -162,6 +175,46 @@ def test_a_command_line_that_cannot_work_is_refused(monkeypatch, capsys, words, 
         main(words)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "give --config-file: "),
+        ("--config-file no.yaml", "there is no config file 'no.yaml'"),
+        ("--config-file retinanet_ss.yaml SEED", "SEED has no value"),
+        (
+            "--config-file quick/shapes_resnet18_ss.yaml MODEL.FEEDBACK.RULE hebb",
+            "unknown feedback",
+        ),
+        (
+            "--config-file quick/shapes_resnet18_ss.yaml DATASETS.TRAIN ('no',)",
+            "No data set named 'no",
+        ),
+        (
+            "--config-file quick/shapes_resnet18_ss.yaml MODEL.WEIGHTS no.pth",
+            "MODEL.WEIGHTS is 'no.pth'",
+        ),
+    ],
+)
+def test_an_error_of_usage_is_one_line(monkeypatch, tmp_path, words, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_net.py"])
+    with pytest.raises(SystemExit) as exit_:
+        main(words.split())
+    assert exit_.value.code.startswith(f"train_net.py: error: {line}")
+    assert "\n" not in exit_.value.code
+    with pytest.raises((OSError, ValueError)):
+        main(["--traceback", *words.split()])
+
+
+@pytest.mark.slow
+def test_an_error_of_usage_on_all_ranks_is_one_line(tmp_path):
+    words = "--config-file", "quick/shapes_resnet18_ss.yaml", "--num-gpus", 2
+    process = start(*words, "MODEL.FEEDBACK.RULE", "hebb", cwd=tmp_path)
+    said = output_after(process, "", lambda: None)
+    assert process.returncode == 1
+    assert said.startswith("train_net.py: error: unknown feedback rule") and said.count("\n") == 1
 
 
 def settled(folder: Path, seed: int, goes_on: bool, own: int = -1) -> int:
