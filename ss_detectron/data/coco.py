@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from pathlib import PureWindowsPath
 from urllib.parse import unquote
 
@@ -117,19 +118,16 @@ def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> 
 
 
 def _stem(name: str) -> str:
-    """What is left of a file's name without folders of any system, extension, case and %20."""
-    return PureWindowsPath(unquote(name)).stem.lower()
+    """A file's name without folders of any system, extension, case, %20 and Label Studio's mark."""
+    return re.sub("^[0-9a-f]{8}-", "", PureWindowsPath(unquote(name)).stem.lower())
 
 
 def _note_unused_classes(where: str, content: dict[str, list[dict]]) -> None:
     used = {annotation["category_id"] for annotation in content["annotations"]}
-    categories = content["categories"]
-    if not (unused := [c["name"] for c in categories if c["id"] not in used]):
-        return
-    parents = {c.get("supercategory") for c in categories if c["id"] in used}
-    found = f"{where}: {len(unused)} of {len(categories)} classes have no objects"
-    message = f"{found}: {abbreviate(unused)}."
-    if above := [name for name in unused if name in parents]:
-        message += f" '{above[0]}' is the supercategory of others, and a class like them."
-    if comm.is_main_process():
-        logger.warning("%s", message)
+    unused = [category["name"] for category in content["categories"] if category["id"] not in used]
+    if unused and comm.is_main_process():
+        message = (
+            "%s: %d of %d categories have no objects, and are classes all the same, if others have "
+            "them as supercategory too: %s."
+        )
+        logger.warning(message, where, len(unused), len(content["categories"]), abbreviate(unused))

@@ -43,6 +43,10 @@ def _is_polygon(value: Any) -> bool:
     )
 
 
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def _is_box(value: Any) -> bool:
     return _is_numbers(value) and len(value) == 4
 
@@ -74,21 +78,21 @@ _OPTIONAL = {"iscrowd", "ignore", "area", "keypoints"}
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-_COPIES: dict[tuple[str, int, int], str] = {}
-"""Of annotation files, by path, time and size: the one that holds what :func:`_read` has read."""
+_copies: dict[tuple[str, int, int], str] = {}
+_folder_of_copies = cache(partial(tempfile.TemporaryDirectory, prefix="ss_detectron_"))
 
 
 def repaired_file(file: str) -> str:
-    """Return the path of an annotation file as it should be: itself, or a repaired copy.
+    """Return the path of an annotation file that needs no :func:`repair`: itself, or a copy.
 
-    The copy is in a temporary folder of this process; :func:`repair` says what differs.
+    A copy is in a temporary folder, which ends with this process.
 
     Raises:
         OSError, ValueError: there is no such file, or it is not JSON.
     """
-    if _version(file) not in _COPIES:
+    if _version(file) not in _copies:
         _read(file)
-    return _COPIES[_version(file)]
+    return _copies[_version(file)]
 
 
 def _version(file: str) -> tuple[str, int, int]:
@@ -96,13 +100,8 @@ def _version(file: str) -> tuple[str, int, int]:
     return file, status.st_mtime_ns, status.st_size
 
 
-@cache
-def _folder_of_copies() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="ss_detectron_")  # removed with this process
-
-
 def _read(file: str) -> Any:
-    """Parse and repair an annotation file, and have a file that holds the result."""
+    """Parse and repair an annotation file, and know a file that holds the result."""
     version = _version(file)
     with open(file, "rb") as stream:
         encoded = stream.read()
@@ -112,15 +111,16 @@ def _read(file: str) -> Any:
         raise ValueError(f"'{file}' is not valid JSON: {error}") from error
     repairs = repair(content)
     if (encoding := json.detect_encoding(encoded)) != "utf-8":
-        repairs.append(f"its encoding is {encoding}")  # with a byte-order mark, or two bytes each
+        repairs.append(f"its encoding is {encoding}")  # of a byte-order mark, utf-8-sig
+    _copies[version] = file
     if repairs:
         if comm.is_main_process():
             message = f"'{file}' is used as if it were repaired: {'; '.join(repairs)}."
             log_first_n(logging.WARNING, message, key="message", name=__name__)
-        copy = os.path.join(tempfile.mkdtemp(dir=_folder_of_copies().name), os.path.basename(file))
-        with open(copy, "w", encoding="utf-8") as stream:
+        folder = tempfile.mkdtemp(dir=_folder_of_copies().name)
+        _copies[version] = os.path.join(folder, os.path.basename(file))
+        with open(_copies[version], "w", encoding="utf-8") as stream:
             json.dump(content, stream)
-    _COPIES[version] = copy if repairs else file
     return content
 
 
@@ -138,9 +138,7 @@ def repair(content: Any) -> list[str]:
         return []
     content.setdefault("info", {})  # some versions of pycocotools copy it
     images, categories, annotations = (
-        [entry for entry in found if isinstance(entry, dict)]
-        if isinstance(found := content.get(part), list)
-        else []
+        list(filter(_is_object, found)) if isinstance(found := content.get(part), list) else []
         for part in ("images", "categories", "annotations")
     )
     odd: Counter[str] = Counter()
@@ -161,37 +159,34 @@ def repair(content: Any) -> list[str]:
             annotation["segmentation"] = [polygon]
             odd["polygons are not in a list of them"] += 1
         annotation.setdefault("iscrowd", 0)
-        box = annotation.get("bbox")
-        if "area" not in annotation and _is_box(box):
+        if "area" not in annotation and _is_box(box := annotation.get("bbox")):
             annotation["area"] = max(box[2], 0) * max(box[3], 0)
-    repairs = [f"{count} {text}" for text, count in odd.items()]
     ids = [annotation.get("id") for annotation in annotations]
-    known = list(filter(_is_id, ids))
-    if len(unique := set(known)) < len(ids) or not all(type(i) is int and i > 0 for i in ids):
+    if missing := len(ids) - len(set(filter(_is_id, ids))):
+        odd["annotations have no id, or that of another"] = missing
+    if missing or not all(type(id) is int and id > 0 for id in ids):
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
-    if len(unique) < len(ids):
-        repairs.append(
-            f"annotations are numbered anew, as {len(ids) - len(known)} have no id and "
-            f"{len(known) - len(unique)} one that others have"
-        )
+    repairs = [f"{count} {text}" for text, count in odd.items()]
     return repairs + _tell_apart(categories, [a.get("category_id") for a in annotations])
 
 
 def _tell_apart(categories: list[dict], used: list[Any]) -> list[str]:
     """Give categories of one name, one AP of which would be lost, different ones."""
-    repairs, names = [], [category.get("name") for category in categories]
-    for name in {name: 0 for name in names if isinstance(name, str) and names.count(name) > 1}:
-        # In an order that two files of a data set share.
-        same = [c for c in categories if c.get("name") == name]
-        same.sort(key=lambda c: str(c.get("id")))
+    named: dict[str, list[dict]] = {}
+    for category in sorted(categories, key=lambda c: str(c.get("id"))):  # as in the set's others
+        if isinstance(name := category.get("name"), str):
+            named.setdefault(name, []).append(category)
+    repairs = []
+    for name, same in named.items():
         for number, category in enumerate(same[1:], start=2):
             category["name"] = f"{name} ({number})"
-        found = [f"id {c.get('id')!r} of {used.count(c.get('id'))} objects" for c in same]
-        repairs.append(
-            f"{len(same)} categories are called {name!r} ({', '.join(found)}), all but the first "
-            f"now '{name} (2)' and so on: if they are one class, make them one category"
-        )
+        if len(same) > 1:
+            found = [f"id {c.get('id')!r} of {used.count(c.get('id'))} objects" for c in same]
+            repairs.append(
+                f"{len(same)} categories are called {name!r} ({', '.join(found)}), now '{name}', "
+                f"'{name} (2)' and so on: if they are one class, make them one category"
+            )
     return repairs
 
 
@@ -253,12 +248,10 @@ def _check_plausible(file: str, images: dict[Any, dict], annotations: list[dict]
             f"'{file}': none of {len(annotations)} annotations is of one of its {len(images)} "
             f"images: the first has the image_id {found!r}, the first image the id {known!r}."
         )
-    boxes = np.array([a["bbox"] for a in of_images if not a["iscrowd"]], dtype=float)
-    sizes = [
-        (image["width"], image["height"])
-        for image in (images[a["image_id"]] for a in of_images if not a["iscrowd"])
-    ]
-    check_plausible(f"'{file}'", boxes.reshape(-1, 4), np.reshape(sizes, (-1, 2)))
+    objects = [annotation for annotation in of_images if not annotation["iscrowd"]]
+    sizes = [[images[a["image_id"]][side] for side in ("width", "height")] for a in objects]
+    boxes = np.reshape([a["bbox"] for a in objects], (-1, 4)).astype(float)
+    check_plausible(f"'{file}'", boxes, np.reshape(sizes, (-1, 2)))
 
 
 def _problem(form: Form, entry: Any) -> str | None:

@@ -98,7 +98,7 @@ def load_image_folder(folder: str) -> list[dict]:
         unused = [
             entry.name
             for entry in entries
-            if (is_image(entry.name) and entry.is_file()) or HIDDEN.search(entry.name)
+            if (HIDDEN.search(entry.name) if entry.is_dir() else is_image(entry.name))
         ]
 
     def is_used(file: str) -> bool:
@@ -111,8 +111,8 @@ def load_image_folder(folder: str) -> list[dict]:
     files = make_dataset(folder, classes, is_valid_file=is_used)
     if unused and comm.is_main_process():
         message = (
-            f"'{folder}': {len(unused)} files are not used, as they are no images by their names, "
-            f"hidden or in no class folder: {abbreviate(unused)}.{_remark(unused)}"
+            f"'{folder}': {len(unused)} files or folders are not used, as they are no images by "
+            f"their names, hidden or in no class folder: {abbreviate(unused)}.{_remark(unused)}"
         )
         log_first_n(logging.WARNING, message, key="message", name=__name__)
     return [{"file_name": f, "image_id": i, "label": label} for i, (f, label) in enumerate(files)]

@@ -385,9 +385,9 @@ DETECTION_ANNOTATIONS = [
         all_objects(lambda a: a.update(bbox=[30, 20, 60, 46])),
         r"4 of 4 boxes reach far beyond .* \[30, 20, 60, 46\] of an image of \[64, 48\]: .*corners",
     ),
-    repaired("annotation without id", without("annotations", "id"), ".*as 1 have no id and 0"),
-    repaired("duplicate annotation ids", on_object(id=1), ".*as 0 have no id and 1 one"),
-    repaired("annotation id that is null", on_object(id=None), ".*as 1 have no id and 0"),
+    repaired("annotation without id", without("annotations", "id"), "1 annotations have no id, or"),
+    repaired("duplicate annotation ids", on_object(id=1), "1 annotations have no id, or"),
+    repaired("annotation id that is null", on_object(id=None), "1 annotations have no id, or"),
     used("annotation id 0", all_objects(lambda a: a.update(id=a["id"] - 1))),
     repaired("ids that are whole floats", floats_as_ids, "18 ids are whole floats"),
     used("ids that are strings", strings_as_ids, {str(i): found for i, found in BOXES.items()}),
@@ -417,7 +417,7 @@ DETECTION_ANNOTATIONS = [
     repaired(
         "two categories of one name",
         lambda c: c["categories"][1].update(name="kite"),
-        r"2 categories are called 'kite' \(id 1 of 2 objects, id 2 of 2 objects\), .*'kite \(2\)'",
+        r"2 categories are called 'kite' \(id 1 of 2 objects, id 2 of 2 .*, now .*'kite \(2\)'",
     ),
     stops(
         "duplicate category ids",
@@ -613,18 +613,18 @@ CLASSIFICATION = [
     left_out(
         "file that is no image by its name",
         as_file("cat/1.heic"),
-        "1 files are not used, .*: cat/1.heic. HEIC photographs are not read: convert",
+        "1 files or folders are not used, .*: cat/1.heic. HEIC photographs are not read: convert",
         FIVE,
     ),
     left_out(
         "hidden files and folders, __MACOSX",
         of_macos,
-        "3 files are not used, .*hidden.*(__MACOSX|.ipynb_checkpoints), cat/._0.jpg",
+        "3 files or folders are not used, .*hidden.*(__MACOSX|.ipynb_checkpoints), cat/._0.jpg",
     ),
     left_out(
         "image outside the class folders",
         as_file("1.jpg"),
-        "1 files are not used, .*in no class folder: 1.jpg",
+        "1 files or folders are not used, .*in no class folder: 1.jpg",
         FIVE,
     ),
     stops("class folder without images", emptied, r"1 of 2 class folders hold no image \(cat\)"),
