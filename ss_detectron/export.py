@@ -4,16 +4,25 @@ from . import _detectron2  # noqa: F401, first
 
 # isort: split
 import re
+from collections.abc import Sequence
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, RetinaNet
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ss_detectron.layers import convert_feedback
-from ss_detectron.modeling import RETINANET_HEAD_REGISTRY, FeedbackRetinaNet
+from ss_detectron.modeling import RETINANET_HEAD_REGISTRY, FeedbackRetinaNet, ImageClassifier
 
-__all__ = ["DenseRetinaNet", "plain_config", "plain_state_dict"]
+__all__ = [
+    "ClassifierLogits",
+    "DenseRetinaNet",
+    "export_program",
+    "plain_config",
+    "plain_state_dict",
+]
 
 
 def plain_config(cfg: CfgNode) -> CfgNode:
@@ -38,8 +47,32 @@ def plain_config(cfg: CfgNode) -> CfgNode:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Convert ``model`` back to backpropagation, in place, and return its stock state dict."""
-    return convert_feedback(model, "backpropagation").state_dict()
+    """
+    Convert ``model`` back to backpropagation, in place, and return its stock state dict: of an
+    :class:`~ss_detectron.modeling.ImageClassifier` on a ResNet, that of Detectron2's own ResNet
+    with ``num_classes``, as there is no stock classifier.
+    """
+    state = convert_feedback(model, "backpropagation").state_dict()
+    if isinstance(model, ImageClassifier):
+        return {name.removeprefix("backbone."): value for name, value in state.items()}
+    return state
+
+
+class ClassifierLogits(nn.Module):
+    """
+    An :class:`~ss_detectron.modeling.ImageClassifier` as a function of tensors alone.
+
+    Args:
+        model: in eval mode.
+    """
+
+    def __init__(self, model: ImageClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W), 0 to 255, channels as INPUT.FORMAT -> class logits (N, num_classes)."""
+        return self.model.logits(images)
 
 
 class DenseRetinaNet(nn.Module):
@@ -66,6 +99,35 @@ class DenseRetinaNet(nn.Module):
         """
         features = self.model.backbone((image - self.model.pixel_mean) / self.model.pixel_std)
         return self.model.head([features[name] for name in self.model.head_in_features])
+
+
+def export_program(model: nn.Module, size: Sequence[int]) -> ExportedProgram:
+    """
+    Export what a static program can hold of a model in eval mode: :class:`DenseRetinaNet` for one
+    image, or :class:`ClassifierLogits` for any number.
+
+    Args:
+        size: height and width of its images; a RetinaNet's are rounded up to what the backbone
+            divides.
+
+    Raises:
+        ValueError: the model is neither a RetinaNet nor an ImageClassifier.
+    """
+    number, shapes = 1, None
+    if isinstance(model, ImageClassifier):
+        # Of a batch of one, torch would make a program of one.
+        number, shapes = 2, ({0: torch.export.Dim("number")},)
+        function: nn.Module = ClassifierLogits(model)
+    elif isinstance(model, RetinaNet):
+        divisor = max(model.backbone.size_divisibility, 1)
+        size = [-(-side // divisor) * divisor for side in size]
+        function = DenseRetinaNet(model)
+    else:
+        kind = type(model).__name__
+        raise ValueError(f"a program is made of a RetinaNet or an ImageClassifier, not of {kind}")
+    images = torch.zeros(number, len(model.pixel_mean), *size)
+    with torch.no_grad():
+        return torch.export.export(function, (images,), dynamic_shapes=shapes, strict=False)
 
 
 def _check_known(what: str, registry: Registry, name: str, *packages: str) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from core_utils import assert_same
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import ResNet, build_model
+from detectron2.modeling.backbone.resnet import BasicStem
 from modeling_utils import load_config
+from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.export import plain_config
@@ -24,6 +27,17 @@ def config(*opts):
     return load_config("quick/shapes_retinanet_fa.yaml", *scores, *opts)
 
 
+def export(folder, *words):
+    """Runs the tool on a folder's run.yaml, into ``plain`` there."""
+    argv = sys.argv
+    sys.argv = [str(TOOL), "--config-file", str(folder / "run.yaml"), "--output"]
+    sys.argv += [str(folder / "plain"), "--program", *words]
+    try:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A feedback-alignment detector, and the folder that the tool exports it to."""
@@ -33,14 +47,7 @@ def exported(tmp_path_factory):
     model = build_model(cfg).eval()
     FeedbackCheckpointer(model, str(folder)).save("trained")
     (folder / "run.yaml").write_text(cfg.dump())
-    argv = sys.argv
-    sys.argv = [str(TOOL), "--config-file", str(folder / "run.yaml"), "--output"]
-    sys.argv += [str(folder / "plain"), "--program", "--size", "64", "90"]
-    sys.argv += ["MODEL.WEIGHTS", str(folder / "trained.pth")]
-    try:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    finally:
-        sys.argv = argv
+    export(folder, "--size", "64", "90", "MODEL.WEIGHTS", str(folder / "trained.pth"))
     return model, folder / "plain"
 
 
@@ -74,6 +81,44 @@ def test_the_program_gives_the_model_s_logits_and_deltas(exported):
         expected = model.head([features[name] for name in model.head_in_features])
     for ours, theirs in zip((*logits, *deltas), (*expected[0], *expected[1]), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_classifier_is_stock_detectron2s_resnet_a_backbone_and_a_program(tmp_path, capsys):
+    cfg = load_config("quick/shapes_resnet18_fa.yaml", "MODEL.IMAGE_CLASSIFIER.NUM_CLASSES", 4)
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES = "build_fa_resnet_backbone", ["res3"]
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    model = build_model(cfg).eval()
+    for norm in (module for module in model.modules() if hasattr(module, "running_mean")):
+        norm.running_mean.normal_(0, 0.1)
+    FeedbackCheckpointer(model, str(tmp_path), classes="abcd").save("model_final")
+    export(tmp_path)
+    side = cfg.INPUT.CLASSIFICATION.SIZE
+    assert f"any number of images, (3, {side}, {side}), RGB" in capsys.readouterr().out
+    assert not (tmp_path / "plain" / "config.yaml").exists()
+    path = tmp_path / "plain" / "model.pth"
+    content = torch.load(path, weights_only=True)
+    assert content["classes"] == list("abcd")
+
+    def stock_resnet(num_classes=None, *outputs):
+        norm = cfg.MODEL.RESNETS.NORM
+        stages = ResNet.make_default_stages(18, norm=norm)[:2]
+        return ResNet(BasicStem(3, 64, norm), stages, num_classes, ["res3", *outputs])
+
+    images = torch.randint(0, 256, (3, 3, side, side)).float()
+    stock = stock_resnet(4, "linear").eval()
+    stock.load_state_dict(content["model"])
+    program = torch.export.load(path.with_name("model.pt2")).module()
+    with torch.no_grad():
+        expected = model.logits(images)
+        normalised = (images - model.pixel_mean) / model.pixel_std
+        torch.testing.assert_close(stock(normalised)["linear"], expected)
+        torch.testing.assert_close(program(images), expected)
+        torch.testing.assert_close(program(images[:1]), expected[:1])
+
+    detector = nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": stock_resnet()})})
+    DetectionCheckpointer(detector).load(str(path))
+    found = detector["backbone"]["bottom_up"].state_dict()
+    assert_same(dict(found), {name: content["model"][name] for name in found})
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "resnet_fpn", "retinanet_resnet_fpn"])

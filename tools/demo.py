@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     weights = args.weights or [None] * len(args.config_file)
     configs = args.config_file * (len(weights) if len(args.config_file) == 1 else 1)
     try:
-        files = demo.find_files(args.video or args.input)
+        files = demo.find_files(args.video or args.input, recursive=args.recursive)
         targets = demo.output_paths(files, args.output, ".mp4" if args.video else ".png")
         args.output.mkdir(parents=True, exist_ok=True)
         cfgs = [demo.load_config(f, args.opts, w) for f, w in zip(configs, weights, strict=True)]
@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="IMAGE", help="files, patterns, folders")
     source.add_argument("--video", nargs="+", metavar="FILE", help="videos; MP4 comes out")
+    add("--recursive", action="store_true", help="look for images in folders' folders, too")
     add("--labels", nargs="+", metavar="LABEL", help="titles instead of the rules")
     add("--score", type=float, default=0.4, help="least score drawn (default: 0.4)")
     add("--output", type=Path, required=True, help="folder to write into")

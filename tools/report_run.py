@@ -22,6 +22,11 @@ from ss_detectron.experiments.visualize import draw_detections
 
 def main(folder: Path, count: int, score_threshold: float) -> None:
     """Reads the run's config.yaml, metrics.json and inference results; writes the pictures."""
+    if (folder / "inference" / "classification_results.json").is_file():
+        sys.exit(
+            f"{folder} is a run of classification: tools/plot_metrics.py draws it, and its errors "
+            "by class are in inference/classification_results.json"
+        )
     results = folder / "inference" / "coco_instances_results.json"
     for path in (folder / "config.yaml", folder / "metrics.json", results):
         if not path.is_file():

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class DetectionEvaluator(COCOEvaluator):
     """
     Evaluate as Detectron2 does, annotation files that leave out what COCO's do not as well, and say
-    how many images gave no prediction: their objects count as missed.
+    how many images are missing, whose objects count as missed, and why nothing is found at all.
     """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
@@ -46,13 +46,27 @@ class DetectionEvaluator(COCOEvaluator):
             log_first_n(logging.WARNING, message, key="message", name=__name__)
 
     def evaluate(self, img_ids: Any = None) -> dict[str, Any]:
-        """Evaluate as Detectron2 does, and say how many images are missing."""
-        predicted = comm.gather(len(self._predictions)) if self._distributed else None
-        images = len(self._coco_api.imgs if img_ids is None else img_ids)
-        missing = images - sum(predicted or [len(self._predictions)])
-        if missing > 0 and comm.is_main_process():
-            lost = "'%s': %d of %d images could not be evaluated: their objects count as missed."
-            logger.warning(lost, self._name, missing, images)
+        """Evaluate as Detectron2 does, and say what is missing."""
+        # Proposals are no instances, and never none.
+        found = sum(len(prediction.get("instances", [0])) for prediction in self._predictions)
+        counts = (len(self._predictions), found)
+        counts = comm.gather(counts) if self._distributed else [counts]
+        if comm.is_main_process():
+            evaluated, found = map(sum, zip(*counts, strict=True))
+            images = len(self._coco_api.imgs if img_ids is None else img_ids)
+            if evaluated < images:
+                lost = (
+                    "'%s': %d of %d images could not be evaluated: their objects count as missed."
+                )
+                logger.warning(lost, self._name, images - evaluated, images)
+            if evaluated and not found:
+                logger.warning(
+                    "'%s': the model finds nothing in %d images, and AP is nan: no score is above "
+                    "SCORE_THRESH_TEST of MODEL.RETINANET or MODEL.ROI_HEADS. Scores begin near 0, "
+                    "so that this is to be expected after few steps.",
+                    self._name,
+                    evaluated,
+                )
         return super().evaluate(img_ids)
 
 

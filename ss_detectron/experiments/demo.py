@@ -3,7 +3,6 @@
 import glob
 import logging
 import math
-import os
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer, compare_classes
-from ss_detectron.config import find_config
 from ss_detectron.data import (
     ClassificationMapper,
     UnreadableImageError,
@@ -36,7 +34,7 @@ from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.modeling import ImageClassifier
 from ss_detectron.utils.text import abbreviate
 
-from .runs import merged_config
+from .runs import trained_config
 from .visualize import ClassVisualizer
 
 logger = logging.getLogger(__name__)
@@ -51,28 +49,8 @@ MARGIN, LINE, CHARACTER = 8, 18, 9  # around pictures, and of the text; in pixel
 
 
 def load_config(name: str, options: Sequence[str] = (), weights: str | None = None) -> CfgNode:
-    """
-    Reads the config of a trained model, on the CPU where there is no GPU.
-
-    MODEL.WEIGHTS is, in this order: ``weights``; what ``options`` say; ``model_final.pth`` beside
-    the file, for a run's config.yaml names the weights that the run started from; the file's.
-
-    Args:
-        name: a path, or the name of a config that ships with this package.
-        options: KEY VALUE ...
-        weights: path or URL of a checkpoint.
-
-    Raises:
-        FileNotFoundError: no such config, or no such checkpoint.
-        KeyError, ValueError: see :func:`~ss_detectron.experiments.runs.merged_config`.
-    """
-    cfg = merged_config(name, options)
-    final = Path(find_config(name)).with_name("model_final.pth")
-    if weights is None and final.is_file() and "MODEL.WEIGHTS" not in options[::2]:
-        weights = str(final)
-    path = cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS if weights is None else weights
-    if not path or ("://" not in path and not os.path.isfile(path.partition("?")[0])):
-        raise FileNotFoundError(f"there are no weights {path!r} for {name}: name them (--weights)")
+    """Reads :func:`~ss_detectron.experiments.runs.trained_config`, on the CPU where no GPU is."""
+    cfg = trained_config(name, options, weights)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
@@ -282,9 +260,10 @@ def _fit(image: np.ndarray) -> np.ndarray:
 # Files -------------------------------------------------------------------------------------------
 
 
-def find_files(words: Iterable[str]) -> list[Path]:
+def find_files(words: Iterable[str], *, recursive: bool = False) -> list[Path]:
     """
-    Finds the files that a command line names, each once: files, patterns, and folders' images.
+    Finds the files that a command line names, each once: files, patterns, and folders' images,
+    ``recursive`` also those of the folders in them.
 
     Raises:
         FileNotFoundError: a word that names none.
@@ -293,12 +272,16 @@ def find_files(words: Iterable[str]) -> list[Path]:
     for word in words:
         path = Path(word).expanduser()
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if is_image(file.name))
+            inside = path.rglob("*") if recursive else path.iterdir()
+            files = sorted(file for file in inside if is_image(str(file.relative_to(path))))
         else:
             files = sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))))
             files = [path] if path.is_file() else files  # its name may look like a pattern
         if not files:
-            raise FileNotFoundError(f"there is no file '{word}', nor one of that pattern or in it")
+            inside = " (--recursive looks into its folders)" if path.is_dir() else ""
+            raise FileNotFoundError(
+                f"there is no file '{word}', nor one of that pattern or in it{inside}"
+            )
         found |= {file.resolve(): file for file in files if file.resolve() not in found}
     return list(found.values())
 

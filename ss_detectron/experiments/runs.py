@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from ss_detectron.config import add_ss_config, flatten_config, merge_config_file
+from ss_detectron.config import add_ss_config, find_config, flatten_config, merge_config_file
 from ss_detectron.layers import FEEDBACK_REGISTRY, FeedbackRule, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.learners import LEARNER_REGISTRY, Learner
@@ -143,6 +143,34 @@ def merged_config(config_file: str, options: Sequence[str] = ()) -> CfgNode:
     add_ss_config(cfg)
     merge_config_file(cfg, config_file)
     cfg.merge_from_list(list(options))
+    return cfg
+
+
+def trained_config(name: str, options: Sequence[str] = (), weights: str | None = None) -> CfgNode:
+    """
+    Reads the config of a trained model.
+
+    MODEL.WEIGHTS is, in this order: ``weights``; what ``options`` say; ``model_final.pth`` beside
+    the file, for a run's config.yaml names the weights that the run started from; the file's.
+
+    Args:
+        name: a path, or the name of a config that ships with this package.
+        options: KEY VALUE ...
+        weights: path or URL of a checkpoint.
+
+    Raises:
+        FileNotFoundError: no such config, or no such checkpoint.
+        ValueError: see :func:`merged_config`.
+    """
+    cfg = merged_config(name, options)
+    final = Path(find_config(name)).with_name("model_final.pth")
+    if weights is None and final.is_file() and "MODEL.WEIGHTS" not in options[::2]:
+        weights = str(final)
+    path = cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS if weights is None else weights
+    if not path or ("://" not in path and not os.path.isfile(path.partition("?")[0])):
+        raise FileNotFoundError(
+            f"there are no weights {path!r} for {name}: name them (MODEL.WEIGHTS)"
+        )
     return cfg
 
 

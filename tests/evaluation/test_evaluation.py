@@ -1,13 +1,18 @@
 import json
 import logging
+import math
 
 import pytest
 import torch
+from coco_utils import coco_config, detections, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import InferenceSampler
 from group_utils import run_ranks
+from image_utils import datasets_folder
 
+from ss_detectron.data import register_coco_from_config
 from ss_detectron.evaluation import ClassificationEvaluator
+from ss_detectron.evaluation.coco import DetectionEvaluator
 
 NAME = "evaluated_set"
 
@@ -113,6 +118,19 @@ def test_what_does_not_fit_the_data_set_is_refused():
     register([0, 1], 3)
     with pytest.raises(ValueError, match=f"4 probabilities, but '{NAME}' has 3 classes"):
         evaluate([0], torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("boxes", [[], [[4.0, 8.0, 24.0, 18.0]]])
+def test_why_a_detector_finds_nothing_is_said(boxes, tmp_path, monkeypatch, caplog):
+    with datasets_folder(tmp_path, monkeypatch):
+        write_coco()
+        register_coco_from_config(coco_config())
+        evaluator = DetectionEvaluator("own_sky", ("bbox",), False, output_dir=str(tmp_path))
+        evaluator.reset()
+        for record in DatasetCatalog.get("own_sky"):
+            evaluator.process([record], [detections(record, boxes, [0] * len(boxes))])
+        nothing = math.isnan(evaluator.evaluate()["bbox"]["AP"])
+    assert nothing == (not boxes) == ("the model finds nothing in 4 images" in caplog.text)
 
 
 def evaluate_share(rank: int, folder: str, size: int) -> None:

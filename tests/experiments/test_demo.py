@@ -260,17 +260,20 @@ def test_a_picture_is_turned_and_converted_to_rgb(tmp_path):
 
 
 def test_files_folders_and_patterns_are_found_once(tmp_path, monkeypatch):
-    for name in ("b/2.png", "b/1.JPG", "b/notes.txt", "a[1].png", "c/d/3.png"):
+    for name in ("b/2.png", "b/1.JPG", "b/notes.txt", "a[1].png", "c/d/3.png", "c/.d/4.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
 
-    def found(*words):
-        return [str(path) for path in find_files(words)]
+    def found(*words, **options):
+        return [str(path) for path in find_files(words, **options)]
 
     assert found("a[1].png", "b") == ["a[1].png", "b/1.JPG", "b/2.png"]
     assert found("b/*.png", "b", f"{tmp_path}/b/2.png") == ["b/2.png", "b/1.JPG"]
-    assert found("**/3.*") == ["c/d/3.png"]
+    assert found("**/3.*") == found("c", recursive=True) == ["c/d/3.png"]
+    assert found(".", recursive=True) == ["a[1].png", "b/1.JPG", "b/2.png", "c/d/3.png"]
+    with pytest.raises(FileNotFoundError, match="--recursive looks into its folders"):
+        found("c")
     for word in ("b/3.png", "*.jpg", "c"):
         with pytest.raises(FileNotFoundError, match="there is no file '"):
             found(word)

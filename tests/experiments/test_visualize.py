@@ -44,6 +44,10 @@ def test_the_tool_reports_on_a_run(tmp_path, shapes, capsys):
     losses = {"total_loss": 1.0, "loss_cls": 0.5, "loss_box_reg": 0.5}
     run = write_run(tmp_path / "run", [{"iteration": 9, **losses}], "ss", DETECTION)
     report = runpy.run_path(str(TOOL))["main"]
+    (tmp_path / "cls" / "inference").mkdir(parents=True)
+    (tmp_path / "cls" / "inference" / "classification_results.json").write_text("{}")
+    with pytest.raises(SystemExit, match="is a run of classification: tools/plot_metrics.py draws"):
+        report(tmp_path / "cls", 6, 0.4)
     with pytest.raises(SystemExit, match=r"coco_instances_results\.json is not there"):
         report(run, 6, 0.4)
     (run / "inference").mkdir()
