@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .layers import AsymmetricLayer, backpropagation
 from .layers.report import weight_layers
+from .layers.sharded import gather, is_sharded
 
 __all__ = [
     "GradientAngles",
@@ -61,7 +62,7 @@ def weight_alignment(model: nn.Module) -> dict[str, WeightAlignment]:
     """
     found = {}
     for name, layer in _layers(model):
-        weight = layer.weight
+        weight = gather(layer.weight)
         # While backpropagation(model) is in force, this is W.
         feedback = layer.current_feedback() if isinstance(layer, AsymmetricLayer) else weight
         sums = _sums(weight, feedback)
@@ -90,8 +91,11 @@ def backpropagation_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tenso
         parameter name -> gradient, for the parameters that learn, but for learned feedback.
 
     Raises:
-        ValueError: a part of the model is compiled; its graph would go on by the rules.
+        ValueError: a part of the model is compiled; its graph would go on by the rules. Or the
+            model is sharded.
     """
+    if is_sharded(model):
+        raise ValueError("backpropagation's gradients cannot be taken of a sharded model")
     if compiled := compiled_parts(model):
         raise ValueError(
             f"backpropagation's gradients cannot be taken from a forward pass of a compiled model: "

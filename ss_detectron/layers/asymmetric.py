@@ -27,6 +27,7 @@ from .functional import (
     asymmetric_linear,
     is_recording,
 )
+from .sharded import gather, shard_as
 
 __all__ = [
     "AsymmetricConv1d",
@@ -165,8 +166,8 @@ class AsymmetricLayer(nn.Module):
     @torch.no_grad()
     def current_feedback(self) -> Tensor:
         """Return B as a backward pass would use it now, of the weight's shape."""
-        arguments = self.feedback_arguments()
-        return cast(Tensor, arguments["feedback"](self.weight, arguments["state"]).detach())
+        state = None if self.feedback_state is None else gather(self.feedback_state)
+        return self._feedback(gather(self.weight), state, self.rule).detach()
 
     def fans(self) -> Fans:
         """Return the layer's fan-in and fan-out, for the scales that depend on the shape alone."""
@@ -182,11 +183,13 @@ class AsymmetricLayer(nn.Module):
         """Derive the state again from the weight as it is; what is drawn stays the same draw."""
         state = self.feedback_state
         if state is not None:
+            made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
+            made = shard_as(state, cast(Tensor, made))
             if state.device != self.weight.device:
                 # A model on the meta device was given its weights: load_state_dict(assign=True).
-                self.set_rule(self.rule)
-                return
-            state.copy_(cast(Tensor, self.rule.initial_state(self.weight.detach(), self.fans())))
+                self.set_rule(self.rule, made)
+            else:
+                state.copy_(made)
         if self.rule.counts_updates:
             self.feedback_updates.zero_()
 

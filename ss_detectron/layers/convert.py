@@ -17,6 +17,7 @@ from .asymmetric import AsymmetricLayer, asymmetric_form, is_form, obstacle
 from .feedback import Backpropagation, FeedbackRule, get_rule
 from .names import as_patterns, first_match, grouped, plain_modules
 from .report import EXCLUDED, OWN_RULE, feedback_report, weight_layers
+from .sharded import is_sharded
 from .watch import unwatch, watch
 
 __all__ = [
@@ -58,7 +59,8 @@ def convert_feedback(
 
     Args:
         model: any module; convert it before wrapping it (DistributedDataParallel, torch.compile)
-            and before building its optimiser, which has to know learned feedback weights.
+            and sharding it (fully_shard), and before building its optimiser, which has to know
+            learned feedback weights.
         rule: the name, short name or class of a rule, see :mod:`ss_detectron.layers.feedback`.
         scale: how large the feedback weight is, one of ``FEEDBACK_SCALES``.
         gain: multiplies the scale.
@@ -74,9 +76,9 @@ def convert_feedback(
         ``model`` itself.
 
     Raises:
-        ValueError: unknown rule or scale, a gain that is not positive, a wrapped model, a pattern
-            that matches no layer, or a layer that cannot be converted back. The model is then
-            unchanged.
+        ValueError: unknown rule or scale, a gain that is not positive, a wrapped or sharded model,
+            a pattern that matches no layer, or a layer that cannot be converted back. The model is
+            then unchanged.
     """
     exclude = as_patterns(exclude)
     check_exclude(model, exclude)
@@ -116,6 +118,11 @@ def convert_part(
     others = {pattern: get_rule(other) for pattern, other in (overrides or {}).items()}
     rule(scale, gain)  # refuses a wrong scale or gain, whether or not a layer will have one
     _check_not_wrapped(part)
+    if is_sharded(part):
+        raise ValueError(
+            "the model is sharded over processes: convert it before fully_shard (reset_feedback, "
+            "advance_feedback and backpropagation work afterwards)"
+        )
     exclude = as_patterns(exclude)
     changes = []
     for name, layer in weight_layers(part):
@@ -267,8 +274,12 @@ def reset_feedback(model: nn.Module) -> None:
     stay the same draws.
 
     For several processes that start from weights of their own: DistributedDataParallel gives them
-    all rank 0's, and Detectron2 tells it not to share buffers, so call this after wrapping.
+    all rank 0's, and Detectron2 tells it not to share buffers, so call this after wrapping. With a
+    model that is sharded (fully_shard), every process has to call it.
     """
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # what is gathered for the moment is not what stays
+            module.reshard()  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, AsymmetricLayer):
             module.reset_feedback()
