@@ -74,7 +74,7 @@ _active = _Active()
 
 
 def _enter(module: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or functional.is_recording() or not torch.is_grad_enabled():
         return
     if _active.watch is not None and _active.watch.module is module:
         _active.watch.end()  # its pass was interrupted

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from core_utils import RULES, assert_same, stock_net
+from core_utils import RULES, assert_same
+from torch import nn
 
 from ss_detectron import backpropagation_gradients, weight_alignment
 from ss_detectron.layers import (
@@ -26,8 +27,21 @@ def _images():
     return torch.randn(STEPS, BATCH, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
+def _stock(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(4, 3, 2, stride=2),
+        nn.Flatten(2),
+        nn.Linear(64, 8),
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        nn.Flatten(),
+    )
+
+
 def _model(rule):
-    return convert_feedback(stock_net(), rule)
+    return convert_feedback(_stock(), rule)
 
 
 def _sharded(model, dtype=torch.float32, **options):
@@ -35,7 +49,7 @@ def _sharded(model, dtype=torch.float32, **options):
 
     options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options["mesh"] = dist.init_device_mesh("cpu", (2,))
-    for layer in (model[0], model[2], model[4]):
+    for layer in (model[0], model[2], model[4], model[5]):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
 
@@ -129,10 +143,10 @@ def _loads_checkpoints(rule):
     one = _model(rule)
     for meta in (False, True):
         with torch.device("meta" if meta else "cpu"):
-            two = _sharded(convert_feedback(stock_net(1), rule))
+            two = _sharded(convert_feedback(_stock(1), rule))
         if meta:
             two.to_empty(device="cpu")
-        dcp.set_model_state_dict(two, stock_net().state_dict(), options=options)
+        dcp.set_model_state_dict(two, _stock().state_dict(), options=options)
         reset_feedback(two)  # torch completes the state dict by the model's own feedback
         assert_same(_whole(two.state_dict().items()), _whole(one.state_dict().items()))
     advance_feedback(one)
