@@ -58,7 +58,8 @@ def check_datasets(cfg: CfgNode, *, training: bool = True) -> None:
             classes[name] = _check_classification(cfg, metadata)
         elif metadata.as_dict().get("json_file") is not None:
             classes[name] = check_coco(cfg, metadata, name in trained)
-    _check_classes(cfg, {name: found for name, found in classes.items() if found}, classifier)
+    known = {name: found for name, found in classes.items() if found}
+    _check_classes(cfg, known, classifier, training)
     for name, found in classes.items() if not training else ():
         if found and not MetadataCatalog.get(name).get("thing_classes"):
             # As they are to be compared with a checkpoint's before the set is loaded.
@@ -126,10 +127,13 @@ def _check_classification(cfg: CfgNode, metadata: Metadata) -> list[str]:
     )
 
 
-def _check_classes(cfg: CfgNode, classes: dict[str, list[str]], classifier: bool) -> None:
+def _check_classes(
+    cfg: CfgNode, classes: dict[str, list[str]], classifier: bool, training: bool
+) -> None:
     if not classes:
         return
     (first, reference), *others = classes.items()
+    remedy = "Each needs images" if classifier else "List what is missing; it needs no objects"
     for other, names in others:
         if names == reference:
             continue
@@ -141,8 +145,7 @@ def _check_classes(cfg: CfgNode, classes: dict[str, list[str]], classifier: bool
         raise ValueError(
             f"The classes of data sets '{first}' and '{other}' differ: "
             f"{'; '.join(lacks) or 'their order does'}. All sets of a config need the same, in the "
-            "same order. "
-            + ("Each needs images." if classifier else "List what is missing; it needs no objects.")
+            f"same order. {remedy}."
         )
     architecture = cfg.MODEL.META_ARCHITECTURE
     parts = [part for name, part in _NUM_CLASSES.items() if name in architecture]
@@ -151,5 +154,6 @@ def _check_classes(cfg: CfgNode, classes: dict[str, list[str]], classifier: bool
         if len(reference) != wanted:
             raise ValueError(
                 f"Data set '{first}' has {len(reference)} classes ({abbreviate(reference)}), the "
-                f"model is set to {wanted}: set MODEL.{part}.NUM_CLASSES to {len(reference)}."
+                f"model is set to {wanted}: set MODEL.{part}.NUM_CLASSES to {len(reference)}"
+                + ("." if training else f", if it was trained on these. Else: {remedy.lower()}.")
             )

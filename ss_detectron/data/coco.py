@@ -106,11 +106,13 @@ def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> 
         f"{where} names {len(images)} images, {len(missing)} of which are not in '{folder}': "
         f"{abbreviate(missing)}"
     )
-    similar = {_stem(file): (place, file) for place, _, files in os.walk(folder) for file in files}
-    if near := [name for name in missing if _stem(name) in similar]:
-        files = (os.path.relpath(os.path.join(*similar[_stem(name)]), folder) for name in near)
-        pairs = abbreviate(f"'{n}' as '{file}'" for n, file in zip(near, files, strict=True))
-        found += f". {len(near)} seem to be there: {pairs}. Write these names into the file."
+    similar = {
+        _stem(file): os.path.relpath(os.path.join(place, file), folder)
+        for place, _, files in os.walk(folder)
+        for file in files
+    }
+    if near := [f"'{n}' as '{similar[_stem(n)]}'" for n in missing if _stem(n) in similar]:
+        found += f". {len(near)} seem to be there: {abbreviate(near)}. Write these into the file."
     if len(missing) == len(images) or not skips_unreadable_images(cfg):
         raise FileNotFoundError(found)
     if comm.is_main_process():
@@ -127,7 +129,7 @@ def _note_unused_classes(where: str, content: dict[str, list[dict]]) -> None:
     unused = [category["name"] for category in content["categories"] if category["id"] not in used]
     if unused and comm.is_main_process():
         message = (
-            "%s: %d of %d categories have no objects, and are classes all the same, if others have "
-            "them as supercategory too: %s."
+            "%s: %d of %d categories have no objects: %s. They are classes like the others, even "
+            "where they are only their supercategory."
         )
         logger.warning(message, where, len(unused), len(content["categories"]), abbreviate(unused))

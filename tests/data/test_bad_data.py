@@ -766,6 +766,8 @@ def not_parsed(cfg: CfgNode) -> CfgNode:
         (on_object(bbox=[4, 8, float("nan"), 9]), r"1 boxes are not four.*\[4, 8, nan, 9\] of"),
         (without("annotations", "bbox"), "1 boxes are not four finite numbers: None of image 1"),
         (without("images", "width"), "KeyError"),
+        (fractions, "all 4 boxes lie within 0..1"),
+        (all_objects(lambda a: a.update(bbox=[30, 20, 60, 46])), "4 of 4 boxes reach far beyond"),
         (lambda content: content["annotations"].clear(), "No valid data found"),
     ],
 )
