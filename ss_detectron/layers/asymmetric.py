@@ -6,6 +6,7 @@ parameter whose name begins with ``feedback``.
 
 import functools
 import importlib
+import inspect
 import logging
 import math
 import sys
@@ -475,7 +476,6 @@ class AsymmetricLinear(AsymmetricLayer, nn.Linear):
         return asymmetric_linear(input, self.weight, self.bias, **self.feedback_arguments())
 
 
-# By exact type: a subclass may compute something else, and only its author knows.
 _FORMS: dict[type[nn.Module], type[AsymmetricLayer]] = {
     nn.Conv1d: AsymmetricConv1d,
     nn.Conv2d: AsymmetricConv2d,
@@ -489,9 +489,11 @@ _FORMS: dict[type[nn.Module], type[AsymmetricLayer]] = {
 
 def register_layer(stock: type[nn.Module], asymmetric: type[AsymmetricLayer]) -> None:
     """
-    Have conversion turn layers of type ``stock``, and no subclass of it, into ``asymmetric`` ones.
+    Have conversion turn layers of type ``stock`` into ``asymmetric`` ones.
 
-    A subclass of a known layer that computes nothing else needs no class of its own::
+    Subclasses that override nothing but the constructor follow (and are no instances of the
+    subclass while they are converted); others may compute something else, and only their author
+    knows. One that does not needs no class of its own::
 
         register_layer(timm.layers.Linear, AsymmetricLinear)
 
@@ -520,7 +522,18 @@ def asymmetric_form(stock: type[nn.Module]) -> type[AsymmetricLayer] | None:
     """Return the class that layers of type ``stock`` are converted to, or None."""
     if stock not in _FORMS and sys.modules.get("detectron2.layers"):
         importlib.import_module(".detectron2", __package__)  # registers Detectron2's convolution
-    return _FORMS.get(stock)
+    own: set[str] = set()
+    for base in stock.__mro__:
+        if base in _FORMS:
+            return None if own & set(dir(base)) else _FORMS[base]
+        own.update(name for name, value in vars(base).items() if _overrides(name, value))
+    return None
+
+
+def _overrides(name: str, value: Any) -> bool:
+    """Return whether an attribute of a class may change what its parent does."""
+    is_code = inspect.isroutine(value) or isinstance(value, property)
+    return is_code and name not in ("__init__", "__annotate__", "__annotate_func__")
 
 
 def is_registered(stock: type[nn.Module]) -> bool:

@@ -185,4 +185,3 @@ def _spans(sizes: list[int]) -> list[slice]:
 
 
 register_layer(nn.MultiheadAttention, AsymmetricMultiheadAttention)
-register_layer(_OutputProjection, AsymmetricLinear)

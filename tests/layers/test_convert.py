@@ -27,7 +27,19 @@ from ss_detectron.layers import (
 
 
 class Subclass(nn.Conv2d):
-    pass
+    def forward(self, input):
+        return super().forward(input)
+
+
+class Square(nn.Conv2d):
+    """With a constructor and names of its own, as torchvision's Conv3DSimple."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3)
+
+    @staticmethod
+    def downsample_stride():
+        return 2
 
 
 class OwnWeight(nn.Module):
@@ -234,6 +246,15 @@ def test_what_cannot_be_converted_stays_and_is_reported(build, reasons):
     assert [row.name for row in report] == list(reasons)
     for row in report:
         assert row.rule == "backpropagation" and row.reason.startswith(reasons[row.name])
+
+
+def test_a_subclass_that_overrides_nothing_follows():
+    torch.manual_seed(0)
+    layer, x = Square(2), torch.randn(1, 2, 4, 4)
+    expected = layer(x)
+    assert type(convert_feedback(layer)) is AsymmetricConv2d
+    assert torch.equal(layer(x), expected)
+    assert type(convert_feedback(layer, "bp")) is Square
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
