@@ -129,6 +129,11 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.SOLVER.LAST_LAYER.BASE_LR = 0.0
     _C.SOLVER.LAST_LAYER.BATCH_MANHATTAN = False
     _C.SOLVER.LAST_LAYER.NO_SIGN_CHANGE = False
+    # Above 0, how many times the training goes over its images, in place of MAX_ITER. STEPS, the
+    # periods of checkpoints and evaluation, and WARMUP_ITERS follow, see solver/schedule.py.
+    _C.SOLVER.EPOCHS = 0
+    # In place of STEPS: after which epochs, such as (8, 11), the learning rate falls.
+    _C.SOLVER.STEP_EPOCHS = ()
     # One step on SOLVER.IMS_PER_BATCH images takes this many passes over a part of them each, to
     # save memory: their gradients are averaged. Batch statistics are those of a part.
     _C.SOLVER.ACCUMULATION_STEPS = 1
@@ -339,6 +344,7 @@ _LEAST = {
     "SOLVER.ACCUMULATION_STEPS": 1,
     "SOLVER.CHECKPOINT_MAX_TO_KEEP": 0,
     "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.EPOCHS": 0,
     "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.MAX_SKIPPED_STEPS": 0,
@@ -375,6 +381,9 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("MODEL.FEEDBACK.EXCLUDE", "MODEL.WEIGHTS_EXCEPT", "MODEL.TRUSTED_WEIGHTS"):
         if not all(isinstance(pattern, str) for pattern in values[key]):
             raise ValueError(f"{key} is {values[key]!r}; choose a list of texts")
+    if not all(isinstance(e, (int, float)) and e > 0 for e in cfg.SOLVER.STEP_EPOCHS):
+        epochs = cfg.SOLVER.STEP_EPOCHS
+        raise ValueError(f"SOLVER.STEP_EPOCHS is {epochs!r}; choose numbers above 0, or ()")
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is '', where nothing is saved; choose a folder")
     for key, least in _LEAST.items():

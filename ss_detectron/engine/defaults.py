@@ -34,6 +34,7 @@ from ss_detectron.layers import feedback_report, reset_feedback
 from ss_detectron.learners import Learner, build_learner
 from ss_detectron.modeling.compilation import compile_parts
 from ss_detectron.solver.build import build_optimizer
+from ss_detectron.solver.schedule import schedule_in_epochs
 from ss_detectron.utils.comm import share_buffers
 from ss_detectron.utils.random_state import (
     get_random_state,
@@ -87,6 +88,14 @@ class Trainer(DefaultTrainer):
         for group in learner.own_parameter_groups():
             optimizer.add_param_group(group)
         data_loader = self.build_train_loader(cfg)
+        images = getattr(data_loader, "dataset", None)
+        if isinstance(images, Sized):
+            self.cfg = cfg = schedule_in_epochs(cfg, len(images))
+        elif cfg.SOLVER.EPOCHS or cfg.SOLVER.STEP_EPOCHS:
+            raise ValueError(
+                "SOLVER.EPOCHS, STEP_EPOCHS: the loader does not say how many images it has; set "
+                "SOLVER.MAX_ITER and STEPS"
+            )
 
         on_cpu = runs_on_cpu(cfg)
         device_ids = {"device_ids": None} if on_cpu else {}
@@ -388,7 +397,9 @@ class Trainer(DefaultTrainer):
             built.insert(0, AlignmentHook(test.ALIGNMENT_PERIOD))
         images = getattr(self._trainer.data_loader, "dataset", None)
         if isinstance(images, Sized):
-            built.insert(0, EpochLogger(solver.IMS_PER_BATCH, len(images)))
+            built.insert(
+                0, EpochLogger(solver.IMS_PER_BATCH, len(images), chosen=bool(solver.EPOCHS))
+            )
         built.insert(0, FirstStepLogger())
         return [*built, PreemptionHook()]
 

@@ -30,6 +30,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_MANY_EPOCHS = 100
+
 
 class EpochLogger(HookBase):
     """
@@ -38,15 +40,20 @@ class EpochLogger(HookBase):
     Args:
         images_per_step: SOLVER.IMS_PER_BATCH.
         images: of the training sets.
+        chosen: whether the number of epochs was, so that many of them are no mistake.
     """
 
-    def __init__(self, images_per_step: int, images: int) -> None:
-        self._step, self._images = images_per_step, images
+    def __init__(self, images_per_step: int, images: int, *, chosen: bool = False) -> None:
+        self._step, self._images, self._chosen = images_per_step, images, chosen
 
     def before_train(self) -> None:
         steps, step, images = self.trainer.max_iter, self._step, self._images
         epochs = steps * step / images
-        logger.info(f"{steps} steps of {step} images are {epochs:.4g} epochs of {images} images.")
+        said = f"{steps} steps of {step} images are {epochs:.4g} epochs of {images} images."
+        if epochs > _MANY_EPOCHS and not self._chosen:
+            logger.warning(f"{said} SOLVER.EPOCHS sets a schedule that follows the images.")
+        else:
+            logger.info(said)
 
     def after_step(self) -> None:
         epoch = (self.trainer.iter + 1) * self._step / self._images

@@ -100,7 +100,7 @@ def write_report(
         return list(dict.fromkeys(launch[key] for launch in every if key in launch))
 
     facts = {
-        "iterations": sorted({run.config["SOLVER.MAX_ITER"] for run in finished.values()}),
+        "iterations": sorted({run.rows[-1]["iteration"] for run in results}),
         "hardware": launched("hardware"),
         "runs at a time": launched("jobs"),
         "threads per run": launched("OMP_NUM_THREADS"),

@@ -75,9 +75,8 @@ class PlannedRun:
         metrics = self.folder / "metrics.json"
         if not ((self.folder / "model_final.pth").is_file() and metrics.is_file()):
             return False
-        last = self.config["SOLVER.MAX_ITER"] - 1
-        rows = (row for row in read_metrics(metrics) if row["iteration"] >= last)
-        return any(matching(row, METRICS) for row in rows)
+        # Not by SOLVER.MAX_ITER, which scaling and SOLVER.EPOCHS change.
+        return any(matching(row, METRICS) for row in read_metrics(metrics)[-1:])
 
     def has_checkpoint(self) -> bool:
         """Tells whether there is something to go on from."""
@@ -116,8 +115,9 @@ def plan_runs(
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: there is nothing to compare the rules by")
         # A metrics.json gets a row every 20 iterations. With a period of 40 at least, the
-        # measurement of iteration 0 is in the first, and not yet overtaken by the next.
-        period = 20 * max(2, round(cfg.SOLVER.MAX_ITER / 400))
+        # measurement of iteration 0 is in the first, and not yet overtaken by the next. How many
+        # iterations SOLVER.EPOCHS are depends on the data.
+        period = 40 if cfg.SOLVER.EPOCHS else 20 * max(2, round(cfg.SOLVER.MAX_ITER / 400))
         for seed in seeds:
             folder = output / f"{rule.short_name or rule.name}_seed{seed}"
             own = ["SEED", seed, "MODEL.FEEDBACK.SEED", seed, "OUTPUT_DIR", folder]

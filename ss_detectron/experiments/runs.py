@@ -38,7 +38,7 @@ PERIODS = {"SOLVER.CHECKPOINT_PERIOD", "TEST.ALIGNMENT_PERIOD", "TEST.EVAL_PERIO
 PER_RUN_KEYS = MACHINE_KEYS | OWN_KEYS | PERIODS
 # Keys in which runs do not compare if they differ.
 EXPERIMENT_KEYS = ("MODEL.META_ARCHITECTURE", "DATASETS.TRAIN", "DATASETS.TEST")
-EXPERIMENT_KEYS += ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH")
+EXPERIMENT_KEYS += ("SOLVER.MAX_ITER", "SOLVER.EPOCHS", "SOLVER.IMS_PER_BATCH")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -90,9 +90,14 @@ class Run:
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns a metric's iterations and values, both (N,); empty where the run lacks it."""
-        # A run that was resumed only for its last evaluation logs it one iteration late.
-        end = self.config.get("SOLVER.MAX_ITER", np.inf)
-        points = [(min(row["iteration"], end), row[key]) for row in self.rows if key in row]
+        # A run that was resumed only for its last evaluation logs it one iteration late. MAX_ITER
+        # is no bound: scaling and SOLVER.EPOCHS change it.
+        late = self.config.get("SOLVER.MAX_ITER", np.inf) + 1
+        points = [
+            (row["iteration"] - (row["iteration"] == late), row[key])
+            for row in self.rows
+            if key in row
+        ]
         return tuple(np.array(points, dtype=float).reshape(-1, 2).T)
 
     def last(self, key: str) -> float:

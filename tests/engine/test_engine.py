@@ -25,6 +25,7 @@ from ss_detectron.engine import (
     command_line,
     setup,
 )
+from ss_detectron.engine.hooks import EpochLogger
 from ss_detectron.engine.not_finite import not_finite
 from ss_detectron.experiments.runs import read_config, read_metrics
 from ss_detectron.learners import LEARNER_REGISTRY, Learner
@@ -64,7 +65,7 @@ def prepare(options):
     """(KEY VALUE ..., config, flags) -> the config as the tool would have it."""
 
     def call(*opts, config="quick/shapes_retinanet_ss.yaml", flags=()) -> CfgNode:
-        words = ["--config-file", config, *flags, *options, *map(str, opts)]
+        words = ["--traceback", "--config-file", config, *flags, *options, *map(str, opts)]
         return setup(argument_parser().parse_args(words))
 
     return call
@@ -203,6 +204,28 @@ def test_a_pass_takes_its_part_of_the_images(prepare):
         assert len(next(iter(loader))) == 2
     with pytest.raises(ValueError, match="IMS_PER_BATCH is 6, .* 4 equal passes"):
         Trainer.build_train_loader(prepare(*options[:-1], 4))
+
+
+def test_epochs_set_the_trainers_schedule(prepare):
+    cfg = prepare("SOLVER.EPOCHS", 3, "SOLVER.STEP_EPOCHS", (2,), "OUTPUT_DIR", "out")
+    trainer = Trainer(cfg)
+    images = len(trainer.data_loader.dataset)
+    steps = round(3 * images / 2)
+    assert trainer.max_iter == trainer.scheduler._max_iter == trainer.cfg.SOLVER.MAX_ITER == steps
+    assert (images,) == trainer.cfg.SOLVER.STEPS
+    assert f"In epochs of {images} images: MAX_ITER {steps}, " in Path("out/log.txt").read_text()
+
+
+@pytest.mark.parametrize("chosen, level", [(False, "WARNING"), (True, "INFO")])
+def test_many_epochs_that_nobody_chose_are_warned_of(caplog, chosen, level):
+    for steps in (50, 51):
+        with caplog.at_level("INFO"):
+            hook = EpochLogger(16, 8, chosen=chosen)
+            hook.trainer = SimpleNamespace(max_iter=steps)
+            hook.before_train()
+    assert "51 steps of 16 images are 102 epochs of 8 images." in caplog.text
+    assert [record.levelname for record in caplog.records] == ["INFO", level]
+    assert ("SOLVER.EPOCHS sets" in caplog.text) is not chosen
 
 
 def test_the_alignment_is_measured_before_gradients_are_clipped(prepare):
