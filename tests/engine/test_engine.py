@@ -65,7 +65,7 @@ def prepare(options):
     """(KEY VALUE ..., config, flags) -> the config as the tool would have it."""
 
     def call(*opts, config="quick/shapes_retinanet_ss.yaml", flags=()) -> CfgNode:
-        words = ["--traceback", "--config-file", config, *flags, *options, *map(str, opts)]
+        words = ["--config-file", config, *flags, *options, *map(str, opts)]
         return setup(argument_parser().parse_args(words))
 
     return call
@@ -339,7 +339,13 @@ def test_an_evaluation_on_the_same_names_in_another_order_of_ids_is_refused(prep
     Path("turned.json").write_text(json.dumps(content))
 
     def evaluate(*opts):
-        words = ["--eval-only", "--config-file", "quick/shapes_retinanet_ss.yaml", *options]
+        words = [
+            "--eval-only",
+            "--traceback",
+            "--config-file",
+            "quick/shapes_retinanet_ss.yaml",
+            *options,
+        ]
         words += ["MODEL.WEIGHTS", "out/model_final.pth", "MODEL.WEIGHTS_EXCEPT", "['head']"]
         words += ["DATASETS.TEST", "('tiny_val',)", "OUTPUT_DIR", "evaluated", *map(str, opts)]
         command_line._train_or_evaluate(Trainer, argument_parser().parse_args(words))
