@@ -51,7 +51,9 @@ def convert(
             continue
         content = write_coco(source.splits[name], classes, file)
         report(file, content)
-        entries.append((f"{output.name}_{name}", str(file), str(source.image_root)))
+        entries.append((f"{output.resolve().name}_{name}", str(file), str(source.image_root)))
+    if not entries:
+        raise ValueError("there is nothing to write: no image has annotations")
     return entries, classes
 
 

@@ -48,10 +48,11 @@ class AnnotatedImages:
 def read_voc(folder: str | Path, *, zero_based: bool = False) -> AnnotatedImages:
     """Read a folder with Pascal VOC's XML files.
 
-    They are in its ``Annotations`` and the images in its ``JPEGImages``, or both in the folder
-    itself. Its splits are the lists in ``ImageSets/Main``; without any, it is one of its own name.
-    An image and its XML file have one name, but for the extension, whatever is written in it. What
-    is left out is logged: images or XML files without the other, and images that cannot be read.
+    They are in its ``Annotations`` and the images in its ``JPEGImages`` (or ``annotations`` and
+    ``images``), or both in the folder itself. Its splits are the lists in ``ImageSets/Main``;
+    without any, it is one of its own name. An image and its XML file have one name, but for the
+    extension, whatever is written in it. What is left out is logged: images or XML files without
+    the other, and images that cannot be read.
 
     Pixels count from 1: a box from (1, 1) to (width, height) covers its image. Objects marked as
     difficult become crowds: they are not learned from, and to detect them is neither right nor
@@ -67,9 +68,8 @@ def read_voc(folder: str | Path, *, zero_based: bool = False) -> AnnotatedImages
         ValueError: a file is not of VOC's form.
     """
     root = Path(folder)
-    image_root, xml_root = (
-        below if (below := root / name).is_dir() else root for name in ("JPEGImages", "Annotations")
-    )
+    image_root = _first(root, "JPEGImages", "images") or root
+    xml_root = _first(root, "Annotations", "annotations") or root
     images: dict[str, str] = {}
     for name in (pictures := _files(image_root, is_image)):
         images.setdefault(os.path.splitext(name)[0], name)
@@ -112,10 +112,10 @@ def read_yolo(source: str | Path) -> AnnotatedImages:
     """Read a data set with YOLO's text files.
 
     ``source`` is Ultralytics' data.yaml, or a folder that has one. Any other folder is one split of
-    its own name, with its classes in the lines of ``classes.txt``. The text file of an image is in
-    ``labels`` where the image is in ``images``, or else beside it; without one, an image has no
-    objects, which is logged. Polygons are kept as masks, and boxes are made of them; keypoints are
-    not kept.
+    its own name, with its classes in the lines of ``classes.txt``, there or in ``labels``, or of
+    ``obj.names``. The text file of an image is in ``labels`` where the image is in ``images``, or
+    else beside it; without one, an image has no objects, which is logged. Polygons are kept as
+    masks, and boxes are made of them; keypoints are not kept.
 
     Raises:
         FileNotFoundError: there are no classes, or no text files.
@@ -125,7 +125,7 @@ def read_yolo(source: str | Path) -> AnnotatedImages:
     file = source / "data.yaml" if source.is_dir() else source
     if file.is_file():
         root, classes, entries, keypoints = _read_data_yaml(file)
-    elif (names := source / "classes.txt").is_file():
+    elif names := _first(source, "classes.txt", "labels/classes.txt", "obj.names"):
         root, classes, entries, keypoints = source, _lines(names), {source.resolve().name: ["."]}, 0
     else:
         raise FileNotFoundError(f"'{source}' has neither a data.yaml nor a classes.txt")
@@ -192,6 +192,10 @@ def write_coco(images: Iterable[dict], classes: Sequence[str], file: str | Path)
     return content
 
 
+def _first(folder: Path, *names: str) -> Path | None:
+    return next((path for name in names if (path := folder / name).exists()), None)
+
+
 def _files(folder: Path, fits: Callable[[str], bool]) -> list[str]:
     """Sorted paths of the files in and below a folder."""
     walk = os.walk(folder, followlinks=True)
@@ -232,7 +236,10 @@ def _open(root: Path, names: dict[str, str]) -> dict[str, dict]:
 
 
 def _chosen(records: dict[str, dict], splits: dict[str, list[str]]) -> dict[str, list[dict]]:
-    return {split: [records[n] for n in names if n in records] for split, names in splits.items()}
+    return {
+        split: [records[name] for name in dict.fromkeys(names) if name in records]
+        for split, names in splits.items()
+    }
 
 
 def _voc_lists(root: Path) -> dict[str, list[str]]:

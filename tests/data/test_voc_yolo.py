@@ -76,7 +76,7 @@ def voc_set():
     write("set/JPEGImages/._a.jpg", "macOS")
     write("set/Annotations/._a.xml", "macOS")
     write("set/ImageSets/Main/train.txt", "a\nb\nbelow/c\nempty\nno_image\nno_file\n\n")
-    write("set/ImageSets/Main/val.txt", "a\nturned\nresized\n")
+    write("set/ImageSets/Main/val.txt", "a\nturned\nresized\na\n")
     write("set/ImageSets/Main/dog_train.txt", "a  1\nb -1\nempty  0\n")
 
 
@@ -123,17 +123,17 @@ def test_boxes_are_those_of_detectron2_torchvision_and_of_the_same_set_in_yolo()
     low, high = values[:, :2] - 1, values[:, 2:]
     fractions = np.hstack([(low + high) / 2, high - low]) / [WIDTH, HEIGHT, WIDTH, HEIGHT]
     lines = [" ".join(map(str, [i % 3, *box])) for i, box in enumerate(fractions)]
-    write("yolo/classes.txt", "\n".join(names))
-    write("yolo/1.txt", "\n".join(lines))
-    draw("yolo/1.JPG")
-    of_yolo = boxes(read_yolo("yolo").splits["yolo"])["1.JPG"]
+    write("yolo/labels/classes.txt", "\n".join(names))
+    write("yolo/labels/1.txt", "\n".join(lines))
+    draw("yolo/images/1.JPG")
+    of_yolo = boxes(read_yolo("yolo").splits["yolo"])["images/1.JPG"]
     assert [b[0] for b in of_yolo] == [b[0] for b in found]
     np.testing.assert_allclose([b[1:] for b in of_yolo], [b[1:] for b in found], atol=1e-9)
 
 
 def test_corners_that_count_from_0_are_coordinates_where_one_says_so(caplog):
-    write("set/1.xml", voc(("dog", (0, 0, WIDTH, HEIGHT))))
-    draw("set/1.jpg")
+    write("set/annotations/1.xml", voc(("dog", (0, 0, WIDTH, HEIGHT))))
+    draw("set/images/1.jpg")
     assert boxes(read_voc("set", zero_based=True).splits["set"]) == {
         "1.jpg": [("dog", 0, 0, WIDTH, HEIGHT)]
     }
@@ -269,3 +269,6 @@ def test_a_folder_without_annotations_is_refused():
     write("set/classes.txt", "dog\n")
     with pytest.raises(SystemExit, match="'set': 1 images, no text file: set/1.txt"):
         main(["yolo", "set", "--output", "coco"])
+    write("set/other.xml", voc())
+    with pytest.raises(SystemExit, match="there is nothing to write"):
+        main(["voc", "set", "--output", "coco"])
