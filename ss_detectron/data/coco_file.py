@@ -65,7 +65,6 @@ _IMAGE: Form = {
     "width": _SIDE,
 }
 _ANNOTATION: Form = {
-    "id": _ID,
     "image_id": _ID,
     "category_id": _ID,
     "bbox": (_is_box, "[x, y, width, height] in pixels"),
@@ -220,15 +219,17 @@ def read_coco_file(
             raise ValueError(f"'{file}' has no {part}.")
     _check(file, "categories", lists["categories"], partial(_problem, _CATEGORY))
     _check(file, "images", lists["images"], partial(_problem, _IMAGE))
-    categories = {category["id"]: category for category in lists["categories"]}
+    categories = {category["id"] for category in lists["categories"]}
     images = {image["id"]: image for image in lists["images"]}
 
     def annotation_problem(annotation: Any) -> str | None:
         if found := _problem(_ANNOTATION, annotation):
             return found
-        for key, entries in (("image_id", images), ("category_id", categories)):
-            if type(annotation[key]) is not type(first := next(iter(entries))):
-                return _unlike(annotation, key, f"one of the kind of the id {reprlib.repr(first)}")
+        for key, part in (("image_id", "images"), ("category_id", "categories")):
+            if type(annotation[key]) is not type(first := lists[part][0]["id"]):
+                kind = "an integer" if isinstance(first, int) else "a string"
+                like = f"{kind} like the id {reprlib.repr(first)} in '{part}'"
+                return _unlike(annotation, key, like)
         if annotation["category_id"] not in categories:
             return _unlike(annotation, "category_id", "one of 'categories'")
         image = images.get(annotation["image_id"])  # Detectron2 leaves out those of no image
@@ -243,10 +244,10 @@ def read_coco_file(
 def _check_plausible(file: str, images: dict[Any, dict], annotations: list[dict]) -> None:
     of_images = [a for a in annotations if a["image_id"] in images]
     if annotations and not of_images:
-        found, known = annotations[0]["image_id"], next(iter(images))
+        found, known = map(reprlib.repr, (annotations[0]["image_id"], next(iter(images))))
         raise ValueError(
             f"'{file}': none of {len(annotations)} annotations is of one of its {len(images)} "
-            f"images: the first has the image_id {found!r}, the first image the id {known!r}."
+            f"images: the first has the image_id {found}, the first image the id {known}."
         )
     objects = [annotation for annotation in of_images if not annotation["iscrowd"]]
     sizes = [[images[a["image_id"]][side] for side in ("width", "height")] for a in objects]

@@ -406,12 +406,12 @@ DETECTION_ANNOTATIONS = [
     stops(
         "ids of images that are strings, of annotations' images integers",
         lambda c: [i.update(id=str(i["id"])) for i in c["images"]] and None,
-        "4 of 4 annotations.* has the image_id 0, expected one of the kind of the id '0'",
+        "4 of 4 annotations.* has the image_id 0, expected a string like the id '0' in 'images'",
     ),
     stops(
         "category_ids that are strings, ids of categories integers",
         all_objects(lambda a: a.update(category_id=str(a["category_id"]))),
-        "4 of 4 annotations.* has the category_id '1', expected one of the kind of the id 1",
+        "4 of 4 annotations.* has the category_id '1', expected an integer like the id 1 in",
     ),
     used("category ids with gaps", gaps),
     repaired(
