@@ -43,8 +43,8 @@ def convert_feedback(
     seed: int = 0,
 ) -> nn.Module:
     """
-    Make every convolution, transposed convolution and linear layer of ``model`` send its error
-    back by ``rule``, in place.
+    Make every convolution, transposed convolution, linear layer and ``nn.MultiheadAttention`` of
+    ``model`` send its error back by ``rule``, in place.
 
     That includes the last layer, a classifier's or a detector's outputs. Published comparisons,
     and the configs of this package, keep it on backpropagation::

@@ -1,8 +1,8 @@
 """The feedback rules: what stands in the weight's place when the error flows back.
 
 A rule is one class in :data:`FEEDBACK_REGISTRY`. It maps the forward weight W to the feedback
-weight B and says what state it keeps: none, a fixed buffer, or a learned parameter. Convolution,
-transposed convolution and linear layers share it.
+weight B and says what state it keeps: none, a fixed buffer, or a learned parameter. All kinds of
+layers share it.
 
 | name | short | B | state |
 |---|---|---|---|

@@ -66,6 +66,22 @@ def test_compiled_training_is_eager_training(rule):
     assert_same(_train(compiled, compiled), _train(eager, eager))
 
 
+def test_convolutions_of_one_and_three_dimensions_are_compiled():
+    torch.manual_seed(0)
+    eager = nn.Sequential(
+        nn.Flatten(2),
+        nn.Conv1d(2, 3, 2, padding="same"),
+        nn.ConvTranspose1d(3, 2, 3),
+        nn.Unflatten(2, (3, 2, 3)),
+        nn.Conv3d(2, 3, 2, padding=1),
+        nn.ConvTranspose3d(3, 1, (1, 2, 1), stride=2),
+    )
+    compiled = copy.deepcopy(convert_feedback(eager, "ss"))
+    expected = _train(eager, eager)
+    actual = _train(compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))
+    assert_same(actual, expected)
+
+
 def test_a_rule_of_ones_own_that_counts_updates_is_compiled_once_registered(monkeypatch):
     torch.manual_seed(0)
     eager = convert_feedback(Net(), Flipping)
