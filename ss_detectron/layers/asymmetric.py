@@ -261,7 +261,7 @@ class AsymmetricLayer(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rule={self.rule.name}"
+        return f"{super().extra_repr()}, rule={self.rule.name}".removeprefix(", ")
 
     def _refuse_by_type(self, *_: Any) -> NoReturn:
         raise ValueError(

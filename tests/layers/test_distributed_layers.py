@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from core_utils import RULES, assert_same, each_rule, stock_net
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ss_detectron.layers import AsymmetricLayer, advance_feedback, convert_feedback
@@ -15,6 +16,23 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 
 STEPS = 3
 BATCH = 4
+
+
+class _Attend(nn.Module):
+    """Of each place to the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+    def forward(self, x):
+        y = x.flatten(2).transpose(1, 2)
+        return x + self.attention(y, y, y)[0].transpose(1, 2).view_as(x)
+
+
+def _net(seed=0):
+    layers = list(stock_net(seed))
+    return nn.Sequential(*layers[:3], _Attend(), *layers[3:]).double()
 
 
 def _train(model, images):
@@ -46,7 +64,7 @@ def _worker(rank, folder):
     results = {}
     for rule in RULES:
         # A seed for each rank, as in Detectron2.
-        model = convert_feedback(stock_net(seed=100 + rank).double(), rule)
+        model = convert_feedback(_net(seed=100 + rank), rule)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
             convert_feedback(wrapped)
@@ -82,7 +100,7 @@ def test_feedback_is_the_same_on_both_processes(ranks, rule):
 @each_rule
 def test_two_processes_train_as_one(ranks, rule):
     start, two = ranks[0][rule]
-    model = convert_feedback(stock_net().double(), rule)
+    model = convert_feedback(_net(), rule)
     model.load_state_dict(start)
     one = _train(model, _images())
     torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)
