@@ -29,6 +29,7 @@ import torch
 from ss_detectron.engine.preemption import Preempted, StopSignals, print_safely
 from ss_detectron.experiments.compare import compare
 from ss_detectron.experiments.plan import describe_plan, plan_runs
+from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -47,8 +48,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--num-gpus-per-run", type=int, default=1, metavar="N", help="processes, without GPUs")
     period = "iterations between measurements of alignment, 0 for none (default: 10 to 20 in all)"
     add("--alignment-period", type=int, metavar="N", help=period)
-    add("--metric", metavar="KEY", help="of metrics.json (default: box AP or top-1 error)")
+    add(
+        "--metric",
+        metavar="KEY",
+        help="such as AP50 (default: box AP or top-1 error)",
+    )
     add("--dry-run", action="store_true", help="only say what would be done")
+    add_traceback_option(parser)
     add("opts", nargs=argparse.REMAINDER, help="KEY VALUE ... for all runs")
     args = parser.parse_args(words)
     # The last rule can be followed by the first KEY.
@@ -84,11 +90,8 @@ def parse_seeds(text: str) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     """Plans, runs, reports; the exit code."""
-    try:
+    with one_line_errors(args.traceback):
         runs = plan_runs(args.config_file, args.rules, args.output, args.opts)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     if args.dry_run:
         print(describe_plan(runs))
         return 0

@@ -24,6 +24,7 @@ from PIL import Image
 
 from ss_detectron.data import UnreadableImageError
 from ss_detectron.experiments import demo
+from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 logger = logging.getLogger("ss_detectron.experiments.demo")
 
@@ -32,14 +33,12 @@ def main(args: argparse.Namespace) -> None:
     """Checks what was asked for, loads the models, draws."""
     weights = args.weights or [None] * len(args.config_file)
     configs = args.config_file * (len(weights) if len(args.config_file) == 1 else 1)
-    try:
+    with one_line_errors(args.traceback):
         files = demo.find_files(args.video or args.input, recursive=args.recursive)
         targets = demo.output_paths(files, args.output, ".mp4" if args.video else ".png")
         args.output.mkdir(parents=True, exist_ok=True)
         cfgs = [demo.load_config(f, args.opts, w) for f, w in zip(configs, weights, strict=True)]
         predictors = [demo.build_predictor(cfg, args.score) for cfg in cfgs]
-    except (KeyError, OSError, ValueError) as error:
-        sys.exit(f"demo.py: {error}")
     labels = args.labels or demo.titles(predictors, [cfg.MODEL.WEIGHTS for cfg in cfgs])
 
     def draw(image: np.ndarray) -> np.ndarray:
@@ -78,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--labels", nargs="+", metavar="LABEL", help="titles instead of the rules")
     add("--score", type=float, default=0.4, help="least score drawn (default: 0.4)")
     add("--output", type=Path, required=True, help="folder to write into")
+    add_traceback_option(parser)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, after --output")
     args = parser.parse_args()
     count = len(args.weights or args.config_file)

@@ -16,7 +16,6 @@ The weights are model_final.pth beside the config, or else its MODEL.WEIGHTS.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -26,11 +25,12 @@ from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.experiments.runs import trained_config
 from ss_detectron.export import export_program, plain_config, plain_state_dict
 from ss_detectron.modeling import ImageClassifier
+from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 
 def main(args: argparse.Namespace) -> None:
     """Loads, converts back to stock layers and writes."""
-    try:
+    with one_line_errors(args.traceback):
         cfg = trained_config(args.config_file, args.opts)
         trained, cfg.MODEL.DEVICE = cfg.clone(), "cpu"  # here, not in the exported config
         model = build_model(cfg).eval()
@@ -42,8 +42,6 @@ def main(args: argparse.Namespace) -> None:
         side = cfg.INPUT.CLASSIFICATION.SIZE
         size = args.size or ((side, side) if is_classifier else (800, 1344))
         program = export_program(model, size) if args.program else None
-    except (OSError, ValueError) as error:
-        sys.exit(f"export.py: {error}")
     args.output.mkdir(parents=True, exist_ok=True)
     written = [args.output / "model.pth"]
     if is_classifier:
@@ -72,5 +70,6 @@ if __name__ == "__main__":
     size = "image size of the program (a classifier's own; else 800 1344, or whatever is given, "
     size += "rounded up to what the backbone divides)"
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=size)
+    add_traceback_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     main(parser.parse_args())

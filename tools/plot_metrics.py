@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ss_detectron.experiments.plots import DEFAULT_FORMATS, FORMATS, draw_figures
 from ss_detectron.experiments.runs import read_runs, warn_of_differences
+from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 
 def main(words: list[str] | None = None) -> None:
@@ -27,13 +28,15 @@ def main(words: list[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="+", metavar="RUN", help="output folders")
     add("--output", type=Path, default="figures", metavar="DIR", help="default: figures")
-    metrics = "of metrics.json, such as bbox/AP50 (default: AP, or top-1 and top-5 error)"
+    metrics = "of metrics.json, such as AP50 (default: AP, or top-1 and top-5 error)"
     add("--metric", nargs="+", default=(), metavar="KEY", help=metrics)
     add("--format", nargs="+", default=DEFAULT_FORMATS, choices=FORMATS, help="default: png pdf")
+    add_traceback_option(parser)
     args = parser.parse_args(words)
-    runs = read_runs(args.runs)
-    warn_of_differences(runs)
-    files = draw_figures(runs, args.output, metrics=args.metric, formats=args.format)
+    with one_line_errors(args.traceback):
+        runs = read_runs(args.runs)
+        warn_of_differences(runs)
+        files = draw_figures(runs, args.output, metrics=args.metric, formats=args.format)
     if not files:
         sys.exit("Nothing could be drawn.")
     print("Written:", *files, sep="\n  ")

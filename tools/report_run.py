@@ -18,6 +18,7 @@ from ss_detectron.data import register_coco_from_config
 from ss_detectron.experiments.plots import losses_of, plot_curves
 from ss_detectron.experiments.runs import group_runs, merged_config, read_run
 from ss_detectron.experiments.visualize import draw_detections
+from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 
 def main(folder: Path, count: int, score_threshold: float) -> None:
@@ -68,6 +69,8 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run of tools/train_net.py")
     parser.add_argument("--count", type=int, default=6, help="number of images (default: 6)")
     parser.add_argument("--score", type=float, default=0.4, help="least score drawn (default: 0.4)")
+    add_traceback_option(parser)
     args = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    main(args.run, args.count, args.score)
+    with one_line_errors(args.traceback):
+        main(args.run, args.count, args.score)

@@ -17,7 +17,16 @@ from ss_detectron.layers.feedback import Backpropagation
 from .launch import read_launches, run_all
 from .plan import PlannedRun
 from .plots import draw_figures
-from .runs import ERRORS, SCORES, Run, group_runs, matching, read_runs, warn_of_differences
+from .runs import (
+    ERRORS,
+    SCORES,
+    Run,
+    group_runs,
+    matching,
+    read_runs,
+    they_have,
+    warn_of_differences,
+)
 from .styles import label_of, style_of
 
 logger = logging.getLogger(__name__)
@@ -68,8 +77,8 @@ def write_report(
 
     Args:
         output: the folder to write into.
-        metric: what to compare by, a key of metrics.json; by default top-1 error or AP of the
-            first test set.
+        metric: what to compare by, a key of metrics.json or what comes last in it; by default
+            top-1 error or AP of the first test set.
         command: that made the comparison.
 
     Returns:
@@ -82,14 +91,16 @@ def write_report(
 
     finished = {run.folder: run for run in runs if run.is_finished()}
     results = [run for run in found if run.folder in finished]
-    if metric is None and finished:
-        keys = sorted({key for run in results for key in run.metrics})
-        first = runs[0].config["DATASETS.TEST"][0] + "/"
-        by_task = matching(keys, [ERRORS[0], *SCORES])
-        metric = min(by_task, key=lambda key: not key.startswith(first), default=None)
-    rows = summarise(results, metric) if metric else []
+    keys = sorted({key for run in results for key in run.metrics})
+    first = runs[0].config["DATASETS.TEST"][0] + "/"
+    fitting = matching(keys, [metric] if metric else [ERRORS[0], *SCORES])
+    rows = []
+    if fitting:
+        metric = min(fitting, key=lambda key: not key.startswith(first))
+        rows = summarise(results, metric)
     if not rows:
-        logger.error("No run is finished%s: there is no table", f" with {metric}" * bool(metric))
+        which = f" with {metric}; {they_have(keys)}" if metric and keys else ""
+        logger.error("No run is finished%s: there is no table", which)
         return ""
 
     launches = {folder: read_launches(folder) for folder in finished}

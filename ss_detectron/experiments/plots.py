@@ -16,7 +16,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
-from .runs import ERRORS, SCORES, Run, RunGroup, group_runs, matching
+from .runs import ERRORS, SCORES, Run, RunGroup, group_runs, matching, they_have
 from .styles import DASHES, MARKERS, RC, label_of, style_of
 
 logger = logging.getLogger(__name__)
@@ -147,10 +147,13 @@ def draw_figures(
 
     Args:
         folder: to write into; it is made.
-        metrics: keys of metrics.json.
+        metrics: keys of metrics.json, or what comes last in them, as AP50 of bbox/AP50.
 
     Returns:
         the files.
+
+    Raises:
+        ValueError: a metric that no run has; names those there are.
     """
     groups = group_runs(runs)
     for group in groups:
@@ -161,10 +164,9 @@ def draw_figures(
     losses = losses_of(keys)
     curves = {"error": matching(keys, ERRORS), "detection": matching(keys, SCORES)}
     if metrics:
-        curves = {re.sub(r"\W+", "_", key): [key] for key in metrics if key in keys}
-        if unknown := set(metrics).difference(keys):
-            known = ", ".join(key for key in keys if not key.startswith("alignment/"))
-            logger.error("No run has the metric %s; they have %s", ", ".join(unknown), known)
+        if unknown := [metric for metric in metrics if not matching(keys, [metric])]:
+            raise ValueError(f"no run has the metric {', '.join(unknown)}; {they_have(keys)}")
+        curves = {re.sub(r"\W+", "_", key): [key] for key in matching(keys, metrics)}
     curves = {"losses": losses, **curves}
     curves["gradient_angle"] = matching(keys, ["alignment/gradient_angle"])
     figures = {}

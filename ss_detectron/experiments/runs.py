@@ -67,6 +67,11 @@ def matching(keys: Iterable[str], bases: Iterable[str]) -> list[str]:
     return [key for base in bases for key in keys if key == base or key.endswith("/" + base)]
 
 
+def they_have(keys: Iterable[str]) -> str:
+    """Writes which metrics there are to choose from."""
+    return f"they have {', '.join(k for k in keys if not k.startswith('alignment/')) or 'none'}"
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One output folder."""

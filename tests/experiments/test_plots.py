@@ -233,8 +233,10 @@ def test_a_metric_that_some_runs_lack_is_drawn_of_the_others(tmp_path, drawn, ca
     cls = write_run(tmp_path / "cls", classification(50.0), "bp", CLASSIFICATION)
     assert list(drawn([bp, fa, cls])) == ["losses", "error", "detection"]
     assert f"No bbox/AP in {cls}, {fa}" in caplog.text
-    assert list(drawn([bp, fa, cls], ["bbox/AP", "nonsense"])) == ["losses", "bbox_AP"]
-    assert "No run has the metric nonsense; they have bbox/AP, classification/" in caplog.text
+    for metric in ("AP", "bbox/AP"):
+        assert list(drawn([bp, fa, cls], [metric])) == ["losses", "bbox_AP"]
+    with pytest.raises(ValueError, match="metric nonsense; they have bbox/AP, classification/"):
+        drawn([bp, fa, cls], ["bbox/AP", "nonsense"])
 
 
 def test_a_run_that_ended_early_is_drawn_and_named(tmp_path, drawn, caplog):
@@ -261,6 +263,8 @@ def test_the_tool_draws_what_can_be_drawn_and_says_the_rest(tmp_path, capsys, ca
     assert "missing is no output folder" in caplog.text and "SOLVER.MAX_ITER differs" in caplog.text
     text = (figures / "detection.svg").read_text()
     assert all(f">{word}</text>" in text for word in ("BP", "SS", "box AP, %", "iteration"))
+    with pytest.raises(SystemExit, match="error: no run has the metric AP51; they have bbox/AP"):
+        main([f"{tmp_path}/good", "--metric", "AP51", "--output", f"{tmp_path}/nowhere"])
     write_rows(tmp_path / "none", [{"iteration": 3, "lr": 0.1}])
     for name in ("missing", "none"):
         with pytest.raises(SystemExit, match="Nothing could be drawn"):
