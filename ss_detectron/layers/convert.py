@@ -57,6 +57,10 @@ def convert_feedback(
     nobody excluded. A layer that is converted and whose parent uses its weight without calling it
     stays on backpropagation as well: the first forward pass with gradients warns of it.
 
+    What records a program of the model (torch.export, ONNX, torch.jit.trace) gets stock operations:
+    a program that is trained learns by backpropagation. torch.func's gradients, torch.jit.script
+    and torch.ao's quantisation refuse a converted model.
+
     Args:
         model: any module; convert it before wrapping it (DistributedDataParallel, torch.compile)
             and sharding it (fully_shard), and before building its optimiser, which has to know
