@@ -64,7 +64,8 @@ def weight_alignment(model: nn.Module) -> dict[str, WeightAlignment]:
     for name, layer in _layers(model):
         weight = gather(layer.weight)
         # While backpropagation(model) is in force, this is W.
-        feedback = layer.current_feedback() if isinstance(layer, AsymmetricLayer) else weight
+        acts = isinstance(layer, AsymmetricLayer) and not hasattr(layer, "feedback_reason")
+        feedback = layer.current_feedback() if acts else weight
         sums = _sums(weight, feedback)
         squares = sums[1].item()
         found[name] = WeightAlignment(

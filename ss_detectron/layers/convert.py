@@ -31,6 +31,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_REDUCING = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
 
 def convert_feedback(
     model: nn.Module,
@@ -247,15 +249,15 @@ def _restore(layer: nn.Module) -> None:
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
-    # Within a wrapper the layers have other names. The compiler takes seconds to import.
+    # Those that reduce gradients know the parameters of the time when they were made, wherever they
+    # stand (Lightning Fabric wraps them once more). The compiler takes seconds to import.
     dynamo = sys.modules.get("torch._dynamo")
-    wrappers = [nn.parallel.DistributedDataParallel, nn.DataParallel]
-    wrappers += [dynamo.OptimizedModule] if dynamo else []
-    for wrapper in wrappers:
-        if isinstance(model, wrapper):
-            raise ValueError(
-                f"the model is wrapped in {wrapper.__name__}; convert it before wrapping it"
-            )
+    wrapped = [m for m in model.modules() if isinstance(m, _REDUCING)]
+    wrapped += [model] if dynamo and isinstance(model, dynamo.OptimizedModule) else []
+    if wrapped:
+        raise ValueError(
+            f"the model is wrapped in {type(wrapped[0]).__name__}; convert it before wrapping it"
+        )
 
 
 def advance_feedback(model: nn.Module) -> None:

@@ -257,7 +257,11 @@ def test_a_subclass_that_overrides_nothing_follows():
     assert type(convert_feedback(layer, "bp")) is Square
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def _within_another_wrapper(model):
+    return nn.ModuleDict({"_forward_module": nn.DataParallel(model)})
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, _within_another_wrapper])
 def test_wrapped_models_are_refused(wrap):
     model = _model()
     wrapped = wrap(model)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from ss_detectron import weight_alignment
 from ss_detectron.layers import convert_feedback, feedback_report
 
 
@@ -125,6 +126,9 @@ def test_what_is_reported_is_true(use):
         return model.stem.weight.grad
 
     assert torch.equal(gradient("blocks.0.other", "blocks.1.other"), gradient())
+    model = _model(use)
+    _pass(model)
+    assert weight_alignment(model)["blocks.0.other"] == (pytest.approx(0, abs=1e-5), 1, 1)
     assert not torch.allclose(gradient("blocks.0.called"), gradient())
 
 
