@@ -339,6 +339,7 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
 
 
 _LEAST = {
+    "DATALOADER.NUM_WORKERS": 0,
     "MODEL.FEEDBACK.SEED": -1,
     "SEED": -1,
     "SOLVER.ACCUMULATION_STEPS": 1,

@@ -34,6 +34,8 @@ def check_options(cfg: CfgNode, *, training: bool = True) -> None:
     for rule in filter(None, (feedback.RULE, feedback.LAST_LAYER_RULE)):
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
     choose(cfg, "SOLVER.OPTIMIZER", "SGD", "AdamW")
+    samplers = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+    choose(cfg, "DATALOADER.SAMPLER_TRAIN", *samplers)
     if "resnet" in cfg.MODEL.BACKBONE.NAME:
         choose(cfg, "MODEL.RESNETS.DEPTH", 18, 34, 50, 101, 152)
         choose(cfg, "MODEL.RESNETS.NORM", *_NORMS)

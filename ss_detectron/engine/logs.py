@@ -14,8 +14,10 @@ __all__ = ["set_up_logging"]
 
 logger = logging.getLogger(__name__)
 
-# For the file alone: what Detectron2 says of its own working. It maps any ids of categories.
+# For the file alone: what Detectron2 says of its own working. It maps any ids of categories. An
+# exception is said at the end.
 _DETAILS = (
+    "Exception during training:",
     "Category ids in annotations are not in",
     "Making batched data loader",
     "Removed 0 images",

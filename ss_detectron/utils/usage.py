@@ -3,6 +3,7 @@
 import argparse
 import dis
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ __all__ = ["add_traceback_option", "is_usage_error", "one_line_errors"]
 
 logger = logging.getLogger(__name__)
 
+# What torch makes of an error in a worker of a loader: its traceback, and at the end what it says.
+_FROM_WORKER = re.compile(r"Caught \w+ in DataLoader worker .*\n[\w.]+: (.*)", re.DOTALL)
 _CHECKS = (AssertionError, ImportError, KeyError, NotImplementedError, ValueError)
 
 
@@ -58,5 +61,7 @@ def one_line_errors(traceback: bool, kind: type[Exception] = Exception) -> Itera
             raise
         logger.debug("An error of usage", exc_info=True)
         text = str(error.args[0] if isinstance(error, KeyError) else error)
+        if from_worker := _FROM_WORKER.match(text):
+            text = from_worker[1]
         line = " ".join(text.split())
         raise SystemExit(f"{Path(sys.argv[0]).name}: error: {line}") from error

@@ -85,6 +85,10 @@ def prepare(options):
         (["MODEL.FEEDBACK.SCALE", "large"], "unknown feedback scale 'large'"),
         (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER is 'Lion'; choose 'SGD' or 'AdamW'"),
         (["MODEL.RETINANET.HEAD", "MyHead"], "MODEL.RETINANET.HEAD is 'MyHead'; choose"),
+        (
+            ["DATALOADER.SAMPLER_TRAIN", "Foo"],
+            "DATALOADER.SAMPLER_TRAIN is 'Foo'; choose 'Training",
+        ),
         (["MODEL.RESNETS.DEPTH", 20], "MODEL.RESNETS.DEPTH is 20; choose 18 or"),
         (["MODEL.RESNETS.NORM", "Group"], "MODEL.RESNETS.NORM is 'Group'; choose"),
         (["INPUT.FORMAT", "BRG"], "INPUT.FORMAT is 'BRG'; choose 'RGB' or 'BGR'"),

@@ -6,6 +6,12 @@ import pytest
 
 from ss_detectron.utils.usage import one_line_errors
 
+IN_A_WORKER = """Caught OSError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "a.py", line 3, in read
+OSError: a.png is gone
+"""
+
 
 def _raise(error: Exception) -> None:
     raise error
@@ -24,6 +30,7 @@ def _raise(error: Exception) -> None:
             lambda: Path("no.txt").read_text(),
             "tool.py: error: [Errno 2] No such file or directory: 'no.txt'",
         ),
+        (lambda: _raise(OSError(IN_A_WORKER)), "tool.py: error: a.png is gone"),
         # Faults of a program.
         (lambda: int("a b"), None),
         (lambda: {}["a b"], None),
