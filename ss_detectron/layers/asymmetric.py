@@ -4,6 +4,7 @@ Forward and state-dict keys are the stock layers'; a rule that keeps state adds 
 parameter whose name begins with ``feedback``.
 """
 
+import collections
 import functools
 import importlib
 import inspect
@@ -49,6 +50,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _UPDATES = "feedback_updates"
+_INPUTS = "_feedback_inputs"
 _PATIENCE = 1000  # backward passes
 
 
@@ -135,6 +137,8 @@ class AsymmetricLayer(nn.Module):
         # torch.fx, asked whether to look into a layer, takes those of torch.nn as they are: so a
         # traced model (torchvision's create_feature_extractor) keeps the layer and its rule.
         self.__module__ = "torch.nn"
+        if rule.needs_inputs:
+            self._keeps_inputs = self.register_forward_pre_hook(_keep_input)
         if rule.counts_updates:
             # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
             self.feedback_updates = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -157,6 +161,9 @@ class AsymmetricLayer(nn.Module):
             delattr(self, rule.state_name)
         self.__dict__.pop(_UPDATES, None)
         self.__dict__.pop("_backward_passes", None)
+        self.__dict__.pop(_INPUTS, None)
+        if hook := self.__dict__.pop("_keeps_inputs", None):
+            hook.remove()
 
     @property
     def feedback_state(self) -> Tensor | None:
@@ -174,14 +181,30 @@ class AsymmetricLayer(nn.Module):
         """Return the layer's fan-in and fan-out, for the scales that depend on the shape alone."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def advance_feedback(self) -> None:
-        """Note an update of the weight, for a rule that counts them."""
-        if self.rule.counts_updates:
-            self.feedback_updates += 1
+        """Note an update of the weight, for a rule that counts them, and let it learn."""
+        if not self.rule.counts_updates:
+            return
+        self.feedback_updates += 1
+        if self.rule.state_name is not None:
+            inputs = list(self.__dict__.pop(_INPUTS, ()))
+            if inputs or not self.rule.needs_inputs:
+                updates, state = int(self.feedback_updates), cast(Tensor, self.feedback_state)
+                self.rule.update(self, self.weight.detach(), state, updates, inputs)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a view of a tensor of the weight's shape as (..., outputs, inputs)."""
+        return weight.flatten(1)
+
+    linear_map: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(input, weight) -> what the stock layer gives with this weight, without bias and whatever
+    follows; a method of the forms that can learn from their inputs (information alignment)."""
 
     @torch.no_grad()
     def reset_feedback(self) -> None:
         """Derive the state again from the weight as it is; what is drawn stays the same draw."""
+        self.__dict__.pop(_INPUTS, None)
         state = self.feedback_state
         if state is not None:
             made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
@@ -198,7 +221,7 @@ class AsymmetricLayer(nn.Module):
         """Return the keyword arguments that make an asymmetric operation use this layer's rule."""
         if self.training and is_recording():
             _warn_of_recording()
-        state = self.feedback_updates if self.rule.counts_updates else self.feedback_state
+        state = self.feedback_updates if self.rule.state_is_count else self.feedback_state
         feedback: Any = self._feedback
         if not torch.compiler.is_compiling():  # which may know no partial functions
             feedback = functools.partial(feedback, forward_rule=self.rule)
@@ -213,19 +236,19 @@ class AsymmetricLayer(nn.Module):
             return weight
         rule, fans = self.rule, self.fans()
         if torch.compiler.is_compiling():
-            if rule.counts_updates or not rule.traced:
+            if rule.state_is_count or not rule.traced:
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
                 made = _feedback_operator(weight, state, [int(n) for n in fans], *options)
                 return cast(Tensor, made)
             return rule.feedback(weight, state, fans)
-        if not rule.counts_updates:
-            state = state if rule is forward_rule else self.feedback_state
-            return rule.feedback(weight, state, fans)
-        updates = int(self.feedback_updates)
-        self._backward_passes += 1
-        if self._backward_passes == _PATIENCE and not updates:
-            _warn_of_no_updates(rule.name)
-        return rule.feedback(weight, updates, fans)
+        if rule.counts_updates:
+            self._backward_passes += 1
+            if self._backward_passes == _PATIENCE and not self.feedback_updates:
+                _warn_of_no_updates(rule.name)
+        if rule.state_is_count:
+            return rule.feedback(weight, int(self.feedback_updates), fans)
+        state = state if rule is forward_rule else self.feedback_state
+        return rule.feedback(weight, state, fans)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -275,10 +298,17 @@ class AsymmetricLayer(nn.Module):
     __prepare_scriptable__ = _refuse_by_type
 
 
+def _keep_input(layer: AsymmetricLayer, args: tuple[Any, ...]) -> None:
+    if layer.training and torch.is_grad_enabled():
+        # As many as a step may well have; without steps, they must not become more and more.
+        kept = layer.__dict__.setdefault(_INPUTS, collections.deque(maxlen=16))
+        kept.append(args[0].detach())
+
+
 @functools.cache
 def _warn_of_no_updates(rule: str) -> None:
     logger.warning(
-        "%s draws nothing anew: no update was noted in %d backward passes of a layer. Call "
+        "%s makes nothing new: no update was noted in %d backward passes of a layer. Call "
         "ss_detectron.advance_feedback(model), or a learner's step(), after every step of the "
         "optimiser.",
         rule,
@@ -313,7 +343,7 @@ def _feedback_operator(
 ) -> Tensor:
     """Return B by a rule that is not traced."""
     made = get_rule(rule)(scale, gain, seed, layer_name)
-    number = int(state) if made.counts_updates and state is not None else state
+    number = int(state) if made.state_is_count and state is not None else state
     return made.feedback(weight, number, Fans(fans[0], fans[1], bool(fans[2])))
 
 
@@ -334,6 +364,10 @@ class _ConvolutionForm(AsymmetricLayer):
 
 
 class _ConvForm(_ConvolutionForm):
+    def linear_map(self, input: Tensor, weight: Tensor) -> Tensor:
+        layer: Any = self
+        return cast(Tensor, layer._conv_forward(input, weight, None))
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, *size) -> (N, C_out, *output_size)."""
         layer: Any = self
@@ -354,6 +388,15 @@ class _ConvForm(_ConvolutionForm):
 
 
 class _ConvTransposeForm(_ConvolutionForm):
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).t()  # a weight of it has the inputs first
+
+    def linear_map(self, input: Tensor, weight: Tensor) -> Tensor:
+        layer: Any = self
+        stock = getattr(F, f"conv_transpose{weight.dim() - 2}d")
+        options = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        return cast(Tensor, stock(input, weight, None, *options))
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C_in, *size) -> (N, C_out, *output_size)."""
         layer: Any = self
@@ -467,6 +510,9 @@ class AsymmetricLinear(AsymmetricLayer, nn.Linear):
     """
 
     stock_class = nn.Linear
+
+    def linear_map(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, weight)
 
     def fans(self) -> Fans:
         return Fans(self.in_features, self.out_features, True)

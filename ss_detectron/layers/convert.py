@@ -143,6 +143,11 @@ def convert_part(
             _check_restorable(layer)
             reason = "" if overridden is None else OWN_RULE
             changes.append(_Change(layer, reason=reason))
+        elif obstacle(layer) is None and layer_rule.needs_inputs and not _form(layer).linear_map:
+            reason = (
+                f"{layer_rule.name} needs a linear map of {type(layer).__name__}, which has none"
+            )
+            changes.append(_Change(layer, reason=reason))
         elif obstacle(layer) is None:
             # A part that is itself a layer has no name within itself.
             changes.append(_conversion(layer, layer_rule(scale, gain, seed, name or prefix)))

@@ -13,10 +13,13 @@ layers share it.
 | feedback_alignment | fa | random, fixed | feedback_weight |
 | feedback_alignment_signed_init | fasi | s sign(W at the start), fixed | feedback_weight |
 | kolen_pollack | kp | random at the start, then updated as W is | feedback_weight, learned |
+| weight_mirror | wm | learns from noise sent through the layer | feedback_weight |
+| information_alignment | ia | learns from what the layer takes in and gives | feedback_weight |
 
 Sources: Lillicrap et al. 2016 (FA); Liao, Leibo and Poggio 2016, arXiv:1510.05067 (uSF, frSF,
 brSF); Xiao et al. 2019, arXiv:1811.03567 (FA with signed initialisation, in the authors' code);
-Akrout et al. 2019, arXiv:1904.05391 (Kolen-Pollack).
+Akrout et al. 2019, arXiv:1904.05391 (Kolen-Pollack, weight mirrors); Kunin et al. 2020,
+arXiv:2003.01513 (information alignment).
 
 How large B is decides whether training works, so the magnitude s is explicit: ``gain`` times one
 of :data:`FEEDBACK_SCALES`. Random feedback is drawn from N(0, s^2), except where the source of a
@@ -128,8 +131,10 @@ class FeedbackRule:
     learned: ClassVar[bool] = False
     """Whether the state is a parameter that receives the weight's gradient."""
     counts_updates: ClassVar[bool] = False
-    """Whether the state is a number instead: how often W has been updated
-    (:func:`~ss_detectron.layers.advance_feedback`)."""
+    """Whether the layer counts how often W has been updated
+    (:func:`~ss_detectron.layers.advance_feedback`): the state of a rule that has no other."""
+    needs_inputs: ClassVar[bool] = False
+    """Whether :meth:`update` is to have what the layer took in."""
     traced: ClassVar[bool] = True
     """Whether a compiler (torch.compile) looks into :meth:`feedback`. Otherwise it is one operator
     to it, for which the rule must be registered: where the compiler's code is slower, and always
@@ -149,6 +154,11 @@ class FeedbackRule:
         self.gain = float(gain)
         self.seed = seed
         self.layer_name = layer_name
+
+    @property
+    def state_is_count(self) -> bool:
+        """Whether the number of updates is all the state there is."""
+        return self.counts_updates and self.state_name is None
 
     def __str__(self) -> str:
         options = f"scale={self.scale}, gain={self.gain:g}"
@@ -174,6 +184,21 @@ class FeedbackRule:
         when a checkpoint brings another W without feedback.
         """
         return None
+
+    def update(
+        self, layer: Any, weight: Tensor, state: Tensor, updates: int, inputs: list[Tensor]
+    ) -> None:
+        """
+        Change the state in place, after an update of W; of rules that count updates and keep state.
+
+        Args:
+            layer: an :class:`~ss_detectron.layers.AsymmetricLayer`.
+            weight: W.
+            state: of the rule.
+            updates: which update this is, from 1.
+            inputs: what the layer took in since the last one, the last 16 times at most, for a
+                rule that ``needs_inputs``.
+        """
 
     def magnitude(self, weight: Tensor, fans: Fans) -> Tensor:
         """Return s, a scalar tensor: gain times the scale; 0 of a weight without elements."""
@@ -255,11 +280,10 @@ def _check_state(rule: type[FeedbackRule]) -> None:
         )
     if rule.state_name is not None and rule.initial_state is FeedbackRule.initial_state:
         raise ValueError(f"{rule.__name__} keeps {rule.state_name}: it needs an initial_state")
-    if rule.counts_updates and (rule.state_name is not None or rule.learned):
-        raise ValueError(
-            f"{rule.__name__} counts updates: its state is their number, and it can have no "
-            "state_name and not be learned"
-        )
+    if rule.learned and rule.counts_updates:
+        raise ValueError(f"{rule.__name__} counts updates: its state cannot be learned as well")
+    if rule.needs_inputs and not rule.counts_updates:
+        raise ValueError(f"{rule.__name__} needs inputs for updates, which it does not count")
 
 
 FEEDBACK_REGISTRY = Registry("feedback rule", FeedbackRule, _check_state)
@@ -373,3 +397,89 @@ class KolenPollack(FeedbackAlignment):
     name = "kolen_pollack"
     short_name = "kp"
     learned = True
+
+
+@FEEDBACK_REGISTRY.register()
+class WeightMirror(FeedbackAlignment):
+    """
+    B starts random and grows along W: after each update of W, noise x ~ N(0, 1) goes into the
+    layer, and B moves to the mean of y x^T over the noise by a share of ``rate``, where y = W x
+    without bias and nonlinearity (Akrout et al. 2019, Algorithm 1, whose learning rate and decay
+    are one here, so that B becomes W and not a multiple of it). The mean of y x^T is W.
+
+    A subclass may have another ``rate`` and number of ``samples``. B follows W at a distance of
+    1 / rate updates, and misses it by a noise of sqrt(rate * fan_in / (2 samples)) of its norm.
+    """
+
+    name = "weight_mirror"
+    short_name = "wm"
+    counts_updates = True
+    learned = False
+
+    rate: ClassVar[float] = 1e-3
+    samples: ClassVar[int] = 32
+
+    def update(
+        self, layer: Any, weight: Tensor, state: Tensor, updates: int, inputs: list[Tensor]
+    ) -> None:
+        matrix = layer.as_matrix(weight)  # (..., outputs, inputs)
+        generator = torch.Generator(weight.device)
+        generator.manual_seed(seed_of(f"{self.seed}/{self.layer_name}/mirror/{updates}"))
+        shape = (matrix.shape[-1], self.samples)
+        noise = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
+        layer.as_matrix(state).lerp_(matrix @ noise @ noise.t() / self.samples, self.rate)
+
+
+@FEEDBACK_REGISTRY.register()
+class InformationAlignment(FeedbackAlignment):
+    """
+    B starts random and descends, after each update of W, a local function of what the layer took
+    in, x, and y = W x without bias and nonlinearity (Kunin et al. 2020):
+
+        -alpha tr(x^T B^T y) + gamma / 2 abs(B^T y)^2 + beta / 2 abs(B)^2
+
+    where products with x and y are means over samples and places. x is scaled to a mean square of
+    1. A subclass may have another ``rate``, ``alpha``, ``beta`` and ``gamma``. The minimum is, for
+    a linear layer whose inputs have the second moment S,
+
+        B^T = alpha S W^T (beta I + gamma W S W^T)^-1
+    """
+
+    name = "information_alignment"
+    short_name = "ia"
+    counts_updates = True
+    needs_inputs = True
+    learned = False
+
+    rate: ClassVar[float] = 1e-2
+    alpha: ClassVar[float] = 1.0
+    beta: ClassVar[float] = 1.0
+    gamma: ClassVar[float] = 0.1
+
+    def update(
+        self, layer: Any, weight: Tensor, state: Tensor, updates: int, inputs: list[Tensor]
+    ) -> None:
+        inputs = [x.to(weight.dtype) for x in inputs]
+        # The first two terms, and by how much the scale of x multiplies them.
+        slope = torch.stack([self._slope(layer, weight, state, x) for x in inputs]).mean(0)
+        square = torch.stack([x.square().mean() for x in inputs]).mean()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for part in (slope, square):
+                torch.distributed.all_reduce(part)  # the same factor in both
+        slope /= square.clamp(min=torch.finfo(square.dtype).tiny)
+        state.sub_(slope + self.beta * state, alpha=self.rate)
+
+    def _slope(self, layer: Any, weight: Tensor, state: Tensor, x: Tensor) -> Tensor:
+        """Of the two terms, by B. The layer's own operation gives B x, and its slope B^T y."""
+        with torch.enable_grad():
+            x, feedback = x.requires_grad_(), state.detach().requires_grad_()
+            y = layer.linear_map(x.detach(), weight.detach())
+            back = layer.linear_map(x, feedback)
+            (down,) = torch.autograd.grad(back, x, y, create_graph=True)
+            energy = self.gamma / 2 * down.square().sum() - self.alpha * (back * y).sum()
+
+            (slope,) = torch.autograd.grad(energy, feedback)
+        matrix = layer.as_matrix(weight)
+        places = y.numel() * matrix.shape[-1] / matrix.numel()  # and samples
+        mean: Tensor = slope / places
+        return mean

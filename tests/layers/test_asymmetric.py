@@ -25,7 +25,10 @@ STATE = {
     "fa": "feedback_weight",
     "fasi": "feedback_weight",
     "kp": "feedback_weight",
+    "wm": "feedback_weight",
+    "ia": "feedback_weight",
 }
+COUNTING = ("brsf", "wm", "ia")
 each_rule_with_state = pytest.mark.parametrize("rule", STATE)
 
 
@@ -149,6 +152,7 @@ def test_state_dict_is_the_stock_one_and_what_begins_with_feedback(rule):
     assert [k for k in keys if "feedback" not in k] == list(stock_net().state_dict())
     layers = ("0", "2", "4")
     feedback = {f"{n}.{STATE[rule]}" for n in layers if rule in STATE}
+    feedback |= {f"{n}.feedback_updates" for n in layers if rule in COUNTING}
     assert {k for k in keys if "feedback" in k} == feedback
     learned = [n for n, _ in _model(rule).named_parameters() if "feedback" in n]
     assert len(learned) == (3 if rule == "kp" else 0)

@@ -94,7 +94,9 @@ def test_feedback_is_the_same_on_both_processes(ranks, rule):
     assert_same(record0, record1)
     first, last = record0[0][1], record0[STEPS - 1][1]
     assert bool(first) == (rule not in ("bp", "ss"))
-    assert any(not torch.equal(first[n], last[n]) for n in first) == (rule in ("brsf", "kp"))
+    assert any(not torch.equal(first[n], last[n]) for n in first) == (
+        rule in ("brsf", "kp", "wm", "ia")
+    )
 
 
 @each_rule

@@ -250,7 +250,9 @@ def test_a_step_changes_what_learns_and_nothing_else(rule):
     advance_feedback(model)
     after = model.state_dict()
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    learns |= {key for key in before if key.endswith("feedback_updates")}  # brSF's
+    # What learns, or counts, by an update of its own.
+    counting = {key for key in before if key.endswith("feedback_updates")}
+    learns |= counting | {key.replace("_updates", "_weight") for key in counting} & before.keys()
     assert {key for key in before if not torch.equal(before[key], after[key])} == learns
 
 
