@@ -36,6 +36,8 @@ RELATIVES = {
     "sign_symmetry_batchwise_magnitude": "sign_symmetry",
     "feedback_alignment_signed_init": "feedback_alignment",
     "kolen_pollack": "feedback_alignment",
+    "weight_mirror": "feedback_alignment",
+    "information_alignment": "feedback_alignment",
 }
 
 
@@ -136,7 +138,7 @@ def starting_config(config_file: str, method: str) -> tuple[str, list[str]]:
 
     Where ``config_file`` is named after one, as retinanet_ss.yaml, that is the one named after
     this, as retinanet_fa.yaml; if there is none, the one of the nearest relative (sign-symmetry's
-    for frSF and brSF, feedback alignment's for FA with signed initialisation and Kolen-Pollack,
+    for frSF and brSF, feedback alignment's for other feedback that does not follow the weights,
     backpropagation's for learners); else ``config_file`` itself. Where it has another
     MODEL.LEARNER.NAME or MODEL.FEEDBACK.RULE, that is changed, and so is the LAST_LAYER_RULE of a
     config whose last layers learn as the others do.

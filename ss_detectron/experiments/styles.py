@@ -25,6 +25,8 @@ RULE_STYLES = {
     "feedback_alignment": Style("FA", "#D55E00", (0, (3, 1.5)), "D"),
     "feedback_alignment_signed_init": Style("FA, signed init", "#E69F00", (0, (3, 3)), "P"),
     "kolen_pollack": Style("KP", "#CC79A7", (0, (3, 1.5, 1, 1.5, 1, 1.5)), "X"),
+    "weight_mirror": Style("WM", "#882211", (0, (1, 1, 1, 3)), "*"),
+    "information_alignment": Style("IA", "#AA4499", (0, (4, 1, 1, 1)), "d"),
     "direct_feedback": Style("DFA", "#882255", (0, (8, 2)), "h"),
     "difference_target_propagation": Style("DTP", "#117733", (0, (2, 1)), "<"),
     "simplified_difference_target_propagation": Style(
@@ -33,9 +35,9 @@ RULE_STYLES = {
     "auxiliary_output_sdtp": Style("AO-SDTP", "#332288", (0, (8, 1, 1, 1)), "p"),
 }
 # Of others: Paul Tol's "muted" scheme.
-_OTHER_COLOURS = ("#AA4499", "#44AA99", "#7F7F7F", "#661100", "#6699CC", "#888888", "#AA4466")
+_OTHER_COLOURS = ("#44AA99", "#7F7F7F", "#661100", "#6699CC", "#BBBBBB", "#AA4466", "#DDCC77")
 DASHES = ("-", (0, (10, 2)), (0, (2, 2)), (0, (7, 1, 1, 1, 1, 1)))
-MARKERS = ("*", "d", "8", "H", "1", "2", "3")
+MARKERS = ("8", "H", "1", "2", "3", "4", "x")
 
 # The text of a figure that is printed as wide as it was made: a journal's text width.
 RC = {

@@ -40,6 +40,8 @@ def test_a_rule_starts_from_its_own_config_or_its_nearest_relatives():
         "sign_symmetry_batchwise_magnitude": ss,
         "feedback_alignment_signed_init": fa,
         KP: fa,
+        "weight_mirror": fa,
+        "information_alignment": fa,
     }
     changed = {name: (file, [RULE, name]) for name, file in relatives.items()}
     assert starts == {BP: (bp, []), SS: (ss, []), FA: (fa, []), **changed}

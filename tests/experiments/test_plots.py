@@ -51,7 +51,7 @@ def test_every_rule_and_other_name_has_a_look_of_its_own():
     names = [*RULE_STYLES, *(f"run {i}" for i in range(7))]
     looks = [style_of(name, names) for name in names]
     assert looks == [style_of(name, reversed(names)) for name in names]
-    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 18
+    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == 20
     assert len({look.dashes for look in RULE_STYLES.values()}) == len(RULE_STYLES)
 
 
