@@ -82,7 +82,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write into")
     classes = "those to keep, in this order (default: all, VOC's sorted)"
     add("--classes", nargs="+", metavar="NAME", help=classes)
-    zero = "VOC's corners count from 0, as CVAT and some others write them, not from 1"
+    zero = "VOC's corners count from 0, as datumaro and others write them, not from 1"
     add("--zero-based", action="store_true", help=zero)
     return parser.parse_args(words)
 

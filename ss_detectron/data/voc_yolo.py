@@ -60,7 +60,7 @@ def read_voc(folder: str | Path, *, zero_based: bool = False) -> AnnotatedImages
 
     Args:
         folder: its path.
-        zero_based: corners are coordinates, as CVAT writes them: a box from (0, 0) to (width,
+        zero_based: corners are coordinates, as datumaro writes them: a box from (0, 0) to (width,
             height) covers its image.
 
     Raises:
