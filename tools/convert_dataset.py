@@ -12,24 +12,22 @@ It says what it read and what it left out, and the keys to train with.
 
 import argparse
 import logging
-import sys
 from collections import Counter
 from pathlib import Path
 
 from ss_detectron.data.voc_yolo import AnnotatedImages, read_voc, read_yolo, write_coco
+from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 
 def main(words: list[str] | None = None) -> None:
     """Reads, writes, reports."""
     args = parse_arguments(words)
-    try:
+    with one_line_errors(args.traceback):
         if args.format == "voc":
             sources = [read_voc(source, zero_based=args.zero_based) for source in args.source]
         else:
             sources = [read_yolo(source) for source in args.source]
         entries, classes = convert(sources, args.output, args.classes)
-    except (OSError, ValueError) as error:
-        sys.exit(f"convert_dataset.py: {error}")
     print(f'The keys: DATASETS.COCO_INSTANCES "{entries}"')
     print(f"          MODEL.RETINANET.NUM_CLASSES {len(classes)}")
 
@@ -84,6 +82,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--classes", nargs="+", metavar="NAME", help=classes)
     zero = "VOC's corners count from 0, as datumaro and others write them, not from 1"
     add("--zero-based", action="store_true", help=zero)
+    add_traceback_option(parser)
     return parser.parse_args(words)
 
 
