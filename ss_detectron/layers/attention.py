@@ -68,6 +68,7 @@ class AsymmetricMultiheadAttention(AsymmetricLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """What the stock module computes, of the same shapes."""
+        feedback = self.feedback_arguments()
         options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         parameters = (p for name, p in self.named_parameters() if "feedback" not in name)
         if query.is_nested or stock_serves(query, key, value, *parameters):
@@ -107,7 +108,7 @@ class AsymmetricMultiheadAttention(AsymmetricLayer, nn.MultiheadAttention):
                     f"{(batch * heads, *size)}"
                 )
 
-        q, k, v = self._project(query, key, value)
+        q, k, v = self._project(query, key, value, feedback)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.repeat(1, batch, 1)])
             v = torch.cat([v, self.bias_v.repeat(1, batch, 1)])
@@ -154,7 +155,9 @@ class AsymmetricMultiheadAttention(AsymmetricLayer, nn.MultiheadAttention):
             y = y.transpose(0, 1)
         return y, weights
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, feedback: dict[str, Any]
+    ) -> list[Tensor]:
         """Return the three projections: what is the same input is projected at once."""
         weight, bias, size = self.weight, self.in_proj_bias, self.embed_dim
         inputs, counts, packed = [query, key, value], [1, 1, 1], self._qkv_same_embed_dim
@@ -169,7 +172,7 @@ class AsymmetricMultiheadAttention(AsymmetricLayer, nn.MultiheadAttention):
             parts = [(rows,) for rows in _spans(sizes)]
         projected: list[Tensor] = []
         for x, b, count, part in zip(inputs, biases, counts, parts, strict=False):
-            y = asymmetric_linear(x, weight, b, part=part, **self.feedback_arguments())
+            y = asymmetric_linear(x, weight, b, part=part, **feedback)
             if count > 1:
                 y = y.view(*y.shape[:-1], count, size).movedim(-2, 0)
                 projected += y.contiguous().unbind()
