@@ -1,6 +1,7 @@
 """torch's multi-head attention, whose projections send the error back through feedback weights."""
 
-import math
+import functools
+import types
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from .functional import asymmetric_linear, stock_serves
 __all__ = ["AsymmetricMultiheadAttention"]
 
 _OutputProjection = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+def _with(function: Any, **names: Any) -> Any:
+    """Return a function as it is, but for what some names in it mean."""
+    names = {**function.__globals__, **names}
+    return types.FunctionType(function.__code__, names, None, function.__defaults__)
+
+
+# torch's own attention, given functions that project in the place of weights.
+_attention = _with(
+    F.multi_head_attention_forward,
+    has_torch_function=lambda tensors: False,  # it would begin again, with weights
+    _mha_shape_check=_with(F._mha_shape_check),  # type: ignore[attr-defined]  # an older compiler
+    linear=lambda x, layer, bias: layer(x),
+    _in_projection_packed=lambda q, k, v, project, bias: project(q, k, v),
+    _in_projection=lambda q, k, v, project, *others: project(q, k, v),
+)
 
 
 class AsymmetricMultiheadAttention(AsymmetricLayer, nn.MultiheadAttention):
@@ -74,89 +92,43 @@ class AsymmetricMultiheadAttention(AsymmetricLayer, nn.MultiheadAttention):
         if query.is_nested or stock_serves(query, key, value, *parameters):
             return super().forward(query, key, value, *options)
 
-        # From here on the operations are those of torch's multi_head_attention_forward, in its
-        # order, on which the last bits depend.
-        dtype, heads = query.dtype, self.num_heads
-        mask_type = F._none_or_dtype(attn_mask)
-        padding = F._canonical_mask(
-            key_padding_mask, "key_padding_mask", mask_type, "attn_mask", dtype
-        )
-        mask = F._canonical_mask(attn_mask, "attn_mask", None, "", dtype, False)
-        is_batched = query.dim() == 3
-        if not is_batched:
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            padding = None if padding is None else padding.unsqueeze(0)
-        elif self.batch_first:
+        inputs = query, key, value
+        is_transposed = self.batch_first and query.dim() == 3
+        if is_transposed:
             # Which of the three are the same tensor decides how they are projected.
-            inputs = query, key, value
             query, key, value = (x.transpose(0, 1) for x in inputs)
             key = query if inputs[1] is inputs[0] else key
             value = key if inputs[2] is inputs[1] else value
-        length, batch, _ = query.shape
-
-        if is_causal and mask is None:
-            raise RuntimeError("is_causal says what attn_mask is: it must be given as well")
-        is_causal = is_causal and padding is None and not need_weights
-        if is_causal:
-            mask = None
-        if mask is not None:
-            mask = mask.unsqueeze(0) if mask.dim() == 2 else mask
-            size = length, key.shape[0]
-            if mask.shape not in ((1, *size), (batch * heads, *size)):
-                raise RuntimeError(
-                    f"attn_mask is of shape {tuple(mask.shape)}; it must be of {size} or "
-                    f"{(batch * heads, *size)}"
-                )
-
-        q, k, v = self._project(query, key, value, feedback)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.repeat(1, batch, 1)])
-            v = torch.cat([v, self.bias_v.repeat(1, batch, 1)])
-        q, k, v = (
-            x.view(x.shape[0], batch * heads, self.head_dim).transpose(0, 1) for x in (q, k, v)
+        project = functools.partial(self._project, feedback)
+        output, weights = _attention(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            project,
+            None,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj,
+            None,
+            self.training,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            not self._qkv_same_embed_dim,
+            project,
+            project,
+            project,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
         )
-        if self.add_zero_attn:
-            k, v = (torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[2])], 1) for x in (k, v))
-        source = k.shape[1]
-        added = source - key.shape[0]
-        if mask is not None and added:
-            mask = F.pad(mask, (0, added))
-        if padding is not None:
-            padding = F.pad(padding, (0, added)).view(batch, 1, 1, source)
-            padding = padding.expand(-1, heads, -1, -1).reshape(batch * heads, 1, source)
-            mask = padding if mask is None else mask + padding
-
-        weights = None
-        dropout = self.dropout if self.training else 0.0
-        if need_weights:
-            q = q * math.sqrt(1.0 / self.head_dim)
-            k = k.transpose(1, 2)
-            weights = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
-            weights = weights.softmax(-1)
-            if dropout > 0:
-                weights = F.dropout(weights, dropout)
-            y = torch.bmm(weights, v).transpose(0, 1).reshape(length * batch, self.embed_dim)
-            weights = weights.view(batch, heads, length, source)
-            if average_attn_weights:
-                weights = weights.mean(1)
-            if not is_batched:
-                weights = weights.squeeze(0)
-        else:
-            if mask is not None:
-                one_for_all = mask.shape[0] == 1
-                mask = mask[None] if one_for_all else mask.view(batch, heads, -1, source)
-            q, k, v = (x.view(batch, heads, x.shape[1], self.head_dim) for x in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-            y = y.permute(2, 0, 1, 3).reshape(batch * length, self.embed_dim)
-        y = self.out_proj(y).view(length, batch, self.embed_dim)
-        if not is_batched:
-            y = y.squeeze(1)
-        elif self.batch_first:
-            y = y.transpose(0, 1)
-        return y, weights
+        return (output.transpose(0, 1) if is_transposed else output), weights
 
     def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, feedback: dict[str, Any]
+        self, feedback: dict[str, Any], query: Tensor, key: Tensor, value: Tensor
     ) -> list[Tensor]:
         """Return the three projections: what is the same input is projected at once."""
         weight, bias, size = self.weight, self.in_proj_bias, self.embed_dim

@@ -202,9 +202,12 @@ def test_what_stock_refuses():
         ((x, y[:, 0], y), {}),
         ((x[..., :3],) * 3, {}),
     ]:
+        errors = []
         for module in (stock, layer):
-            with pytest.raises((AssertionError, RuntimeError)):
+            with pytest.raises((AssertionError, RuntimeError)) as caught:
                 module(*arguments, **options)
+            errors.append((caught.type, str(caught.value)))
+        assert errors[0] == errors[1]
 
 
 # Information alignment needs a layer of one input.
