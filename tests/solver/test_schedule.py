@@ -1,10 +1,13 @@
 """Schedules in epochs, against what the configs say in iterations."""
 
 import pytest
-from modeling_utils import load_config
 
-from ss_detectron.engine import Trainer
-from ss_detectron.solver.schedule import schedule_in_epochs
+pytest.importorskip("detectron2")
+
+from modeling_utils import load_config  # noqa: E402
+
+from ss_detectron.engine import Trainer  # noqa: E402
+from ss_detectron.solver.schedule import schedule_in_epochs  # noqa: E402
 
 IMAGENET, CIFAR, COCO = 1_281_167, 50_000, 117_266
 """Images; of COCO those with objects."""
