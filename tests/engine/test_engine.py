@@ -355,7 +355,7 @@ def test_an_evaluation_on_the_same_names_in_another_order_of_ids_is_refused(prep
         command_line._train_or_evaluate(Trainer, argument_parser().parse_args(words))
 
     turned = [["turned", "turned.json", images]]
-    with pytest.raises(ValueError, match="in another order: from class 0 on, circle, square, tri"):
+    with pytest.raises(SystemExit, match="another order: from class 0 on, circle, square, tri"):
         evaluate("DATASETS.COCO_INSTANCES", turned, "DATASETS.TEST", ("turned",))
     evaluate()
     assert "tensors loaded, 0 excepted" in Path("evaluated/log.txt").read_text()
