@@ -231,7 +231,7 @@ class Trainer(DefaultTrainer):
         elif self.start_iter >= self.max_iter:
             logger.warning(
                 "The run in %s is finished, after %d of SOLVER.MAX_ITER %d iterations: nothing is "
-                "trained. To go on, set a larger SOLVER.MAX_ITER.",
+                "trained. To go on, set a larger SOLVER.MAX_ITER, or SOLVER.EPOCHS.",
                 folder,
                 self.start_iter,
                 self.max_iter,

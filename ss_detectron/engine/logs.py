@@ -52,7 +52,7 @@ def set_up_logging(cfg: CfgNode) -> None:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     workers, processes = cfg.DATALOADER.NUM_WORKERS, comm.get_local_size()
-    if cores and workers * processes > cores and comm.is_main_process():
+    if workers * processes > cores and comm.is_main_process():
         logger.info(
             "DATALOADER.NUM_WORKERS is %d in %d processes each, on %d cores: fewer may be faster.",
             workers,
