@@ -26,6 +26,7 @@ gradient: it receives the weight's own.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, cast
@@ -501,7 +502,7 @@ class _AsymmetricConvolution(torch.autograd.Function):
 
 def _rows(tensor: Tensor) -> Tensor:
     """(*, C) -> (N, C), for no leading dimensions and empty ones too."""
-    return tensor.unsqueeze(0).flatten(0, -2)
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _used(weight: Tensor, part: tuple[slice, ...] | None) -> Tensor:

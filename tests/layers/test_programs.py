@@ -113,6 +113,17 @@ def test_functional_call_goes_by_the_rule_and_the_tensors_it_is_given(rule):
     assert_same((x.grad, [p.grad for p in parameters]), gradients(other))
 
 
+@each_rule
+def test_a_batch_of_gradients_is_each_of_them(rule):
+    model = convert_feedback(stock_net(), rule)
+    x = images().requires_grad_()
+    y, wanted = model(x), [x, *model.parameters()]
+    errors = torch.eye(y.numel()).view(-1, *y.shape)
+    each = [torch.autograd.grad(y, wanted, error, retain_graph=True) for error in errors]
+    batch = torch.autograd.grad(y, wanted, errors, is_grads_batched=True)
+    torch.testing.assert_close(batch, tuple(torch.stack(g) for g in zip(*each, strict=True)))
+
+
 def test_an_ensemble_of_models_is_evaluated():
     models = [convert_feedback(stock_net(seed), "frsf") for seed in range(3)]
     parameters, buffers = torch.func.stack_module_state(models)
