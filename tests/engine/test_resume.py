@@ -10,6 +10,7 @@ from core_utils import each_rule
 from modeling_utils import resnet
 from run_utils import SECONDS, assert_equal, end, finish, rows, start
 
+from ss_detectron import LEARNER_REGISTRY
 from ss_detectron.data import generate_shapes, generate_shapes_cls
 
 RECORDED = Path(__file__).parents[1] / "recorded_run.py"
@@ -123,6 +124,22 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
 def test_every_rule(task, rule, tmp_path):
     options = ("MODEL.FEEDBACK.RULE", rule)
     assert_resumes_exactly(tmp_path, task, {"KILL_IN_EVALUATION": "1"}, options)
+
+
+# Images in memory, and a network of which every learner can tell the blocks.
+CHAIN = (
+    *("MODEL.BACKBONE.NAME", "build_feedback_fc_backbone", "MODEL.CHAIN.LAYERS", "[8, 6, 5]"),
+    *("MODEL.FEEDBACK.RULE", "bp"),
+    *("DATALOADER.IN_MEMORY", True, "INPUT.CLASSIFICATION.TRANSFORM", "pad_crop"),
+    *("MODEL.LEARNER.SCHEDULE", "alternating", "MODEL.LEARNER.PERIOD", 2),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", [name for name, _ in LEARNER_REGISTRY])
+def test_every_learner(learner, tmp_path):
+    options = (*CHAIN, "MODEL.LEARNER.NAME", learner)
+    assert_resumes_exactly(tmp_path, "classification", IN_TRAINING, options)
 
 
 @pytest.mark.slow
