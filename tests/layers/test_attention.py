@@ -140,7 +140,7 @@ _cases = st.builds(
 
 
 @settings(
-    max_examples=100,
+    max_examples=60,
     derandomize=True,
     database=None,
     phases=[Phase.generate, Phase.shrink],  # to explain failures would trace every line
