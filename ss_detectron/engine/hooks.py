@@ -120,7 +120,8 @@ class AlignmentHook(HookBase):
     """
     Log the alignment of weights and gradients every ``period`` iterations, beginning with the
     first, for Detectron2's trainers: alignment/gradient_angle of the whole model, and per layer
-    alignment/{gradient_angle,weight_angle,norm_ratio,sign_agreement}/NAME.
+    alignment/{gradient_angle,weight_angle,norm_ratio,sign_agreement}/NAME, and what the learner
+    measures.
 
     Such an iteration takes one more backward pass. Training stays as it is, bit for bit. The
     weights are those that the iteration begins with; the gradients those before clipping, except
@@ -139,6 +140,7 @@ class AlignmentHook(HookBase):
         self.period = period
         self._reference: dict[str, Tensor] = {}
         self._weights: dict[str, WeightAlignment] = {}
+        self._measured: dict[str, float] = {}
         self._handle = None
 
     def before_step(self) -> None:
@@ -177,6 +179,10 @@ class AlignmentHook(HookBase):
         loss = sum(losses.values()) if isinstance(losses, dict) else losses
         if comm.is_main_process():
             self._weights = weight_alignment(learner.model)
+            batch = args[0] if args else None
+            target = batch.get("label") if isinstance(batch, dict) else None
+            target = None if target is None else target.to(loss.device)
+            self._measured = learner.measure(loss, target)
         # A step may have several passes, whose gradients add up.
         for name, gradient in learner.reference_gradients(loss).items():
             self._reference[name] = self._reference.get(name, 0) + gradient
@@ -189,5 +195,5 @@ class AlignmentHook(HookBase):
             values[f"weight_angle/{name}"] = angle
             values[f"norm_ratio/{name}"] = norm_ratio
             values[f"sign_agreement/{name}"] = sign_agreement
-        for name, value in values.items():
+        for name, value in {**values, **self._measured}.items():
             self.trainer.storage.put_scalar(f"alignment/{name}", value, smoothing_hint=False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -151,20 +151,47 @@ class BlockLearner(Learner):
         Return backpropagation's gradients for the last batch, by a forward pass of its own, as the
         learner's is cut into blocks. Dropout is drawn anew in it.
         """
+        output = self._uncut(loss).outputs[-1]
+        (error,) = torch.autograd.grad(loss, self._last.outputs[-1], retain_graph=True)
+        return backpropagation_gradients(self.model, (output * error).sum())
+
+    def measure(self, loss: Tensor, target: Tensor | None = None) -> dict[str, float]:
+        """
+        Return error_cosine/BLOCK of each hidden block: of the gradient that it learns from at its
+        output (for target propagation, -d) with backpropagation's there.
+        """
+        done = replace(self._last, loss=loss, target=target)
+        uncut = self._uncut(loss)
+        (error,) = torch.autograd.grad(loss, done.outputs[-1], retain_graph=True)
+        expected = torch.autograd.grad(uncut.outputs[-1], uncut.outputs[:-1], error)
+        got = {output: gradient for output, gradient in self.roots(done) if gradient is not None}
+        return {
+            f"error_cosine/{name}": _cosine(got[output], gradient)
+            for name, output, gradient in zip(
+                self.block_names[:-1], done.outputs[:-1], expected, strict=True
+            )
+            if output in got
+        }
+
+    @property
+    def _last(self) -> BlockPass:
         if self._trace is None:
             raise RuntimeError("there was no forward pass of the learner in training")
-        (error,) = torch.autograd.grad(loss, self._trace.outputs[-1], retain_graph=True)
+        return self._trace
+
+    def _uncut(self, loss: Tensor) -> BlockPass:
+        """The last forward pass once more, but not cut."""
         uncut = BlockPass()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with (
             torch.random.fork_rng([loss.device] if loss.is_cuda else []),
             self._watch(uncut, False),
         ):
-            self.model(*self._trace.args, **self._trace.kwargs)
+            self.model(*self._last.args, **self._last.kwargs)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return backpropagation_gradients(self.model, (uncut.outputs[-1] * error).sum())
+        return uncut
 
     @contextmanager
     def _watch(self, trace: BlockPass, cut: bool = True) -> Iterator[None]:
@@ -199,6 +226,10 @@ class BlockLearner(Learner):
             )
         trace.outputs.append(output)
         return output.detach() if cut and index < len(self.blocks) - 1 else output
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
 
 
 def _as_block(block: Any, names: dict[str, nn.Module]) -> tuple[nn.Module, ...]:

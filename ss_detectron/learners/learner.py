@@ -105,6 +105,19 @@ class Learner(nn.Module):
         """
         return backpropagation_gradients(self.model, loss)
 
+    def measure(self, loss: Tensor, target: Tensor | None = None) -> dict[str, float]:
+        """
+        Return what there is to know of this learner between a forward and a backward pass, beyond
+        angles; see the learner. The alignment hook logs it. Nothing changes.
+
+        Args:
+            loss, target: see :meth:`backward`.
+
+        Returns:
+            "what/name" -> number; nothing by default.
+        """
+        return {}
+
     def own_state_dict(self) -> dict[str, Any]:
         """Return the learner's name and its state dict without the model's part."""
         return {"name": self.name, **self._without_model().state_dict()}

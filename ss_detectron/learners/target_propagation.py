@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -241,7 +242,6 @@ class DifferenceTargetPropagation(BlockLearner):
             for output, d in zip(done.outputs[:-1], steps, strict=True):
                 # The gradient of abs(output - (h + d))^2, the mean over the batch.
                 roots.append((output, (d * (-2 / count * scale)).to(output.dtype)))
-        self._passes += 1
         return roots + self._idle_roots()
 
     @torch.no_grad()
@@ -333,8 +333,26 @@ class DifferenceTargetPropagation(BlockLearner):
 
     def backward(self, loss: Tensor, target: Tensor | None = None) -> None:
         super().backward(loss, target)
+        self._passes += 1
         for parameter in self._idle():
             parameter.grad = None
+
+    def measure(self, loss: Tensor, target: Tensor | None = None) -> dict[str, float]:
+        """
+        Return, beside error_cosine, target_step/BLOCK, the norm of d over that of h, and
+        inverse_loss/BLOCK.
+        """
+        found = super().measure(loss, target)
+        done = replace(self._last, loss=loss, target=target)
+        h = [output.detach().to(self._dtype) for output in done.outputs[:-1]]
+        steps = self.target_steps(done, h, _loss_scale(done))
+        for name, d, output in zip(self.block_names, steps, h, strict=False):
+            found[f"target_step/{name}"] = (d.norm() / output.norm()).item()
+        with torch.no_grad():
+            losses = self.inverse_losses(done, h)
+        for name, value in zip(self.block_names[1:], losses, strict=False):
+            found[f"inverse_loss/{name}"] = value.item()
+        return found
 
     def step(self) -> None:
         super().step()

@@ -331,6 +331,36 @@ def test_reference_gradients_are_backpropagations(kind):
 
 
 @each_learner
+def test_what_a_learner_measures_is_how_its_gradients_lie_and_changes_nothing(kind):
+    x, y = _batch()
+    expected = _gradients(kind(_model()), x, y)
+    learner = kind(_model())
+    loss = F.cross_entropy(learner(x), y)
+    found = learner.measure(loss, y)
+    learner.backward(loss, target=y)
+    assert_same({n: p.grad for n, p in learner.named_parameters()}, expected)
+
+    hidden = _hidden_gradients(learner.model, x, y)
+    if kind is DirectFeedbackAlignment:
+        error = (learner.model(x).softmax(1) - F.one_hot(y, CLASSES)).detach()
+        got = [error @ learner.feedback(i, h, error).t() for i, h in enumerate(hidden)]
+    else:
+        learner._passes -= 1
+        done, h, scale = _pass(learner, x, y)
+        got = [-d for d in learner.target_steps(done, h, scale)]
+        for name, d, output in zip(learner.block_names, got, h, strict=False):
+            assert found[f"target_step/{name}"] == pytest.approx((d.norm() / output.norm()).item())
+        losses = dict(zip(learner.block_names[1:], learner.inverse_losses(done, h), strict=False))
+        for name, value in losses.items():
+            assert found[f"inverse_loss/{name}"] == pytest.approx(value.item())
+    for name, one, other in zip(learner.block_names, got, hidden, strict=False):
+        cosine = F.cosine_similarity(one.flatten(), other.flatten(), 0).item()
+        assert found[f"error_cosine/{name}"] == pytest.approx(cosine, abs=1e-12)
+    if kind is DifferenceTargetPropagation:  # by the last block's own weights
+        assert found["error_cosine/5"] == pytest.approx(1)
+
+
+@each_learner
 def test_training_lowers_the_loss(kind):
     torch.manual_seed(0)
     x, y = torch.randn(60, 5, dtype=torch.float64), torch.arange(60) % CLASSES
