@@ -4,7 +4,6 @@ Forward and state-dict keys are the stock layers'; a rule that keeps state adds 
 parameter whose name begins with ``feedback``.
 """
 
-import collections
 import functools
 import importlib
 import inspect
@@ -51,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 _UPDATES = "feedback_updates"
 _INPUTS = "_feedback_inputs"
+# As many as a step may well have; without steps, they must not become more and more.
+_MOST_INPUTS = 16
 _PATIENCE = 1000  # backward passes
 
 
@@ -139,6 +140,7 @@ class AsymmetricLayer(nn.Module):
         self.__module__ = "torch.nn"
         if rule.needs_inputs:
             self._keeps_inputs = self.register_forward_pre_hook(_keep_input)
+            self.__dict__[_INPUTS] = []
         if rule.counts_updates:
             # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
             self.feedback_updates = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -188,10 +190,12 @@ class AsymmetricLayer(nn.Module):
             return
         self.feedback_updates += 1
         if self.rule.state_name is not None:
-            inputs = list(self.__dict__.pop(_INPUTS, ()))
+            kept = self.__dict__.get(_INPUTS, [])
+            inputs = kept.copy()
+            kept.clear()
             if inputs or not self.rule.needs_inputs:
                 updates, state = int(self.feedback_updates), cast(Tensor, self.feedback_state)
-                self.rule.update(self, self.weight.detach(), state, updates, inputs)
+                self.rule.update(self, gather(self.weight.detach()), state, updates, inputs)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a view of a tensor of the weight's shape as (..., outputs, inputs)."""
@@ -204,7 +208,7 @@ class AsymmetricLayer(nn.Module):
     @torch.no_grad()
     def reset_feedback(self) -> None:
         """Derive the state again from the weight as it is; what is drawn stays the same draw."""
-        self.__dict__.pop(_INPUTS, None)
+        self.__dict__.get(_INPUTS, []).clear()
         state = self.feedback_state
         if state is not None:
             made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
@@ -299,10 +303,11 @@ class AsymmetricLayer(nn.Module):
 
 
 def _keep_input(layer: AsymmetricLayer, args: tuple[Any, ...]) -> None:
-    if layer.training and torch.is_grad_enabled():
-        # As many as a step may well have; without steps, they must not become more and more.
-        kept = layer.__dict__.setdefault(_INPUTS, collections.deque(maxlen=16))
+    if layer.training and torch.is_grad_enabled() and not is_recording():
+        kept = layer.__dict__[_INPUTS]
         kept.append(args[0].detach())
+        if len(kept) > _MOST_INPUTS:
+            kept.pop(0)
 
 
 @functools.cache

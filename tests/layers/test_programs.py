@@ -9,7 +9,12 @@ from core_utils import assert_same, each_feedback_rule, each_rule, stock_net
 from torch import nn
 from torch.autograd import forward_ad
 
-from ss_detectron.layers import AsymmetricLinear, asymmetric, convert_feedback
+from ss_detectron.layers import (
+    AsymmetricLinear,
+    advance_feedback,
+    asymmetric,
+    convert_feedback,
+)
 
 REMEDY = r"convert_feedback\(.*model.*, 'backpropagation'\)"
 
@@ -197,3 +202,12 @@ def test_recording_in_training_mode_warns_that_the_program_learns_by_backpropaga
     assert "learns by backpropagation" in record.getMessage()
     expected = gradients(convert_feedback(copy.deepcopy(model), "bp"))[0]
     torch.testing.assert_close(gradients(program)[0], expected)
+
+
+def test_what_is_recorded_is_no_input_to_learn_from():
+    model = convert_feedback(stock_net(), "information_alignment")
+    before = model[4].feedback_weight.clone()
+    _exported(model, images())
+    torch.jit.trace(model, images())
+    advance_feedback(model)
+    assert_same(model[4].feedback_weight, before)
