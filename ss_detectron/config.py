@@ -382,9 +382,10 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("MODEL.FEEDBACK.EXCLUDE", "MODEL.WEIGHTS_EXCEPT", "MODEL.TRUSTED_WEIGHTS"):
         if not all(isinstance(pattern, str) for pattern in values[key]):
             raise ValueError(f"{key} is {values[key]!r}; choose a list of texts")
-    if not all(isinstance(e, (int, float)) and e > 0 for e in cfg.SOLVER.STEP_EPOCHS):
-        epochs = cfg.SOLVER.STEP_EPOCHS
-        raise ValueError(f"SOLVER.STEP_EPOCHS is {epochs!r}; choose numbers above 0, or ()")
+    epochs = list(cfg.SOLVER.STEP_EPOCHS)
+    numbers = all(isinstance(e, (int, float)) and 0 < e < 1e9 for e in epochs)
+    if not numbers or epochs != sorted(set(epochs)):
+        raise ValueError(f"SOLVER.STEP_EPOCHS is {epochs}; choose rising numbers above 0, or none")
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is '', where nothing is saved; choose a folder")
     for key, least in _LEAST.items():

@@ -252,6 +252,10 @@ def test_keys_that_are_there_are_left_as_they_are():
         ("OUTPUT_DIR", ""),
         ("SOLVER.ACCUMULATION_STEPS", 0),
         ("MODEL.DEVICE", "gpu"),
+        ("SOLVER.EPOCHS", -1),
+        ("SOLVER.STEP_EPOCHS", [8, 3]),
+        ("SOLVER.STEP_EPOCHS", ["8"]),
+        ("DATALOADER.NUM_WORKERS", -1),
     ],
 )
 def test_a_value_that_would_fail_in_silence_or_late_is_named(key, value):
