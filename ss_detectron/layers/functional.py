@@ -474,6 +474,7 @@ class _AsymmetricConvolution(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         ctx.feedback, ctx.options = feedback, options
+        ctx.bias_shape = None if bias is None else list(bias.shape)
         input, cast_weight, bias = _cast(dtype, input, weight, bias)
         # The weight itself is saved, not its cast copy: B is built from it, and it costs nothing.
         ctx.save_for_backward(input, weight, state)
@@ -490,7 +491,7 @@ class _AsymmetricConvolution(torch.autograd.Function):
             grad_output,
             input,
             feedback.to(input.dtype),
-            [grad_output.shape[1]],
+            ctx.bias_shape,
             *ctx.options,
             [need_input, need_weight, need_bias],
         )
