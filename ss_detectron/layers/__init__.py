@@ -37,6 +37,11 @@ from .functional import (
     asymmetric_conv_transpose3d,
     asymmetric_linear,
 )
+from .local import (
+    AsymmetricLocallyConnected2d,
+    LocallyConnected2d,
+    LocallyConnectedTranspose2d,
+)
 from .report import FeedbackReport, FeedbackRow, feedback_report
 
 __all__ = [
@@ -50,12 +55,15 @@ __all__ = [
     "AsymmetricConvTranspose3d",
     "AsymmetricLayer",
     "AsymmetricLinear",
+    "AsymmetricLocallyConnected2d",
     "AsymmetricMultiheadAttention",
     "Fans",
     "FeedbackReport",
     "FeedbackRow",
     "FeedbackRule",
     "FeedbackScale",
+    "LocallyConnected2d",
+    "LocallyConnectedTranspose2d",
     "advance_feedback",
     "asymmetric_conv1d",
     "asymmetric_conv2d",

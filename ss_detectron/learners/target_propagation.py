@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ss_detectron.layers import LocallyConnected2d, LocallyConnectedTranspose2d
 from ss_detectron.layers.feedback import seed_of
 
 from .blocks import BlockLearner, BlockPass
@@ -31,7 +32,8 @@ class Inverse(nn.Module):
     weights V of its own, then the nonlinearity of the block below.
 
     Args:
-        layer: the block's one layer with a weight, an ``nn.Linear`` or ``nn.Conv2d``.
+        layer: the block's one layer with a weight: an ``nn.Linear``, ``nn.Conv2d`` or
+            :class:`~ss_detectron.layers.LocallyConnected2d`.
         activation: of the block below; none by default.
         inputs: how many values a linear layer's inverse reads, if not the layer's outputs.
         generator: of the initial V, Glorot's.
@@ -62,12 +64,17 @@ class Inverse(nn.Module):
                 dilation=layer.dilation,  # type: ignore[arg-type]
                 device="meta",
             )
+        elif isinstance(layer, LocallyConnected2d):
+            back = LocallyConnectedTranspose2d(layer, device="meta")
         else:
             raise ValueError(f"there is no inverse of {layer}: pass inverses=[...]")
         # On the CPU and from the generator: the same on all processes and devices.
         back = back.to_empty(device="cpu").to(layer.weight.dtype)
-        nn.init.xavier_uniform_(back.weight, generator=generator)
-        nn.init.zeros_(back.bias)  # type: ignore[arg-type]
+        if isinstance(back, LocallyConnectedTranspose2d):
+            back.reset_parameters(generator)
+        else:
+            nn.init.xavier_uniform_(back.weight, generator=generator)
+            nn.init.zeros_(back.bias)  # type: ignore[arg-type]
         self.layer = back
         self.activation = nn.Identity() if activation is None else copy.deepcopy(activation)
 
@@ -81,9 +88,11 @@ class Inverse(nn.Module):
         """
         if isinstance(self.layer, nn.Linear):
             h = self.layer(h.flatten(1))
-        else:
+        elif isinstance(self.layer, nn.ConvTranspose2d):
             h = self.layer(h, like.shape[2:])
-        estimate: Tensor = self.activation(h.view_as(like))
+        else:
+            h = self.layer(h)
+        estimate: Tensor = self.activation(h.reshape(like.shape))
         return estimate
 
 
@@ -273,7 +282,7 @@ class DifferenceTargetPropagation(BlockLearner):
             below = h[index - 1]
             noisy = below + self.noise * self._draw(below, index)
             with torch.no_grad():
-                output = noisy.view_as(done.inputs[index])
+                output = noisy.reshape(done.inputs[index].shape)
                 for module in self.blocks[index]:
                     output = module(output)
                 if index == len(self.blocks) - 1:
