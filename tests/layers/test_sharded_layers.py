@@ -19,7 +19,7 @@ from ss_detectron.layers import (
 )
 from ss_detectron.layers.sharded import gather
 
-STEPS, BATCH = 3, 4
+STEPS, BATCH = 2, 4
 HALVES = slice(0, 2), slice(2, 4)
 
 
