@@ -93,11 +93,14 @@ def add_ss_config(cfg: CfgNode) -> None:
 
     # The backbones build_fc_backbone, build_lc_backbone (locally connected) and
     # build_conv_backbone: their layers from the first to the last, a number of units for a fully
-    # connected one or, before the first of these, (kernel size, channels, stride); and the
-    # nonlinearity of all, tanh or relu.
+    # connected one or, before the first of these, (kernel size, channels, stride), "max_pool" (2 x
+    # 2) and "average_pool" (of the whole map); the nonlinearity of all, tanh or relu; and whether
+    # zeros around a map keep its size, over the stride ("same", as TensorFlow has it), or there are
+    # none ("valid").
     _C.MODEL.CHAIN = CfgNode()
     _C.MODEL.CHAIN.LAYERS = []
     _C.MODEL.CHAIN.ACTIVATION = "tanh"
+    _C.MODEL.CHAIN.PADDING = "same"
 
     # Weights, feedback and feature maps laid out as (N, H, W, C) in memory (channels_last), which
     # is faster on GPUs with SOLVER.AMP and on many CPUs. Training and evaluation.
@@ -149,6 +152,9 @@ def add_ss_config(cfg: CfgNode) -> None:
     # One's own classification data sets, registered before training: pairs of a name and a folder
     # that holds one folder of images per class.
     _C.DATASETS.IMAGE_FOLDERS = []
+    # Whether cifar10_jpeg stands in TRAIN and TEST where they name cifar10: CIFAR-10 as JPEG files,
+    # cifar10_jpeg/{train,test}/CLASS/*.jpg, whose pixels are not quite the original's.
+    _C.DATASETS.CIFAR10_JPEG = False
     # Whether data sets may be downloaded: MNIST, Fashion-MNIST, CIFAR-10, and one's own whose paths
     # are URLs.
     _C.DATASETS.DOWNLOAD = False
@@ -238,6 +244,18 @@ class _Config(CfgNode):
             super().merge_from_list(words)
         except (AssertionError, ValueError) as error:
             raise ValueError(_explain(error, self)) from error
+        self._name_datasets()
+
+    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        super().merge_from_other_cfg(cfg_other)
+        self._name_datasets()
+
+    def _name_datasets(self) -> None:
+        if self.DATASETS.CIFAR10_JPEG:
+            for key in ("TRAIN", "TEST"):
+                names = self.DATASETS[key]
+                parts = r"^cifar10(?=_(train|test)$)"
+                self.DATASETS[key] = tuple(re.sub(parts, "cifar10_jpeg", name) for name in names)
 
     @classmethod
     def _decode_cfg_value(cls, value: Any) -> Any:

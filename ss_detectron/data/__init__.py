@@ -5,7 +5,7 @@ from .arrays import CIFAR10_CLASSES, register_arrays
 from .check import check_datasets
 from .coco import register_coco_from_config
 from .detection import DetectionMapper, build_detection_test_loader
-from .folders import register_image_folders_from_config, register_imagenet
+from .folders import register_image_folders, register_image_folders_from_config
 from .images import ClassificationMapper, UnreadableImageError, read_image
 from .loaders import (
     build_classification_test_loader,
@@ -34,13 +34,13 @@ __all__ = [
     "read_image",
     "register_arrays",
     "register_coco_from_config",
+    "register_image_folders",
     "register_image_folders_from_config",
-    "register_imagenet",
     "register_shapes",
     "register_shapes_cls",
 ]
 
 register_arrays()
-register_imagenet()
+register_image_folders()
 register_shapes()
 register_shapes_cls()

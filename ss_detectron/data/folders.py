@@ -1,4 +1,4 @@
-"""Images in one folder per class: ImageNet, and one's own by a config key alone."""
+"""Images in one folder per class: ImageNet, CIFAR-10 as JPEG, and one's own by a config key."""
 
 import logging
 import os
@@ -123,14 +123,18 @@ def _register(name: str, path: str) -> None:
     MetadataCatalog[name] = FolderMetadata(name=name, path=path, evaluator_type="classification")
 
 
-def register_imagenet() -> None:
-    """Register ``imagenet_train`` and ``imagenet_val`` with Detectron2; no file is looked at.
+def register_image_folders() -> None:
+    """Register ``imagenet_{train,val}`` and ``cifar10_jpeg_{train,test}``; no file is looked at.
 
-    They are ``imagenet/train`` and ``imagenet/val`` below ``DETECTRON2_DATASETS``, with one folder
-    per class, as torchvision.datasets.ImageNet unpacks the original archives.
+    They are ``imagenet/train``, ... below ``DETECTRON2_DATASETS``, with one folder per class, as
+    torchvision.datasets.ImageNet unpacks the original archives. cifar10_jpeg is CIFAR-10 compressed
+    once more, which changes its pixels.
     """
-    for split in ("train", "val"):
-        _register(f"imagenet_{split}", os.path.join("imagenet", split))
+    for name, split in (
+        *(("imagenet", "train"), ("imagenet", "val")),
+        *(("cifar10_jpeg", "train"), ("cifar10_jpeg", "test")),
+    ):
+        _register(f"{name}_{split}", os.path.join(name, split))
 
 
 def register_image_folders_from_config(cfg: CfgNode) -> None:

@@ -111,6 +111,7 @@ def write_report(
         return list(dict.fromkeys(launch[key] for launch in every if key in launch))
 
     facts = {
+        "test sets": runs[0].config["DATASETS.TEST"],
         "iterations": sorted({run.rows[-1]["iteration"] for run in results}),
         "hardware": launched("hardware"),
         "runs at a time": launched("jobs"),

@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import json
 import pickle
 import shutil
 import struct
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from image_utils import image_config, write_images
 from torchvision.datasets import CIFAR10, MNIST, FashionMNIST, ImageFolder
 
 from ss_detectron.data import CIFAR10_CLASSES, check_datasets, register_image_folders_from_config
+from ss_detectron.engine import Trainer
 
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -66,6 +69,24 @@ def test_registering_looks_at_no_file(root):
     with pytest.raises(ValueError, match="'cifar10_test' in DATASETS.IMAGE_FOLDERS is taken"):
         register_image_folders_from_config(image_config(["cifar10_test", "pets"]))
     assert not list(root.iterdir()) and not list(Path.cwd().iterdir())
+
+
+def test_cifar10_as_jpeg_files_by_one_key_and_its_results_say_so(root):
+    cfg = image_config(train=("cifar10_train",), test=("cifar10_test",), classes=10)
+    cfg.merge_from_list(["DATASETS.CIFAR10_JPEG", "True"])
+    with pytest.raises(FileNotFoundError, match="'cifar10_jpeg_train'.*one folder of images per"):
+        check(cfg)
+    for split in ("train", "test"):
+        write_images(root / "cifar10_jpeg" / split, **dict.fromkeys(CIFAR10_CLASSES, 1))
+    check(cfg)
+    (name,) = cfg.DATASETS.TEST
+    assert tuple(MetadataCatalog.get(name).thing_classes) == CIFAR10_CLASSES
+    assert [record["label"] for record in DatasetCatalog.get(name)] == list(range(10))
+    evaluator = Trainer.build_evaluator(cfg, name)
+    evaluator.process({"label": torch.arange(10)}, {"probabilities": torch.eye(10)})
+    evaluator.evaluate()
+    said = json.loads(Path("output/inference/classification_results.json").read_text())
+    assert said["dataset"] == "cifar10_jpeg_test"
 
 
 # Checks before training --------------------------------------------------------------------------

@@ -358,6 +358,7 @@ def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, c
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert (content["metric"], content["command"]) == ("bbox/AP", "the command")
     assert (content["hardware"], content["not finished"]) == ([hardware()], [])
+    assert content["test sets"] == ["shapes_val"]
     bp = content["rules"][0]
     assert (bp["label"], bp["seeds"], bp["values"]) == (BP, [1, 3], [10.0, 30.0])
     assert bp["config"] == "quick/shapes_retinanet_bp.yaml"
