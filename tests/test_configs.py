@@ -14,24 +14,25 @@ from modeling_utils import load_config, rules
 
 from ss_detectron import add_ss_config, build_learner, find_config
 from ss_detectron.config import check_config, flatten_config, merge_config_file
-from ss_detectron.layers import AsymmetricLayer
+from ss_detectron.layers import AsymmetricLayer, get_rule
+from ss_detectron.learners import LEARNER_REGISTRY
+from ss_detectron.solver.schedule import schedule_in_epochs
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 RULES = {"bp": "backpropagation", "ss": "sign_symmetry", "fa": "feedback_alignment"}
 # The comparisons of Bartunov et al. (2018), with learners beside rules; "parallel" is a variant.
-CHAINS = ["mnist_fc"]
-LEARNERS = {
-    "bp": "backpropagation",
-    "fa": "backpropagation",
-    "dfa": "direct_feedback",
-    "dtp": "difference_target_propagation",
-    "dtp_parallel": "difference_target_propagation",
-    "sdtp": "simplified_difference_target_propagation",
-    "aosdtp": "auxiliary_output_sdtp",
-}
+CHAINS = dict.fromkeys(
+    ["mnist_fc", "cifar10_fc"], ["bp", "fa", "dfa", "dtp", "dtp_parallel", "sdtp", "aosdtp"]
+)
+# BioTorch's benchmarks, with the last layer on the rule.
+BENCHMARKS = dict.fromkeys(
+    ["mnist_lenet", "fashion_mnist_lenet", "cifar10_lenet", "cifar10_resnet20"],
+    ["bp", "ss", "frsf", "brsf", "fa", "dfa", "kp"],
+)
+COMPARISONS = CHAINS | BENCHMARKS
 EXPERIMENTS = sorted({n.removesuffix("_bp.yaml") for n in NAMES if n.endswith("_bp.yaml")})
-EXPERIMENTS = [name for name in EXPERIMENTS if name not in CHAINS]
+EXPERIMENTS = [name for name in EXPERIMENTS if name not in COMPARISONS]
 LAST_LAYERS = [name for name in NAMES if name.endswith("_lastlayer.yaml")]
 CLASSIFIER_OF = {"retinanet_R_18": "imagenet_resnet18", "retinanet_R_50": "imagenet_resnet50"}
 
@@ -67,7 +68,7 @@ def test_config_is_found_from_any_folder_and_is_safe_yaml_with_known_keys(
 
 def test_every_config_is_a_base_a_sibling_or_a_last_layer_variant():
     siblings = {f"{name}_{kind}.yaml" for name in EXPERIMENTS for kind in RULES}
-    siblings |= {f"{name}_{kind}.yaml" for name in CHAINS for kind in LEARNERS}
+    siblings |= {f"{name}_{kind}.yaml" for name in COMPARISONS for kind in COMPARISONS[name]}
     bases = {name for name in NAMES if "Base-" in name}
     assert set(NAMES) == siblings | bases | set(LAST_LAYERS)
 
@@ -93,21 +94,30 @@ def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
         assert differing(cfg, siblings["bp"]) <= allowed
 
 
-@pytest.mark.parametrize("experiment", CHAINS)
-def test_chains_differ_in_rule_and_learner_alone_and_train_by_it(experiment):
+@pytest.mark.parametrize("experiment", COMPARISONS)
+def test_comparisons_differ_in_rule_and_learner_alone_and_train_by_it(experiment):
     plain = config(f"{experiment}_bp.yaml")
-    for kind, learner in LEARNERS.items():
+    for kind in COMPARISONS[experiment]:
         cfg = config(f"{experiment}_{kind}.yaml")
-        own = {key for key in flatten_config(cfg) if key.startswith("MODEL.LEARNER.")}
-        assert differing(cfg, plain) <= {"OUTPUT_DIR", "MODEL.FEEDBACK.RULE", *own}
+        allowed = {key for key in flatten_config(cfg) if key.startswith("MODEL.LEARNER.")}
+        allowed |= {"OUTPUT_DIR", "MODEL.FEEDBACK.RULE"}
+        feedback, learner = cfg.MODEL.FEEDBACK, cfg.MODEL.LEARNER
+        if experiment in BENCHMARKS:
+            allowed |= {"MODEL.FEEDBACK.LAST_LAYER_RULE", "SOLVER.BASE_LR"}
+            assert feedback.LAST_LAYER_RULE == feedback.RULE
+        assert differing(cfg, plain) <= allowed
         assert f"./output/{experiment}_{kind}" == cfg.OUTPUT_DIR
-        assert learner == cfg.MODEL.LEARNER.NAME
+        kind = kind.removesuffix("_parallel")
+        methods = {get_rule(feedback.RULE), LEARNER_REGISTRY.get(learner.NAME)}
+        assert kind in {method.short_name for method in methods}
+        if kind != "bp":  # one is changed, not both
+            assert "bp" in {method.short_name for method in methods}
         cfg.MODEL.DEVICE = "cpu"
         trained = build_learner(cfg, build_model(cfg)).train()
         shape = (2, len(cfg.MODEL.PIXEL_MEAN), *[cfg.INPUT.CLASSIFICATION.SIZE] * 2)
         batch = {"image": torch.randint(0, 256, shape).byte(), "label": torch.tensor([3, 7])}
         trained.backward(trained(batch)["loss_cls"], target=batch["label"])
-        alternating = cfg.MODEL.LEARNER.SCHEDULE == "alternating"  # begins with the inverses
+        alternating = learner.SCHEDULE == "alternating"  # begins with the inverses
         learning = (trained.inverses if alternating else trained).parameters()
         assert all(p.grad.isfinite().all() and p.grad.any() for p in learning)
 
@@ -202,6 +212,47 @@ def test_published_settings(experiment):
         assert (cfg.INPUT.FORMAT, cfg.INPUT.RANDOM_FLIP) == ("RGB", "horizontal")
         assert pytest.approx([255 * m for m in mean]) == cfg.MODEL.PIXEL_MEAN
         assert pytest.approx([255 * s for s in std]) == cfg.MODEL.PIXEL_STD
+
+
+@pytest.mark.parametrize(
+    "experiment, images, batch, decay, epochs, rates",
+    [
+        ("mnist_fc", 60_000, 128, 0, [100], {"bp": 3e-4}),
+        ("cifar10_fc", 50_000, 128, 0, [100], {"bp": 3e-4}),
+        ("mnist_lenet", 60_000, 64, 1e-3, [50, 75, 100], {}),
+        ("fashion_mnist_lenet", 60_000, 64, 1e-3, [50, 75, 100], {}),
+        ("cifar10_lenet", 50_000, 128, 1e-4, [100, 150, 200, 250], {"fa": 1e-3, "dfa": 1e-4}),
+        ("cifar10_resnet20", 50_000, 128, 1e-4, [100, 150, 200, 250], {"fa": 0.1, "dfa": 1e-3}),
+    ],
+)
+def test_settings_of_comparisons(experiment, images, batch, decay, epochs, rates):
+    cfg = config(f"{experiment}_bp.yaml")
+    solver = cfg.SOLVER
+    assert (batch, 0) == (solver.IMS_PER_BATCH, solver.WARMUP_ITERS)
+    assert solver.WEIGHT_DECAY == solver.WEIGHT_DECAY_NORM == decay
+    assert (cfg.MODEL.FEEDBACK.SCALE, cfg.MODEL.FEEDBACK.GAIN) == ("xavier", 1)
+    # The iterations that the file has beside the epochs are those of the epochs.
+    expected = [round(epoch * images / batch) for epoch in epochs]
+    for form in (cfg, schedule_in_epochs(cfg, images)):
+        steps = [*form.SOLVER.STEPS, form.SOLVER.MAX_ITER]
+        assert steps == pytest.approx(expected, abs=1)
+        assert round(images / batch) == form.TEST.EVAL_PERIOD
+    for kind, rate in rates.items():
+        assert rate == config(f"{experiment}_{kind}.yaml").SOLVER.BASE_LR
+    alternating = [f"{experiment}_{kind}.yaml" for kind in COMPARISONS[experiment] if "tp" in kind]
+    for learner in (config(name).MODEL.LEARNER for name in alternating):
+        assert (cfg.TEST.EVAL_PERIOD if learner.SCHEDULE == "alternating" else 0) == learner.PERIOD
+
+
+def test_one_key_puts_jpeg_files_in_the_place_of_cifar10():
+    for kind in ("fc_dtp", "lenet_ss", "resnet20_bp", "resnet18_fa"):
+        cfg = config(f"cifar10_{kind}.yaml")
+        cfg.merge_from_list(["DATASETS.CIFAR10_JPEG", "True"])
+        assert cfg.DATASETS.TRAIN == ("cifar10_jpeg_train",)
+        assert cfg.DATASETS.TEST == ("cifar10_jpeg_test",)
+        again = config()
+        again.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))  # as of a run's config.yaml
+        assert again.DATASETS == cfg.DATASETS
 
 
 def test_shapes_are_not_flipped_as_left_and_right_are_classes():

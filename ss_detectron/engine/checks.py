@@ -14,6 +14,7 @@ from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.learners import LEARNER_REGISTRY
 from ss_detectron.modeling import RETINANET_HEAD_REGISTRY
+from ss_detectron.modeling.cifar_resnet import NARROW_DEPTHS
 from ss_detectron.modeling.compilation import check_compiler
 from ss_detectron.utils.text import abbreviate
 from ss_detectron.utils.trust import check_download, check_pickle, is_url, needs_pickle
@@ -37,7 +38,8 @@ def check_options(cfg: CfgNode, *, training: bool = True) -> None:
     samplers = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
     choose(cfg, "DATALOADER.SAMPLER_TRAIN", *samplers)
     if "resnet" in cfg.MODEL.BACKBONE.NAME:
-        choose(cfg, "MODEL.RESNETS.DEPTH", 18, 34, 50, 101, 152)
+        narrow = NARROW_DEPTHS if "cifar_resnet" in cfg.MODEL.BACKBONE.NAME else ()
+        choose(cfg, "MODEL.RESNETS.DEPTH", 18, 34, 50, 101, 152, *narrow)
         choose(cfg, "MODEL.RESNETS.NORM", *_NORMS)
     choose(cfg, "MODEL.RETINANET.HEAD", *(name for name, _ in RETINANET_HEAD_REGISTRY))
     if on_cpu and torch.cuda.is_available() and comm.get_world_size() > 1:

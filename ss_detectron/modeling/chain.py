@@ -1,6 +1,7 @@
-"""Networks that are chains of fully or locally connected layers, as of Bartunov et al. (2018)."""
+"""Networks that are chains of layers, as LeNet and those of Bartunov et al. (2018)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -12,27 +13,37 @@ from ss_detectron.config import choose
 
 __all__ = ["Chain", "build_conv_backbone", "build_fc_backbone"]
 
-Layer = int | Sequence[int]
+Layer = int | str | Sequence[int]
 
+_POOLS: dict[str, Callable[[], nn.Module]] = {
+    "max_pool": partial(nn.MaxPool2d, 2),
+    "average_pool": partial(nn.AdaptiveAvgPool2d, 1),
+}
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
 class Chain(Backbone):
     """
-    A chain of blocks, each a layer and a nonlinearity; initialised by Glorot's uniform scheme.
+    A chain of blocks, each a layer, a nonlinearity and perhaps pooling; initialised by Glorot's
+    uniform scheme. LeNet-5 with max-pooling and ReLU, for images of 32 pixels::
+
+        layers = [(5, 6, 1), "max_pool", (5, 16, 1), "max_pool", (5, 120, 1), 84]
+        Chain(1, 32, layers, make_convolution, nn.ReLU, padding="valid")
 
     Args:
         in_channels: of the image.
         size: its height and width.
         layers: units of a fully connected layer or, before the first of these, (kernel size,
-            channels, stride) of one that is not, whose map is as large as the input's over the
-            stride, rounded up (TensorFlow's "SAME" padding).
-        make_layer: (channels in, channels out, kernel size, stride, size in) -> the layer for
-            those.
+            channels, stride) of one that is not, each of which may be followed by "max_pool", of
+            2 x 2 with stride 2, or "average_pool", of the whole map.
+        make_layer: (channels in, channels out, kernel size, stride, size in, padding) -> the layer
+            for those.
         activation: the class of the nonlinearity.
+        padding: "same", TensorFlow's, with which a map is as large as the one before over the
+            stride, rounded up; or "valid", none.
 
     Raises:
-        ValueError: there are no layers, or a map is asked for after a fully connected layer.
+        ValueError: there are no layers, or one is asked for where there is no map for it.
     """
 
     def __init__(
@@ -40,28 +51,47 @@ class Chain(Backbone):
         in_channels: int,
         size: int,
         layers: Sequence[Layer],
-        make_layer: Callable[[int, int, int, int, int], nn.Module],
+        make_layer: Callable[[int, int, int, int, int, str], nn.Module],
         activation: type[nn.Module] = nn.Tanh,
+        padding: str = "same",
     ) -> None:
         super().__init__()
         if not layers:
             raise ValueError("MODEL.CHAIN.LAYERS is empty: the network needs a layer")
         channels, flat = in_channels, False
-        for number, layer in enumerate(layers, start=1):
+        blocks: list[nn.Sequential] = []
+        for layer in layers:
             if isinstance(layer, int):
                 before = [] if flat else [nn.Flatten()]
-                made = [*before, nn.Linear(channels * size**2, layer)]
+                made = nn.Linear(channels * size**2, layer)
+                blocks.append(nn.Sequential(*before, made, activation()))
                 channels, size, flat = layer, 1, True
             elif flat:
                 raise ValueError(
                     f"MODEL.CHAIN.LAYERS has {layer} after a fully connected layer, which makes no "
                     "map"
                 )
+            elif isinstance(layer, str):
+                if layer not in _POOLS or not blocks:
+                    raise ValueError(
+                        f"MODEL.CHAIN.LAYERS has {layer}; after a layer, choose "
+                        f"{' or '.join(_POOLS)}"
+                    )
+                blocks[-1].append(_POOLS[layer]())
+                size = size // 2 if layer == "max_pool" else 1
             else:
                 kernel_size, outputs, stride = layer
-                made = [make_layer(channels, outputs, kernel_size, stride, size)]
-                channels, size = outputs, -(-size // stride)
-            self.add_module(f"block{number}", nn.Sequential(*made, activation()))
+                if padding == "valid" and kernel_size > size:
+                    raise ValueError(
+                        f"MODEL.CHAIN.LAYERS has {layer} on a map of {size} pixels: choose a "
+                        "larger INPUT.CLASSIFICATION.SIZE, or MODEL.CHAIN.PADDING same"
+                    )
+                made = make_layer(channels, outputs, kernel_size, stride, size, padding)
+                blocks.append(nn.Sequential(made, activation()))
+                inside = size if padding == "same" else size - kernel_size + 1
+                channels, size = outputs, -(-inside // stride)
+        for number, block in enumerate(blocks, start=1):
+            self.add_module(f"block{number}", block)
         self._units = channels * size**2
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -88,25 +118,30 @@ def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _convolution(
-    channels: int, outputs: int, kernel_size: int, stride: int, size: int
+def make_convolution(
+    channels: int, outputs: int, kernel_size: int, stride: int, size: int, padding: str
 ) -> nn.Module:
-    padding = same_padding(size, kernel_size, stride)
     convolution = nn.Conv2d(channels, outputs, kernel_size, stride)
-    return nn.Sequential(nn.ZeroPad2d(padding * 2), convolution)
+    if padding == "valid":
+        return convolution
+    return nn.Sequential(nn.ZeroPad2d(same_padding(size, kernel_size, stride) * 2), convolution)
 
 
 def _build(cfg: CfgNode, input_shape: ShapeSpec, make_layer: Callable[..., nn.Module]) -> Chain:
-    activation = choose(cfg, "MODEL.CHAIN.ACTIVATION", *_ACTIVATIONS)
-    size = cfg.INPUT.CLASSIFICATION.SIZE
-    layers = cfg.MODEL.CHAIN.LAYERS
-    return Chain(input_shape.channels, size, layers, make_layer, _ACTIVATIONS[activation])
+    return Chain(
+        input_shape.channels,
+        cfg.INPUT.CLASSIFICATION.SIZE,
+        cfg.MODEL.CHAIN.LAYERS,
+        make_layer,
+        _ACTIVATIONS[choose(cfg, "MODEL.CHAIN.ACTIVATION", *_ACTIVATIONS)],
+        choose(cfg, "MODEL.CHAIN.PADDING", "same", "valid"),
+    )
 
 
 @BACKBONE_REGISTRY.register()
 def build_conv_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Chain:
     """Build :class:`Chain` of MODEL.CHAIN.LAYERS with convolutions."""
-    return _build(cfg, input_shape, _convolution)
+    return _build(cfg, input_shape, make_convolution)
 
 
 @BACKBONE_REGISTRY.register()
@@ -123,4 +158,4 @@ def build_fc_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Chain:
                 f"MODEL.CHAIN.LAYERS has {layer}; build_fc_backbone takes numbers of units alone, "
                 "build_lc_backbone and build_conv_backbone (kernel size, channels, stride) too"
             )
-    return _build(cfg, input_shape, _convolution)
+    return _build(cfg, input_shape, make_convolution)

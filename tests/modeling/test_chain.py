@@ -11,10 +11,10 @@ from ss_detectron.modeling import Chain
 from ss_detectron.modeling.chain import same_padding
 
 
-def _config(layers, backbone="conv", size=9, **keys):
+def _config(layers, backbone="conv", size=9, padding="same", **keys):
     cfg = load_config("mnist_fc_bp.yaml")
     cfg.MODEL.BACKBONE.NAME = f"build_feedback_{backbone}_backbone"
-    cfg.MODEL.CHAIN.LAYERS = layers
+    cfg.MODEL.CHAIN.LAYERS, cfg.MODEL.CHAIN.PADDING = layers, padding
     cfg.INPUT.CLASSIFICATION.SIZE = size
     cfg.MODEL.LEARNER.merge_from_other_cfg(type(cfg)(keys))
     return cfg
@@ -51,17 +51,51 @@ def test_a_chain_is_its_layers_one_after_the_other():
         assert isinstance(build_model(cfg).backbone.block1[-1], kind)
 
 
+@pytest.mark.parametrize(("size", "last"), [(13, []), (12, ["average_pool"])])
+def test_pooling_follows_a_layer_and_valid_padding_is_none(size, last):
+    chain = [(3, 4, 1), "max_pool", (2, 6, 2), *last, 5]
+    model = build_model(_config(chain, size=size, padding="valid"))
+    first, second, third = model.backbone.children()
+    images = torch.randint(0, 256, (2, 1, size, size)).byte()
+    x = F.max_pool2d(torch.tanh(F.conv2d(images / 255, *first.parameters())), 2)
+    x = torch.tanh(F.conv2d(x, *second.parameters(), stride=2))
+    if last:
+        x = x.mean((2, 3))
+    x = torch.tanh(F.linear(x.flatten(1), *third.parameters()))
+    torch.testing.assert_close(model.logits(images), model.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "shapes"),
+    [
+        ("mnist_lenet", 61_706, [(6, 14, 14), (16, 5, 5), (120, 1, 1), (84,)]),
+        ("cifar10_lenet", 128_842, [(32, 15, 15), (64, 6, 6), (128, 1, 1), (256,)]),
+    ],
+)
+def test_lenets(name, parameters, shapes):
+    model = build_model(load_config(f"{name}_bp.yaml"))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    x = torch.zeros(2, len(model.pixel_mean), 32, 32)
+    for block, shape in zip(model.backbone.children(), shapes, strict=True):
+        x = block(x)
+        assert x.shape == (2, *shape)
+
+
 @pytest.mark.parametrize(
     ("layers", "backbone", "message"),
     [
         ([], "fc", "MODEL.CHAIN.LAYERS is empty"),
         ([4, (3, 2, 1)], "conv", "after a fully connected layer"),
+        ([4, "max_pool"], "conv", "max_pool after a fully connected layer"),
+        (["max_pool", 4], "conv", "max_pool; after a layer, choose max_pool or average_pool"),
+        ([(3, 2, 1), "maxpool"], "conv", "maxpool; after a layer, choose"),
+        ([(3, 2, 1), "max_pool", (5, 2, 1)], "conv", "on a map of 3 pixels"),
         ([(3, 2, 1)], "fc", "build_fc_backbone takes numbers of units alone"),
     ],
 )
 def test_layers_that_do_not_fit(layers, backbone, message):
     with pytest.raises(ValueError, match=message):
-        build_model(_config(layers, backbone))
+        build_model(_config(layers, backbone, padding="valid"))
 
 
 def test_the_classifier_tells_its_blocks():

@@ -6,7 +6,7 @@ from core_utils import assert_same
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from modeling_utils import load_config, rules
+from modeling_utils import layers, load_config, rules
 from torch import nn
 
 from ss_detectron.checkpoint import FeedbackCheckpointer
@@ -99,6 +99,21 @@ def test_strides_of_the_cifar_resnet(depth):
     for (name, shape), stride in zip(backbone.output_shape().items(), [1, 1, 2, 4, 8], strict=True):
         assert shape.stride == stride
         assert features[name].shape == (1, shape.channels, 32 // stride, 32 // stride)
+
+
+@pytest.mark.parametrize("depth, parameters", [(20, 269_722), (56, 853_018)])
+def test_narrow_resnets_have_he_et_als_size_and_shortcuts_that_learn_nothing(depth, parameters):
+    model = build("cifar10_resnet20_bp.yaml", "MODEL.RESNETS.DEPTH", depth)
+    assert count(model) == parameters
+    assert len(layers(model)) == depth
+    shape = model.backbone.output_shape()["res4"]
+    assert (shape.channels, shape.stride) == (64, 4)
+    block = model.backbone.res3[0].eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(2, 16, 8, 8)
+    expected = torch.zeros(2, 32, 4, 4)
+    expected[:, 8:24] = x[:, :, ::2, ::2]
+    assert torch.equal(block(x), expected)
 
 
 # The rules
