@@ -27,6 +27,7 @@ from .functional import (
     _feedback_source,
     _numbers,
     _state_gradient,
+    is_recording,
     stock_serves,
 )
 
@@ -404,9 +405,12 @@ class LocallyConnected2d(_LocalLayer):
         self, input: Tensor, feedback: FeedbackFn | None = None, state: Tensor | None = None
     ) -> Tensor:
         self._check_shape(input, self.in_channels, self.grid.size)
+        if is_recording():
+            output = self._by_torch(input, self.weight)
+            return output if self.bias is None else output + self.bias.t().view(output.shape[1:])
         if feedback is not None and stock_serves(input, self.weight, self.bias):
             feedback = state = None
-        output: Tensor = _LocallyConnected.apply(
+        output = _LocallyConnected.apply(
             input.permute(2, 3, 1, 0),
             self.weight,
             self.bias,
@@ -415,7 +419,18 @@ class LocallyConnected2d(_LocalLayer):
             _autocast_dtype(input),
             self.grid,
         )
-        return output.permute(3, 2, 0, 1)
+        return cast(Tensor, output.permute(3, 2, 0, 1))
+
+    def _by_torch(self, input: Tensor, weight: Tensor) -> Tensor:
+        """
+        The same by torch's own operations, without a bias: for programs that are recorded, and for
+        second derivatives (which information alignment takes).
+        """
+        grid = self.grid
+        (top, left), (bottom, right) = grid.before, grid.after
+        padded = F.pad(input, (left, right, top, bottom)).permute(2, 3, 1, 0)
+        output = torch.bmm(weight, grid.windows(padded).flatten(0, 1).flatten(1, 3))
+        return output.view(*grid.positions, *output.shape[1:]).permute(3, 2, 0, 1)
 
 
 class LocallyConnectedTranspose2d(_LocalLayer):
@@ -476,12 +491,7 @@ class AsymmetricLocallyConnected2d(AsymmetricLayer, LocallyConnected2d):
         return weight  # one for each position
 
     def linear_map(self, input: Tensor, weight: Tensor) -> Tensor:
-        # Of torch's own operations, for information alignment takes second derivatives.
-        grid = self.grid
-        (top, left), (bottom, right) = grid.before, grid.after
-        padded = F.pad(input, (left, right, top, bottom)).permute(2, 3, 1, 0)
-        output = torch.bmm(weight, grid.windows(padded).flatten(0, 1).flatten(1, 3))
-        return output.view(*grid.positions, *output.shape[1:]).permute(3, 2, 0, 1)
+        return self._by_torch(input, weight)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C_in, *input_size) -> (N, C_out, *output_size), in memory with the batch last."""

@@ -31,7 +31,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-rules, loader, optimizer, timing = map(load, ("rules", "loader", "optimizer", "timing"))
+rules, loader, optimizer, local, timing = map(
+    load, ("rules", "loader", "optimizer", "local", "timing")
+)
 
 
 def run(module: ModuleType, monkeypatch, *words: object) -> None:
@@ -265,6 +267,21 @@ def test_a_mapper_that_is_not_torchvisions_is_refused(tmp_path):
     pipelines[loader.FULL] = lambda record: torch.zeros(3, 224, 224, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="a.jpg, ours is not torchvision's tensor"):
         loader.compare(pipelines, records)
+
+
+def test_locally_connected_layers_are_compared_with_what_computes_the_same(monkeypatch, capsys):
+    x = torch.randn(2, 1, 28, 28)
+    ours = local.network("mnist", local.LocallyConnected2d, padding="same")
+    unfolded = local.network("mnist", local.Unfolded, padding="same")
+    state = ours.state_dict()
+    for name, weight in state.items():
+        if weight.dim() == 3:
+            state[name] = weight.unflatten(2, (9, -1)).transpose(2, 3).flatten(2)
+    unfolded.load_state_dict(state)
+    torch.testing.assert_close(unfolded(x), ours(x))
+    assert local.network("mnist", local.tied)(x).shape == (2, 10)
+    run(local, monkeypatch, "--networks", "mnist", "--batch", 2, "--turns", 2)
+    assert "| mnist     | unfold, einsum     |" in capsys.readouterr().out
 
 
 def test_the_optimizer_is_measured():

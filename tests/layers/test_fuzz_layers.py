@@ -26,6 +26,8 @@ from ss_detectron.layers import (
     AsymmetricConvTranspose2d,
     AsymmetricConvTranspose3d,
     AsymmetricLinear,
+    AsymmetricLocallyConnected2d,
+    LocallyConnected2d,
     backpropagation,
     convert_feedback,
 )
@@ -43,6 +45,7 @@ ASYMMETRIC = {
     nn.ConvTranspose2d: AsymmetricConvTranspose2d,
     nn.ConvTranspose3d: AsymmetricConvTranspose3d,
     nn.Linear: AsymmetricLinear,
+    LocallyConnected2d: AsymmetricLocallyConnected2d,
 }
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = {"BN": nn.BatchNorm2d, "GN": lambda channels: nn.GroupNorm(1, channels)}
@@ -203,6 +206,10 @@ def cases(draw: Callable, strange: bool) -> Case:
         if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             modes = ["zeros", "zeros", "reflect", "replicate", "circular"]
             options["padding_mode"] = draw(st.sampled_from(modes))
+        if kind is LocallyConnected2d:
+            shape = (draw(st.integers(0, 3)), sizes[0], *size)
+            options["input_size"] = tuple(size)
+            del options["dilation"], options["groups"]
         if kind is Detectron2Conv2d:
             norm = draw(st.sampled_from([None, *NORMS]))
     if strange:

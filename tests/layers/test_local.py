@@ -377,6 +377,17 @@ def test_compiled_it_is_the_same(rule):
     assert_same(*results)
 
 
+@pytest.mark.parametrize("rule", ["bp", "ss"])
+def test_a_recorded_program_is_torchs_alone(rule):
+    model = convert_feedback(nn.Sequential(build((2, 3, 3, 5, 2, "same"))), rule).eval()
+    x = images(model[0])
+    program = torch.export.export(model, (x,), strict=False)
+    assert_same(program.module()(x), model(x))
+    assert {
+        str(node.target).split(".")[0] for node in program.graph.nodes if "." in str(node.target)
+    } == {"aten"}
+
+
 # What is refused.
 
 
