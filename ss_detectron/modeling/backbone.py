@@ -18,7 +18,7 @@ from detectron2.modeling.backbone.fpn import (
 from ss_detectron.layers import convert_part
 
 from .alexnet import build_alexnet_backbone
-from .chain import build_conv_backbone, build_fc_backbone
+from .chain import build_conv_backbone, build_fc_backbone, build_lc_backbone
 from .cifar_resnet import build_cifar_resnet_backbone
 from .feedback import feedback_options
 
@@ -46,6 +46,7 @@ for _stock in (
     build_alexnet_backbone,
     build_fc_backbone,
     build_conv_backbone,
+    build_lc_backbone,
 ):
     _register(_stock, "ss", "sign_symmetry")
     _register(_stock, "fa", "feedback_alignment")

@@ -10,8 +10,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from ss_detectron.config import choose
+from ss_detectron.layers import LocallyConnected2d
 
-__all__ = ["Chain", "build_conv_backbone", "build_fc_backbone"]
+__all__ = ["Chain", "build_conv_backbone", "build_fc_backbone", "build_lc_backbone"]
 
 Layer = int | str | Sequence[int]
 
@@ -127,6 +128,13 @@ def make_convolution(
     return nn.Sequential(nn.ZeroPad2d(same_padding(size, kernel_size, stride) * 2), convolution)
 
 
+def make_locally_connected(
+    channels: int, outputs: int, kernel_size: int, stride: int, size: int, padding: str
+) -> nn.Module:
+    zeros = padding if padding == "same" else 0
+    return LocallyConnected2d(channels, outputs, kernel_size, size, stride, zeros)
+
+
 def _build(cfg: CfgNode, input_shape: ShapeSpec, make_layer: Callable[..., nn.Module]) -> Chain:
     return Chain(
         input_shape.channels,
@@ -142,6 +150,12 @@ def _build(cfg: CfgNode, input_shape: ShapeSpec, make_layer: Callable[..., nn.Mo
 def build_conv_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Chain:
     """Build :class:`Chain` of MODEL.CHAIN.LAYERS with convolutions."""
     return _build(cfg, input_shape, make_convolution)
+
+
+@BACKBONE_REGISTRY.register()
+def build_lc_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Chain:
+    """Build :class:`Chain` of MODEL.CHAIN.LAYERS with locally connected layers."""
+    return _build(cfg, input_shape, make_locally_connected)
 
 
 @BACKBONE_REGISTRY.register()

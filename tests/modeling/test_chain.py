@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from detectron2.modeling import build_model
 from modeling_utils import load_config
 
-from ss_detectron import build_learner
+from ss_detectron import LocallyConnected2d, build_learner
 from ss_detectron.modeling import Chain
 from ss_detectron.modeling.chain import same_padding
 
@@ -79,6 +79,52 @@ def test_lenets(name, parameters, shapes):
     for block, shape in zip(model.backbone.children(), shapes, strict=True):
         x = block(x)
         assert x.shape == (2, *shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "own_weights", "shared_weights", "shapes"),
+    [
+        ("mnist_lc", 4_181_120, 3_240_224, [(32, 14, 14), (64, 7, 7), (1024,)]),
+        ("cifar10_lc", 49_997_824, 17_291_968, [(64, 16, 16), (128, 8, 8), (256, 8, 8), (1024,)]),
+        (
+            "imagenet_lc",
+            259_510_272,
+            20_207_760,
+            [(48, 56, 56), (48, 28, 28), (96, 28, 28), (96, 14, 14)]
+            + [(192, 14, 14), (192, 7, 7), (384, 7, 7)],
+        ),
+    ],
+)
+@pytest.mark.parametrize("twin", [False, True])
+def test_networks_of_bartunov_et_al(name, own_weights, shared_weights, shapes, twin):
+    backbone = ["MODEL.BACKBONE.NAME", "build_feedback_conv_backbone"] if twin else []
+    cfg = load_config(f"{name}_bp.yaml", *backbone, "MODEL.DEVICE", "meta")
+    with torch.device("meta"):
+        model = build_model(cfg)
+        x = torch.empty(2, len(cfg.MODEL.PIXEL_MEAN), *[cfg.INPUT.CLASSIFICATION.SIZE] * 2)
+    weights = [p.numel() for n, p in model.named_parameters() if n.endswith("weight")]
+    assert sum(weights) == (shared_weights if twin else own_weights)
+    for block, shape in zip(model.backbone.children(), shapes, strict=True):
+        x = block(x)
+        assert x.shape == (2, *shape)
+
+
+def test_a_locally_connected_chain_with_equal_kernels_is_its_convolutional_twin():
+    layers = [(3, 4, 2), "max_pool", (2, 5, 1), 6]
+    for padding in ("same", "valid"):
+        cfg = _config(layers, "lc", padding=padding)
+        own, twin = build_model(cfg), build_model(_config(layers, padding=padding))
+        kinds = (LocallyConnected2d, torch.nn.Conv2d, torch.nn.Linear)
+        pairs = [[m for m in model.modules() if isinstance(m, kinds)] for model in (own, twin)]
+        with torch.no_grad():
+            for layer, other in zip(*pairs, strict=True):
+                weight = other.weight
+                if isinstance(layer, LocallyConnected2d):
+                    weight = weight.permute(0, 2, 3, 1).flatten(1)
+                layer.weight.copy_(weight.expand_as(layer.weight))
+                layer.bias.copy_(other.bias.expand_as(layer.bias))
+        images = torch.randint(0, 256, (2, 1, 9, 9)).byte()
+        torch.testing.assert_close(own.logits(images), twin.logits(images))
 
 
 @pytest.mark.parametrize(
