@@ -85,7 +85,10 @@ class DirectFeedbackAlignment(BlockLearner):
         (error,) = torch.autograd.grad(done.loss, logits, retain_graph=True)
         roots: list[tuple[Tensor, Tensor | None]] = [(done.loss, None)]
         for index, h in enumerate(hidden):
-            gradient = error @ self.feedback(index, h, logits).t()
+            feedback = self.feedback(index, h, logits)
+            # In memory as the output is, locally connected layers' with the batch last.
+            batch_last = h.stride(0) == 1
+            gradient = (feedback @ error.t()).t() if batch_last else error @ feedback.t()
             roots.append((h, gradient.to(h.dtype).view_as(h)))
         return roots
 
