@@ -4,7 +4,7 @@ What locally connected layers cost: time of a forward and a backward pass of Bar
 networks, as a multiple of their convolutional twins'.
 
     benchmarks/local.py --threads 1
-    benchmarks/local.py --networks mnist --turns 50
+    THP_MEM_ALLOC_ENABLE=1 benchmarks/local.py --networks cifar      with memory in large pages
 
 The twin, a second copy of it (the control), LocallyConnected2d, and the same by unfold and einsum
 take turns.

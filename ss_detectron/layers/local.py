@@ -365,7 +365,9 @@ class LocallyConnected2d(_LocalLayer):
     (positions, C_out). Both start as Glorot's, see :meth:`reset_parameters`.
 
     Fastest is a batch that lies in memory as the layer's own outputs do, the batch last;
-    elementwise functions keep it so.
+    elementwise functions keep it so. On a CPU, much of a step's time can be that of getting fresh
+    memory for the weights' gradients; torch's THP_MEM_ALLOC_ENABLE=1 in the environment (Linux)
+    takes most of that away.
 
     Args:
         in_channels, out_channels: C_in and C_out.
