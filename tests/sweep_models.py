@@ -20,6 +20,7 @@ import importlib.metadata
 import inspect
 import logging
 import sys
+import textwrap
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -127,7 +128,7 @@ def sweep(case: Case) -> Result:
                 model = case.build()
             return _sweep(case, model, device)
         except Exception as error:
-            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:90]
+            why = f"not run: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:90]
     if model is None:
         return Result(case.name, 0, {}, {}, [], why)
     return _result(case, convert_feedback(model, "sign_symmetry"), {})._replace(not_run=why)
@@ -337,26 +338,34 @@ def main() -> int:
     warnings.simplefilter("ignore")
     wrong = 0
     for library in options.libraries:
-        print(f"\n## {library} {importlib.metadata.version(library)}\n")
-        print("| model | converted | bypassed by its parent | left out |\n|---|---|---|---|")
+        results = []
         for case in CASES[library]():
             if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.only):
-                result = sweep(case)
-                print(_row(result), flush=True)
-                wrong += len(result.false)
+                results.append(sweep(case))
+                print(*results[-1], sep=", ", file=sys.stderr, flush=True)
                 gc.collect()
+        print(f"## {library} {importlib.metadata.version(library)}\n\n{table(results)}\n")
+        wrong += sum(len(result.false) for result in results)
     return int(wrong > 0)
 
 
-def _row(result: Result) -> str:
-    def counted(reasons: dict[str, str]) -> str:
-        return ", ".join(f"{n} {why}" for why, n in Counter(reasons.values()).items())
-
-    name = result.name + (f" (not run: {result.not_run})" if result.not_run else "")
-    row = (
-        f"| {name} | {result.converted} | {counted(result.bypassed)} | {counted(result.left_out)} |"
-    )
-    return "\n".join([row, *(f"FALSE: {layer}" for layer in result.false)])
+def table(results: list[Result]) -> str:
+    """The models as Markdown: a list of those whose layers are all converted, a table of others."""
+    others = [r for r in results if r.bypassed or r.left_out or r.not_run]
+    complete = [f"{r.name} {r.converted}" for r in results if r not in others]
+    lines = [
+        f"{len(results)} models. All layers are converted, and learn by their rule, in "
+        f"{len(complete)} (with how many there are):",
+        *textwrap.wrap(", ".join(complete) + ".", 100, break_on_hyphens=False),
+        "",
+        "| others | converted | on backpropagation |",
+        "|---|---|---|",
+    ]
+    for r in others:
+        reasons = Counter((r.bypassed | r.left_out).values())
+        notes = [f"{n} {why}" for why, n in reasons.items()] + [r.not_run] * bool(r.not_run)
+        lines.append(f"| {r.name} | {r.converted} | {', '.join(notes)} |")
+    return "\n".join([*lines, *(f"FALSE: {r.name}: {r.false}" for r in results if r.false)])
 
 
 if __name__ == "__main__":
