@@ -609,9 +609,12 @@ def obstacle(layer: nn.Module) -> str | None:
         known = next((stock for stock in _FORMS if isinstance(layer, stock)), None)
         if known is None:
             return f"no asymmetric form of {kind.__name__}"
+        name = kind.__name__
+        if name == known.__name__:
+            name = f"{kind.__module__.partition('.')[0]}'s {name}"
         return (
-            f"{kind.__name__}, a subclass of {known.__name__} that may compute otherwise; if it "
-            "does not: register_layer"
+            f"{name}, a subclass of {known.__name__} that may compute otherwise; if it does not: "
+            "register_layer"
         )
     names = form.weight_names(layer)
     if any(name not in layer._parameters for name in names):

@@ -223,6 +223,10 @@ def _replaced_forward():
         (OwnWeight, {"": "no asymmetric form of OwnWeight"}),
         (lambda: Subclass(2, 2, 1), {"": "Subclass, a subclass of Conv2d that may compute"}),
         (
+            lambda: type("Linear", (nn.Linear,), {"forward": lambda self, x: 2 * x})(2, 2),
+            {"": "test_convert's Linear, a subclass of Linear that may compute"},
+        ),
+        (
             lambda: nn.utils.spectral_norm(nn.Linear(2, 2)),
             {"": "its weight is computed, not a parameter"},
         ),
