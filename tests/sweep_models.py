@@ -12,7 +12,6 @@ its code allows that, so that size does not matter; else on the CPU.
 """
 
 import argparse
-import contextlib
 import fnmatch
 import functools
 import gc
@@ -66,9 +65,8 @@ class Result(NamedTuple):
 # What happens -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def weights_without_memory() -> Iterator[None]:
-    """Have modules that are built within the context register parameters of the device meta."""
+def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model on the device meta, from modules that register parameters of it."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -78,9 +76,17 @@ def weights_without_memory() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta
     try:
-        yield
+        return build().to(META)
+    except NotImplementedError:  # a value was asked for
+        nn.Module.register_parameter = register
+        return build().to(META)
     finally:
         nn.Module.register_parameter = register
+
+
+def size_of(model: nn.Module) -> float:
+    """In millions of parameters."""
+    return sum(p.numel() for p in model.parameters()) / 1e6
 
 
 def operations_of_weights(outputs: Any) -> dict[Tensor, set[str]]:
@@ -119,10 +125,9 @@ def sweep(case: Case) -> Result:
     model, why = None, ""
     for device in [CPU] if case.needs_values else [META, CPU]:
         try:
-            with weights_without_memory():
-                model = case.build().to(META)
+            model = build_without_memory(case.build)
             if device == CPU:  # most often, the value of a tensor was asked for
-                size = sum(p.numel() for p in model.parameters()) / 1e6
+                size = size_of(model)
                 if size > LARGEST_ON_CPU:
                     raise MemoryError(f"{size:.0f} million parameters need their values")
                 model = case.build()
@@ -210,10 +215,9 @@ def timm_cases() -> Iterator[Case]:
     for module in timm.list_modules():
         sizes = {}
         for name in timm.list_models(module=module):
-            with weights_without_memory():
-                model = timm.create_model(name)
-            sizes[name] = sum(p.numel() for p in model.parameters())
-            if sizes[name] <= 30e6:
+            model = build_without_memory(functools.partial(timm.create_model, name))
+            sizes[name] = size_of(model)
+            if sizes[name] <= 30:
                 break
         else:
             if not sizes:
@@ -231,8 +235,12 @@ TASKS += ("VIDEO_CLASSIFICATION", "KEYPOINT_DETECTION", "MASK_GENERATION", "MASK
 TASKS += ("ZERO_SHOT_IMAGE_CLASSIFICATION", "ZERO_SHOT_OBJECT_DETECTION")
 
 
+SMALLER = {"use_pretrained_backbone": False, "encoder_layers": 2, "decoder_layers": 2}
+SMALLER |= {"num_queries": 20}
+
+
 def transformers_cases() -> Iterator[Case]:
-    """The first model for each task of vision of each kind in transformers, in its default size."""
+    """The first model for each task of vision of each kind in transformers, with few layers."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -249,8 +257,9 @@ def transformers_cases() -> Iterator[Case]:
 
 def _transformer(cls: Any, config_class: Any) -> nn.Module:
     config = config_class()
-    if hasattr(config, "use_pretrained_backbone"):
-        config.use_pretrained_backbone = False
+    for name, most in SMALLER.items():
+        if isinstance(getattr(config, name, None), int):  # and whether to load a backbone
+            setattr(config, name, min(getattr(config, name), most))
     return cls(config)
 
 
