@@ -77,7 +77,7 @@ def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
     nn.Module.register_parameter = on_meta
     try:
         return build().to(META)
-    except NotImplementedError:  # a value was asked for
+    except (NotImplementedError, RuntimeError):  # a value was asked for
         nn.Module.register_parameter = register
         return build().to(META)
     finally:
@@ -326,7 +326,10 @@ def _run_zoo_model(cfg: Any, model: nn.Module) -> Any:
     else:
         instances.gt_masks = PolygonMasks([[[4.0, 8.0, 40.0, 8.0, 40.0, 52.0]]])
     image = torch.randint(0, 256, (3, *size)).byte()
+    proposals = Instances(size, proposal_boxes=Boxes(torch.tensor([box])))
+    proposals.objectness_logits = torch.zeros(1)
     example = {"image": image, "instances": instances, "sem_seg": torch.zeros(size).long()}
+    example["proposals"] = proposals
     with EventStorage():
         return model([example, example])
 
