@@ -6,66 +6,97 @@ from math import nan
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 
 from ss_detectron.utils.text import abbreviate
-
-logger = logging.getLogger(__name__)
 
 # The forms of boxes that are not rotated: whether the second two numbers are a size.
 AXES = {BoxMode.XYXY_ABS: False, BoxMode.XYWH_ABS: True}
 
+FEW = 5  # boxes: fewer may look like anything
 
-def check_plausible(where: str, boxes: np.ndarray, sizes: np.ndarray) -> None:
+
+def check_plausible(where: str, boxes: np.ndarray, sizes: np.ndarray) -> str | None:
     """Refuse boxes that are not [x, y, width, height] in pixels, by the look of all of a data set.
+
+    They are fractions if nine of ten are within 0..1, and corners if all but one, and one in a
+    hundred, fit into their images as these, and more than a quarter reach beyond by a tenth of its
+    size if they are not. They may be percent or thousandths if the farthest end just below 100 or
+    1000 in both directions, in larger images.
 
     Args:
         where: what they are of, for the error.
         boxes: (n, 4); those without area are not looked at.
         sizes: (n, 2), width and height of each one's image.
 
+    Returns:
+        what is to be said of them and is not certain, or None.
+
     Raises:
-        ValueError: all are within 0..1, or they are corners: all fit into their images as these,
-            and more than a quarter reach beyond by a tenth of its size if they are not.
+        ValueError: they are fractions or corners, and no fewer than :data:`FEW`.
     """
     some = (boxes[:, 2:] > 0).all(1)
     boxes, sizes = boxes[some], sizes[some]
     if not len(boxes):
-        return
+        return None
     first, second = boxes[:, :2], boxes[:, 2:]
-    if (abs(boxes) <= 1).all() and (sizes > 1).all():
-        raise ValueError(
-            f"{where}: all {len(boxes)} boxes lie within 0..1, such as {_show(boxes[0])}: they are "
-            "fractions of their image's width and height. Multiply them: [x, y, width, height] in "
-            "pixels are expected."
-        )
-    fit = ((second > first) & (second <= sizes + 1)).all(1)
+    seen = None
+    within = (abs(boxes) <= 1.05).all(1) & (sizes > 1.05).all(1)  # a little beyond by rounding
+    fit = ((second >= first) & (second <= 1.05 * sizes + 1)).all(1)
     beyond = (first + second > 1.1 * sizes).any(1)
-    if fit.mean() > 0.99 and beyond.mean() > 0.25:
-        example = int(np.argmax(beyond))
-        raise ValueError(
-            f"{where}: as [x, y, width, height], {beyond.sum()} of {len(boxes)} boxes reach far "
-            f"beyond their image, such as {_show(boxes[example])} of an image of "
-            f"{_show(sizes[example])}: they are corners [left, top, right, bottom], as which all "
-            "fit. Subtract left and top from right and bottom."
+    if within.mean() >= 0.9:
+        seen = (
+            f"{within.sum()} of {len(boxes)} boxes lie within 0..1, such as "
+            f"{_show(boxes[np.argmax(within)])}: they look like fractions of their image's width "
+            "and height. Multiply them: [x, y, width, height] in pixels are expected. If they are "
+            "in pixels, remove them: nothing so small can be detected."
         )
+    elif (~fit).sum() <= min(1 + len(fit) // 100, len(fit) // 5) and beyond.mean() > 0.25:
+        example = int(np.argmax(beyond & fit))
+        seen = (
+            f"as [x, y, width, height], {beyond.sum()} of {len(boxes)} boxes reach far beyond "
+            f"their image, such as {_show(boxes[example])} of an image of {_show(sizes[example])}: "
+            f"they look like corners [left, top, right, bottom], as which {fit.sum()} fit. "
+            "Subtract left and top from right and bottom. If they are right as they are, clip them "
+            "to their images."
+        )
+    if len(boxes) < FEW:
+        return seen
+    if seen:
+        raise ValueError(f"{where}: {seen}")
+    far = (first + second).max(0)
+    for limit, unit in ((100, "percent"), (1000, "thousandths")):
+        if (far > 0.95 * limit).all() and (far <= limit).all() and (sizes > 1.05 * limit).all():
+            return (
+                f"all {len(boxes)} boxes end within 0..{limit}, the farthest at {_show(far)}, in "
+                f"images of {_show(sizes.min(0))} and more: are they {unit} of their image's width "
+                "and height? [x, y, width, height] in pixels are expected."
+            )
+    return None
+
+
+def _warn(message: str) -> None:
+    if comm.is_main_process():  # once, though a test set is loaded for every evaluation
+        log_first_n(logging.WARNING, message, key="message", name=__name__)
 
 
 def _show(numbers: np.ndarray) -> str:
     return "[" + ", ".join(f"{number:.6g}" for number in numbers) + "]"
 
 
-def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
+def without_unusable_boxes(dicts: list[dict], where: str, *, training: bool = True) -> list[dict]:
     """Leave out the boxes without area or outside their image; log how many, as ``where`` has them.
 
     Boxes that reach beyond their image, which Detectron2 clips, are counted too. Those that are not
-    four finite numbers are a ValueError, and so are all that :func:`check_plausible` refuses.
+    four finite numbers are a ValueError, and so are all that :func:`check_plausible` refuses. Where
+    it is not for ``training``, nothing is left out, as COCO's evaluation counts all that it finds.
     Crowds, which are not learned from, and rotated boxes are not looked at. A box of negative width
     would be one of positive sides to Detectron2.
     """
     places, corners, sizes = [], [], []
     for i, image in enumerate(dicts):
         size = image.get("width", np.inf), image.get("height", np.inf)
-        for j, annotation in enumerate(image["annotations"]):
+        for j, annotation in enumerate(image.get("annotations", ())):
             mode = annotation.get("bbox_mode")
             if mode in AXES and not annotation.get("iscrowd", 0):
                 places.append((i, j))
@@ -85,18 +116,21 @@ def without_unusable_boxes(dicts: list[dict], where: str) -> list[dict]:
         message = f"{where}: {wrong.sum()} boxes are not four finite numbers: {examples(wrong)}"
         raise ValueError(f"{message}. Repair or remove them.")
     low, high = boxes[:, :2], boxes[:, 2:]
-    check_plausible(where, np.hstack([low, high - low]), sizes)
+    if remark := check_plausible(where, np.hstack([low, high - low]), sizes):
+        _warn(f"{where}: {remark}")
     flat = _is_empty(low, high)
     outside = ~flat & _is_empty(np.maximum(low, 0), np.minimum(high, sizes))
     # Rounding takes many boxes just over the edge.
     beyond = ~flat & ~outside & ((low < -1) | (high > sizes + 1)).any(1)
     for kind, rows in (
-        ("have no area and are left out", flat),
-        ("lie outside their image and are left out", outside),
-        ("reach beyond their image by more than a pixel and are clipped", beyond),
+        ("have no area and are left out" * training, flat),  # the evaluator says so of its own
+        ("lie outside their image and " + ("are left out" if training else "are missed"), outside),
+        ("reach beyond their image by more than a pixel" + " and are clipped" * training, beyond),
     ):
-        if rows.any() and comm.is_main_process():
-            logger.warning("%s: %d boxes %s: %s.", where, rows.sum(), kind, examples(rows))
+        if kind and rows.any():
+            _warn(f"{where}: {rows.sum()} of {len(rows)} boxes {kind}: {examples(rows)}.")
+    if not training:
+        return dicts
     unusable = {places[row] for row in np.flatnonzero(flat | outside)}
     dicts = list(dicts)
     for i in {i for i, _ in unusable}:

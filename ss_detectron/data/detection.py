@@ -91,7 +91,8 @@ def _read(record: dict[str, Any], form: str) -> np.ndarray:
 def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> list[dict] | Dataset:
     """Load the dataset dicts of some data sets, or the torch Dataset where one is registered.
 
-    For training, by the keys that say which images are used, and :func:`.without_unusable_boxes`.
+    For training, by the keys that say which images are used. What :func:`.without_unusable_boxes`
+    leaves out for training is reported for evaluation, too.
     What cannot be loaded is an OSError or a ValueError with the data sets' names.
     """
     filtered = training and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -113,9 +114,9 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
         raise
     except Exception as error:  # what it takes for granted fails in many ways
         raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}") from error
-    if not training or not isinstance(dicts, list) or "annotations" not in dicts[0]:
+    if not isinstance(dicts, list) or "annotations" not in dicts[0]:
         return dicts
-    dicts = without_unusable_boxes(dicts, where)
+    dicts = without_unusable_boxes(dicts, where, training=training)
     # Detectron2's weighted samplers load the data sets again, and have to find the same images.
     if filtered and not cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted"):
         dicts = filter_images_with_only_crowd_annotations(dicts)

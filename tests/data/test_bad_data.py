@@ -32,7 +32,7 @@ from ss_detectron.data import (
     register_coco_from_config,
     register_image_folders_from_config,
 )
-from ss_detectron.data.boxes import without_unusable_boxes
+from ss_detectron.data.boxes import check_plausible, without_unusable_boxes
 from ss_detectron.data.coco_file import read_coco_file
 from ss_detectron.engine import Trainer
 
@@ -244,7 +244,18 @@ def floats_as_ids(content: dict) -> None:
         entry.update((k, float(v)) for k, v in entry.items() if k == "id" or k.endswith("_id"))
 
 
+def twice(content: dict) -> None:
+    """Each object once more, as of a few nothing is certain."""
+    content["annotations"] += [{**a, "id": a["id"] + 4} for a in content["annotations"]]
+
+
+def corners(content: dict) -> None:
+    twice(content)
+    all_objects(lambda a: a.update(bbox=[30, 20, 60, 46]))(content)
+
+
 def fractions(content: dict) -> None:
+    twice(content)
     sides = [WIDTH, HEIGHT, WIDTH, HEIGHT]
     all_objects(
         lambda a: a.update(bbox=[n / side for n, side in zip(a["bbox"], sides, strict=True)])
@@ -355,12 +366,14 @@ DETECTION_ANNOTATIONS = [
     ),
     used("image of crowds only", on_object(iscrowd=1), THREE),
     left_out("box of zero area", one_more([9, 9, 0, 5]), r"0, 5\] of image 0", ap=TWO_OF_THREE),
-    left_out("box of negative size", one_more([40, 40, -9, -9]), "1 boxes have", ap=TWO_OF_THREE),
-    left_out("box outside the image", one_more([70, 9, 5, 5]), "1 boxes lie ou", ap=TWO_OF_THREE),
+    left_out(
+        "box of negative size", one_more([40, 40, -9, -9]), "1 of 5 boxes have", ap=TWO_OF_THREE
+    ),
+    left_out("box outside the image", one_more([70, 9, 5, 5]), "1 of 5 boxes lie", ap=TWO_OF_THREE),
     left_out(
         "only box of an image unusable",
         on_object(bbox=[9, 9, 0, 5]),
-        "1 boxes",
+        "1 of 4 boxes have no area",
         THREE,
         ap=ONE_WRONG,
     ),
@@ -369,7 +382,7 @@ DETECTION_ANNOTATIONS = [
         on_object(bbox=[-4, 8, 28, 60]),
         "clipped",
         "clipped",
-        r"1 boxes reach beyond.*\[-4, 8, 28, 60\] of image 1",
+        r"1 of 4 boxes reach beyond.*\[-4, 8, 28, 60\] of image 1",
         {**BOXES, 1: [(0.0, 8.0, 24.0, 48.0)]},
         ONE_WRONG,
     ),
@@ -378,12 +391,14 @@ DETECTION_ANNOTATIONS = [
     ),
     stops("annotation without bbox", without("annotations", "bbox"), "has no bbox"),
     stops(
-        "boxes within 0..1", fractions, r"all 4 boxes lie within 0\.\.1, such as \[0.0625, 0.166"
+        "boxes within 0..1",
+        fractions,
+        r"8 of 8 boxes lie within 0\.\.1, such as \[0.0625, 0.166",
     ),
     stops(
         "boxes as corners",
-        all_objects(lambda a: a.update(bbox=[30, 20, 60, 46])),
-        r"4 of 4 boxes reach far beyond .* \[30, 20, 60, 46\] of an image of \[64, 48\]: .*corners",
+        corners,
+        r"8 of 8 boxes reach far beyond .* \[30, 20, 60, 46\] of an image of \[64, 48\]: .*corners",
     ),
     repaired("annotation without id", without("annotations", "id"), "1 annotations have no id, or"),
     repaired("duplicate annotation ids", on_object(id=1), "1 annotations have no id, or"),
@@ -766,8 +781,8 @@ def not_parsed(cfg: CfgNode) -> CfgNode:
         (on_object(bbox=[4, 8, float("nan"), 9]), r"1 boxes are not four.*\[4, 8, nan, 9\] of"),
         (without("annotations", "bbox"), "1 boxes are not four finite numbers: None of image 1"),
         (without("images", "width"), "KeyError"),
-        (fractions, "all 4 boxes lie within 0..1"),
-        (all_objects(lambda a: a.update(bbox=[30, 20, 60, 46])), "4 of 4 boxes reach far beyond"),
+        (fractions, "8 of 8 boxes lie within 0..1"),
+        (corners, "8 of 8 boxes reach far beyond"),
         (lambda content: content["annotations"].clear(), "No valid data found"),
     ],
 )
@@ -797,6 +812,50 @@ def test_boxes_of_both_kinds_and_none():
     assert [len(image["annotations"]) for image in found] == [1, 1, 0, 1, 1, 0]
     assert found[1]["annotations"] == [{"bbox": (5, 5, 4, 9), "bbox_mode": 1}]
     assert without_unusable_boxes(found, "here") == found
+
+
+CORNERS = [[30, 20, 60, 46]] * 8
+PARTS = [[0.1, 0.2, 0.5, 0.6]] * 9
+
+
+@pytest.mark.parametrize(
+    ("boxes", "size", "error", "remark"),
+    [
+        (PARTS + [[0.1, 0.1, 1.0000001, 0.5]], (64, 48), "10 of 10 boxes lie within 0..1", ""),
+        (PARTS + [[0, 0, 1.02, 1.02]], (64, 48), "10 of 10 boxes lie within 0..1", ""),
+        (PARTS + [[10, 10, 20, 20]], (64, 48), "9 of 10 .* If they are in pixels, remove", ""),
+        (PARTS[:4], (64, 48), "", "4 of 4 boxes lie within"),
+        (PARTS, (1, 1), "", ""),
+        (CORNERS + [[20, 20, 67, 40]], (64, 48), "corners .* 9 fit.* If they are right", ""),
+        (CORNERS + [[20, 20, 99, 40]], (64, 48), "corners .* 8 fit", ""),
+        (CORNERS + [[20, 20, 20, 40]], (64, 48), "corners .* 9 fit", ""),
+        (CORNERS + 2 * [[20, 20, 99, 40]], (64, 48), "", ""),
+        ([[10, 10, 62, 62]], (64, 64), "", "1 of 1 boxes reach far beyond"),
+        ([[50, 30, 20, 40]], (64, 48), "", ""),
+        ([[0, 0, 50, 98], [60, 9, 39, 50], *[[20, 30, 40, 50]] * 9], (640, 480), "", "percent"),
+        ([[0, 0, 500, 980], *[[600, 9, 390, 50]] * 9], (1920, 1080), "", "thousandths"),
+        ([[0, 0, 50, 98], *[[60, 9, 39, 50]] * 9], (100, 100), "", ""),
+        ([[0, 0, 50, 98], *[[60, 9, 129, 50]] * 9], (640, 480), "", ""),
+    ],
+)
+def test_boxes_are_judged_as_a_whole_if_there_are_some(boxes, size, error, remark):
+    boxes = np.array(boxes, float)
+    sizes = np.tile(np.array(size, float), (len(boxes), 1))
+    if error:
+        with pytest.raises(ValueError, match=f"^here: .*{error}"):
+            check_plausible("here", boxes, sizes)
+    else:
+        found = check_plausible("here", boxes, sizes)
+        assert remark in found if remark else found is None
+
+
+def test_a_test_set_is_looked_at_as_well(caplog):
+    write_coco(all_objects(lambda a: a.update(bbox=[400, 300, 100, 200])))
+    cfg = checked(coco_config())
+    for _ in range(2):
+        loader = Trainer.build_test_loader(cfg, "own_sky")
+        assert [len(image["annotations"]) for image in loader.dataset.records] == [1] * 4
+    assert caplog.text.count("4 of 4 boxes lie outside their image and are missed: [400") == 1
 
 
 def test_mask_that_cannot_be_decoded_is_named():

@@ -241,9 +241,9 @@ def test_what_cannot_be_learned_is_left_out_and_counted(caplog):
     assert annotation["area"] == (WIDTH - 8) * 12
     for said in (
         "'set.json': 1 objects of other classes are left out: cat",
-        "'set.json': 1 boxes have no area",
-        "'set.json': 1 boxes lie outside",
-        "'set.json': 1 boxes reach beyond",
+        "'set.json': 1 of 3 boxes have no area",
+        "'set.json': 1 of 3 boxes lie outside",
+        "'set.json': 1 of 3 boxes reach beyond",
     ):
         assert said in caplog.text
 
