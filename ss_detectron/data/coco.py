@@ -120,8 +120,12 @@ def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> 
 
 
 def _stem(name: str) -> str:
-    """A file's name without folders of any system, extension, case, %20 and Label Studio's mark."""
-    return re.sub("^[0-9a-f]{8}-", "", PureWindowsPath(unquote(name)).stem.lower())
+    """A file's name without folders of any system, extension, case, %20 and a service's marks.
+
+    Label Studio's is 1a2b3c4d-x.jpg, Roboflow's x_jpg.rf.1a2b3c.jpg.
+    """
+    stem = PureWindowsPath(unquote(name)).stem.lower()
+    return re.sub(r"^[0-9a-f]{8}-|_[a-z0-9]+\.rf\.[0-9a-z]+$", "", stem)
 
 
 def _note_unused_classes(where: str, content: dict[str, list[dict]]) -> None:

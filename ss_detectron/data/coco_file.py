@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,11 @@ def _read(file: str) -> Any:
         encoded = stream.read()
     try:
         content = json.loads(encoded)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{file}' is not valid JSON: it is not in UTF-8 ({error}). It may be in Latin-1 or "
+            "cp1252: save it in UTF-8."
+        ) from error
     except ValueError as error:
         raise ValueError(f"'{file}' is not valid JSON: {error}") from error
     repairs = repair(content)
@@ -177,14 +182,18 @@ def _tell_apart(categories: list[dict], used: list[Any]) -> list[str]:
         if isinstance(name := category.get("name"), str):
             named.setdefault(name, []).append(category)
     repairs = []
+    taken = set(named)
     for name, same in named.items():
-        for number, category in enumerate(same[1:], start=2):
-            category["name"] = f"{name} ({number})"
+        for category in same[1:]:
+            free = (f"{name} ({number})" for number in count(2))
+            category["name"] = next(new for new in free if new not in taken)
+            taken.add(category["name"])
         if len(same) > 1:
             found = [f"id {c.get('id')!r} of {used.count(c.get('id'))} objects" for c in same]
+            now = ", ".join(f"'{category['name']}'" for category in same)
             repairs.append(
-                f"{len(same)} categories are called {name!r} ({', '.join(found)}), now '{name}', "
-                f"'{name} (2)' and so on: if they are one class, make them one category"
+                f"{len(same)} categories are called {name!r} ({', '.join(found)}), now {now}: if "
+                "they are one class, make them one category"
             )
     return repairs
 

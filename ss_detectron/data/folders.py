@@ -21,8 +21,9 @@ from .catalog import datasets_root, new_entries, where_to_put
 # Of the formats that Pillow reads, those of pictures; HEIF where a plug-in of one's own reads it.
 FORMATS = {"AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA"}
 FORMATS |= {"TIFF", "WEBP"}
-# What macOS, Jupyter and storage devices put between one's files.
-HIDDEN = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir)(/|$))")
+# What macOS, Jupyter, Windows and storage devices put between one's files.
+_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+HIDDEN = re.compile(rf"(^|/)(\.|({'|'.join(map(re.escape, _FOLDERS))})(/|$))")
 
 
 @cache

@@ -59,7 +59,15 @@ class DetectionEvaluator(COCOEvaluator):
                     "'%s': %d of %d images could not be evaluated: their objects count as missed."
                 )
                 logger.warning(lost, self._name, images - evaluated, images)
-            if evaluated and not found:
+            annotations = self._coco_api.dataset.get("annotations")
+            if annotations is not None and all(a["iscrowd"] for a in annotations):
+                logger.warning(
+                    "'%s': AP is nan: of its %d annotations, none is of a single object (iscrowd "
+                    "0), which alone count.",
+                    self._name,
+                    len(annotations),
+                )
+            elif evaluated and not found:
                 logger.warning(
                     "'%s': the model finds nothing in %d images, and AP is nan: no score is above "
                     "SCORE_THRESH_TEST of MODEL.RETINANET or MODEL.ROI_HEADS. Scores begin near 0, "

@@ -33,7 +33,7 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 from ss_detectron.data.boxes import check_plausible, without_unusable_boxes
-from ss_detectron.data.coco_file import read_coco_file
+from ss_detectron.data.coco_file import read_coco_file, repair
 from ss_detectron.engine import Trainer
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "bad_data.md"
@@ -345,7 +345,11 @@ FULL = compressed(box_mask(BOXES[1][0]))
 
 DETECTION_ANNOTATIONS = [
     stops("truncated annotation file", lambda _: b'{"images": [', "not valid JSON"),
-    stops("annotation file not in UTF-8", lambda _: b'{"a": "\xe9"}', "not valid JSON"),
+    stops(
+        "annotation file not in UTF-8",
+        lambda _: b'{"a": "\xe9"}',
+        "not valid JSON: it is not in UTF-8.*Latin-1",
+    ),
     repaired("byte-order mark", in_encoding("utf-8-sig"), "its encoding is utf-8-sig"),
     repaired("annotation file in UTF-16", in_encoding("utf-16"), "its encoding is utf-16"),
     stops("JSON of another form", lambda _: b"[]", FORM),
@@ -591,8 +595,9 @@ OTHER_ENDINGS = [".gif", ".avif", ".jp2", ".jfif"]
 
 
 def of_macos(folder: Path) -> None:
-    """Its archives, and what Jupyter leaves where it shows a picture."""
-    for name in ("__MACOSX/cat/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "cat/._0.jpg"):
+    """Its archives, what Jupyter leaves where it shows a picture, and Windows on a drive."""
+    hidden = "__MACOSX/cat/._0.jpg .ipynb_checkpoints/0-checkpoint.jpg cat/._0.jpg"
+    for name in [*hidden.split(), "$RECYCLE.BIN/0.jpg", "System Volume Information/0.jpg"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\0\5\x16\7")
 
@@ -634,7 +639,7 @@ CLASSIFICATION = [
     left_out(
         "hidden files and folders, __MACOSX",
         of_macos,
-        "3 files or folders are not used, .*hidden.*(__MACOSX|.ipynb_checkpoints), cat/._0.jpg",
+        "5 files or folders are not used, .*hidden",
     ),
     left_out(
         "image outside the class folders",
@@ -812,6 +817,15 @@ def test_boxes_of_both_kinds_and_none():
     assert [len(image["annotations"]) for image in found] == [1, 1, 0, 1, 1, 0]
     assert found[1]["annotations"] == [{"bbox": (5, 5, 4, 9), "bbox_mode": 1}]
     assert without_unusable_boxes(found, "here") == found
+
+
+def test_categories_are_told_apart_by_names_that_are_free():
+    names = ["a", "a", "a (2)", "a", "a (2)"]
+    content = {"categories": [{"id": i, "name": name} for i, name in enumerate(names)]}
+    first, second = repair(content)
+    found = [category["name"] for category in content["categories"]]
+    assert found == ["a", "a (3)", "a (2)", "a (4)", "a (2) (2)"]
+    assert "now 'a', 'a (3)', 'a (4)'" in first and "now 'a (2)', 'a (2) (2)'" in second
 
 
 CORNERS = [[30, 20, 60, 46]] * 8

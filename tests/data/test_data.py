@@ -172,6 +172,7 @@ def test_classes_without_objects_are_named(caplog):
         ("images/1.jpg", "1.jpg"),
         ("..\\upload\\1.jpg", "1.jpg"),
         ("images/1a2b3c4d-1.jpg", "1.jpg"),
+        ("1_jpg.rf.0a1b2c3d4e5f.jpg", "1.jpg"),
         ("/data/local-files/?d=set%201/1.JPG", "1.jpg"),
         ("1.jpg", "below/1.jpg"),
         ("1.jpg", "1.JPEG"),

@@ -1,4 +1,6 @@
+import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,8 @@ GREY = Image.fromarray(RAMP.astype(np.uint8))
 PALETTE = GREY.convert("P")
 PALETTE.putpalette(COLOURS.tobytes())
 SIXTEEN = RAMP.astype(np.uint16) * 256
+HOT = RAMP.astype(np.uint16) << 2
+HOT[3, 5] = 65535
 
 
 def with_alpha(mode):
@@ -80,6 +84,8 @@ def with_alpha(mode):
             {},
         ),
         ("a.png a.tif a.pgm", Image.fromarray(RAMP.astype(np.uint16)), RAMP, {}),
+        ("a.png a.tif a.pgm", Image.fromarray(RAMP.astype(np.uint16) << 6), RAMP, {}),  # 14 bits
+        ("a.png a.tif", Image.fromarray(HOT), np.where(HOT == 65535, 255, RAMP), {}),
         ("a.png a.tif a.pgm", Image.fromarray(SIXTEEN + np.uint16(255)), RAMP, {}),
         ("a.tif", Image.frombytes("I;16B", (16, 16), SIXTEEN.astype(">u2").tobytes()), RAMP, {}),
         ("a.png", with_alpha("RGBA"), COLOURS, {}),
@@ -94,6 +100,15 @@ def test_files_are_read_as_8_bit_rgb(tmp_path, names, image, expected, options):
     for name in names.split():
         found = read(tmp_path / name, image, **options)
         assert (found == expected.reshape(16, 16, -1)).all()
+
+
+def test_the_bits_that_are_assumed_are_said_once_each(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())  # others have said them
+    with caplog.at_level("INFO", "ss_detectron"):
+        for bits in (10, 14, 14, 16):
+            read(tmp_path / "a.png", Image.fromarray(RAMP.astype(np.uint16) << bits - 8))
+    said = [re.search(r"taken as of (\d+) bits", r.getMessage()) for r in caplog.records]
+    assert [found[1] for found in said] == ["10", "14", "16"]
 
 
 def test_cmyk_gives_the_colours_it_stands_for(tmp_path):

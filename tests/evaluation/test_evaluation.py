@@ -120,17 +120,31 @@ def test_what_does_not_fit_the_data_set_is_refused():
         evaluate([0], torch.ones(1, 4))
 
 
-@pytest.mark.parametrize("boxes", [[], [[4.0, 8.0, 24.0, 18.0]]])
-def test_why_a_detector_finds_nothing_is_said(boxes, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("boxes", "spoil", "message"),
+    [
+        ([[4.0, 8.0, 24.0, 18.0]], lambda c: None, ""),
+        ([], lambda c: None, "the model finds nothing in 4 images"),
+        (
+            [[4.0, 8.0, 24.0, 18.0]],
+            lambda c: [a.update(iscrowd=1) for a in c["annotations"]],
+            "AP is nan: of its 4 annotations, none is of a single object",
+        ),
+        ([[4.0, 8.0, 24.0, 18.0]], lambda c: c["annotations"].clear(), "of its 0 annotations"),
+    ],
+)
+def test_why_ap_is_nan_is_said(boxes, spoil, message, tmp_path, monkeypatch, caplog):
     with datasets_folder(tmp_path, monkeypatch):
-        write_coco()
+        write_coco(spoil)
         register_coco_from_config(coco_config())
         evaluator = DetectionEvaluator("own_sky", ("bbox",), False, output_dir=str(tmp_path))
         evaluator.reset()
         for record in DatasetCatalog.get("own_sky"):
             evaluator.process([record], [detections(record, boxes, [0] * len(boxes))])
         nothing = math.isnan(evaluator.evaluate()["bbox"]["AP"])
-    assert nothing == (not boxes) == ("the model finds nothing in 4 images" in caplog.text)
+    assert nothing == bool(message)
+    said = [r.getMessage() for r in caplog.records if r.name == "ss_detectron.evaluation.coco"]
+    assert [message in text for text in said] == [True] * nothing
 
 
 def evaluate_share(rank: int, folder: str, size: int) -> None:
