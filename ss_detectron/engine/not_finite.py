@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_detectron.alignment import weight_alignment
+from ss_detectron.layers import AsymmetricLayer
 from ss_detectron.learners import Learner
 from ss_detectron.utils.text import abbreviate
 
@@ -71,6 +72,7 @@ class ForwardState:
     """
     Keep what a forward pass in training changes in a learner and its model: their buffers, such as
     the statistics of batch norm, but for feedback; and the loss normalisers of dense detectors.
+    What layers took in, for a feedback rule to learn from, is forgotten.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -89,6 +91,9 @@ class ForwardState:
         for name, value in self._buffers.items():
             buffers[name].copy_(value)
         set_loss_normalizers(self._learner, self._normalizers)
+        for module in self._learner.modules():
+            if isinstance(module, AsymmetricLayer):
+                module.forget_inputs()
 
 
 def describe_step(

@@ -139,7 +139,7 @@ class AsymmetricLayer(nn.Module):
         # traced model (torchvision's create_feature_extractor) keeps the layer and its rule.
         self.__module__ = "torch.nn"
         if rule.needs_inputs:
-            self._keeps_inputs = self.register_forward_pre_hook(_keep_input)
+            self._keeps_inputs = self.register_forward_pre_hook(_keep_input, with_kwargs=True)
             self.__dict__[_INPUTS] = []
         if rule.counts_updates:
             # No buffer: it must stay on the CPU, where reading it makes no GPU wait.
@@ -190,15 +190,24 @@ class AsymmetricLayer(nn.Module):
             return
         self.feedback_updates += 1
         if self.rule.state_name is not None:
-            kept = self.__dict__.get(_INPUTS, [])
-            inputs = kept.copy()
-            kept.clear()
-            if inputs or not self.rule.needs_inputs:
-                updates, state = int(self.feedback_updates), cast(Tensor, self.feedback_state)
-                self.rule.update(self, gather(self.weight.detach()), state, updates, inputs)
+            inputs = self.__dict__.get(_INPUTS, []).copy()
+            self.forget_inputs()
+            updates, state = int(self.feedback_updates), cast(Tensor, self.feedback_state)
+            self.rule.update(self, gather(self.weight.detach()), state, updates, inputs)
+
+    def forget_inputs(self) -> None:
+        """Let go of what the layer took in, which its rule is then not told of."""
+        self.__dict__.get(_INPUTS, []).clear()
+
+    def __getstate__(self) -> Any:
+        state = getattr(super(), "__getstate__", self.__dict__.copy)()
+        # Whole batches, which belong to no copy and no file.
+        return {**state, _INPUTS: []} if _INPUTS in state else state
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return a view of a tensor of the weight's shape as (..., outputs, inputs)."""
+        """
+        Return a tensor of the weight's shape as (..., outputs, inputs): a view of a contiguous one.
+        """
         return weight.flatten(1)
 
     linear_map: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -208,7 +217,7 @@ class AsymmetricLayer(nn.Module):
     @torch.no_grad()
     def reset_feedback(self) -> None:
         """Derive the state again from the weight as it is; what is drawn stays the same draw."""
-        self.__dict__.get(_INPUTS, []).clear()
+        self.forget_inputs()
         state = self.feedback_state
         if state is not None:
             made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
@@ -248,7 +257,7 @@ class AsymmetricLayer(nn.Module):
         if rule.counts_updates:
             self._backward_passes += 1
             if self._backward_passes == _PATIENCE and not self.feedback_updates:
-                _warn_of_no_updates(rule.name)
+                _warn_of_no_updates(rule.name, f"{_PATIENCE} backward passes")
         if rule.state_is_count:
             return rule.feedback(weight, int(self.feedback_updates), fans)
         state = state if rule is forward_rule else self.feedback_state
@@ -265,12 +274,11 @@ class AsymmetricLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         _, _, missing_keys, unexpected_keys, _ = args
         brings_weight = all(prefix + name in state_dict for name in self.weight_names(self))
-        if self.rule.counts_updates:
-            updates = prefix + _UPDATES
-            if updates in unexpected_keys:
-                unexpected_keys.remove(updates)
-            if updates in state_dict or brings_weight:
-                self.feedback_updates.fill_(int(state_dict.get(updates, 0)))
+        updates = prefix + _UPDATES
+        if updates in unexpected_keys:  # of a rule that counts them, whether this one does or not
+            unexpected_keys.remove(updates)
+        if self.rule.counts_updates and (updates in state_dict or brings_weight):
+            self.feedback_updates.fill_(int(state_dict.get(updates, 0)))
         if self.rule.state_name is None:
             return
         key = prefix + self.rule.state_name
@@ -302,22 +310,25 @@ class AsymmetricLayer(nn.Module):
     __prepare_scriptable__ = _refuse_by_type
 
 
-def _keep_input(layer: AsymmetricLayer, args: tuple[Any, ...]) -> None:
+def _keep_input(layer: AsymmetricLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if layer.training and torch.is_grad_enabled() and not is_recording():
         kept = layer.__dict__[_INPUTS]
-        kept.append(args[0].detach())
+        kept.append((args[0] if args else kwargs["input"]).detach())
         if len(kept) > _MOST_INPUTS:
             kept.pop(0)
+            if not torch.compiler.is_compiling() and not layer.feedback_updates:
+                passes = f"{len(kept)} forward passes, whose inputs are kept for one,"
+                _warn_of_no_updates(layer.rule.name, passes)
 
 
 @functools.cache
-def _warn_of_no_updates(rule: str) -> None:
+def _warn_of_no_updates(rule: str, passes: str) -> None:
     logger.warning(
-        "%s makes nothing new: no update was noted in %d backward passes of a layer. Call "
+        "%s makes nothing new: no update was noted in %s of a layer. Call "
         "ss_detectron.advance_feedback(model), or a learner's step(), after every step of the "
         "optimiser.",
         rule,
-        _PATIENCE,
+        passes,
     )
 
 

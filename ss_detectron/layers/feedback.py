@@ -405,7 +405,8 @@ class WeightMirror(FeedbackAlignment):
     B starts random and grows along W: after each update of W, noise x ~ N(0, 1) goes into the
     layer, and B moves to the mean of y x^T over the noise by a share of ``rate``, where y = W x
     without bias and nonlinearity (Akrout et al. 2019, Algorithm 1, whose learning rate and decay
-    are one here, so that B becomes W and not a multiple of it). The mean of y x^T is W.
+    are one here, so that B becomes ``gain`` W). The mean of y x^T is W. ``scale`` says how large
+    the random start is.
 
     A subclass may have another ``rate`` and number of ``samples``. B follows W at a distance of
     1 / rate updates, and misses it by a noise of sqrt(rate * fan_in / (2 samples)) of its norm.
@@ -427,7 +428,10 @@ class WeightMirror(FeedbackAlignment):
         generator.manual_seed(seed_of(f"{self.seed}/{self.layer_name}/mirror/{updates}"))
         shape = (matrix.shape[-1], self.samples)
         noise = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
-        layer.as_matrix(state).lerp_(matrix @ noise @ noise.t() / self.samples, self.rate)
+        mirrored = matrix @ noise @ noise.t() * (self.gain / self.samples)
+        contiguous = state.contiguous()  # of which a matrix is a view
+        layer.as_matrix(contiguous).lerp_(mirrored, self.rate)
+        state.copy_(contiguous)
 
 
 @FEEDBACK_REGISTRY.register()
@@ -443,6 +447,11 @@ class InformationAlignment(FeedbackAlignment):
     a linear layer whose inputs have the second moment S,
 
         B^T = alpha S W^T (beta I + gamma W S W^T)^-1
+
+    ``gain`` multiplies alpha, and so the minimum; ``scale`` says how large the random start is.
+    A step is rate / (1 + rate c) times the slope, where c is the function's curvature along it: so
+    B comes no farther from the minimum, however wide the layer and correlated its inputs. Inputs
+    without elements count for nothing, and a step that is not finite is not made.
     """
 
     name = "information_alignment"
@@ -459,27 +468,51 @@ class InformationAlignment(FeedbackAlignment):
     def update(
         self, layer: Any, weight: Tensor, state: Tensor, updates: int, inputs: list[Tensor]
     ) -> None:
-        inputs = [x.to(weight.dtype) for x in inputs]
-        # The first two terms, and by how much the scale of x multiplies them.
-        slope = torch.stack([self._slope(layer, weight, state, x) for x in inputs]).mean(0)
-        square = torch.stack([x.square().mean() for x in inputs]).mean()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for part in (slope, square):
-                torch.distributed.all_reduce(part)  # the same factor in both
-        slope /= square.clamp(min=torch.finfo(square.dtype).tiny)
-        state.sub_(slope + self.beta * state, alpha=self.rate)
+        wide = _wide(weight.dtype)
+        weight, feedback = weight.to(wide), state.to(wide)
+        inputs = [x.to(wide) for x in inputs if x.numel()]
+        # Of the first two terms, and by how much the scale of x multiplies them. Every process has
+        # to take part in the sums, whatever its inputs, and in the same memory format.
+        slope = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        square, curvature = slope.new_zeros(2)
+        for x in inputs:
+            slope += self._slope(layer, weight, feedback, x)
+            square += x.square().mean()
+        _sum_over_processes(slope)
+        _sum_over_processes(square)
+        slope = slope / square + self.beta * feedback
+        direction = slope / torch.linalg.vector_norm(slope)
+        for x in inputs:
+            down, places = self._send_back(layer, weight, direction, x)
+            curvature += self.gamma * down.square().sum() / places
+        _sum_over_processes(curvature)
+        step = slope * (self.rate / (1 + self.rate * (self.beta + curvature / square)))
+        state.sub_(torch.where(step.isfinite().all(), step, 0))
 
-    def _slope(self, layer: Any, weight: Tensor, state: Tensor, x: Tensor) -> Tensor:
-        """Of the two terms, by B. The layer's own operation gives B x, and its slope B^T y."""
+    def _slope(self, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor) -> Tensor:
+        """Of the first two terms, by B."""
         with torch.enable_grad():
-            x, feedback = x.requires_grad_(), state.detach().requires_grad_()
-            y = layer.linear_map(x.detach(), weight.detach())
-            back = layer.linear_map(x, feedback)
-            (down,) = torch.autograd.grad(back, x, y, create_graph=True)
-            energy = self.gamma / 2 * down.square().sum() - self.alpha * (back * y).sum()
-
+            feedback = feedback.detach().requires_grad_()
+            down, places = self._send_back(layer, weight, feedback, x)
+            # tr(x^T B^T y) is the product of x and B^T y.
+            energy = ((self.gamma / 2 * down - self.alpha * self.gain * x) * down).sum()
             (slope,) = torch.autograd.grad(energy, feedback)
-        matrix = layer.as_matrix(weight)
-        places = y.numel() * matrix.shape[-1] / matrix.numel()  # and samples
         mean: Tensor = slope / places
         return mean
+
+    def _send_back(
+        self, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor
+    ) -> tuple[Tensor, float]:
+        """Return B^T y, which the layer's own operation has as its slope, and over how many samples
+        and places products with y go."""
+        y = layer.linear_map(x, weight).detach()
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (down,) = torch.autograd.grad(layer.linear_map(x, feedback), x, y, create_graph=True)
+        matrix = layer.as_matrix(weight)
+        return down, y.numel() * matrix.shape[-1] / matrix.numel()
+
+
+def _sum_over_processes(tensor: Tensor) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from core_utils import assert_same
 from torch import nn
 
 from ss_detectron import advance_feedback, convert_feedback, feedback_report, weight_alignment
+from ss_detectron.layers import asymmetric
 from ss_detectron.layers.feedback import InformationAlignment, WeightMirror
 from ss_detectron.learners import Backpropagation
 
@@ -29,20 +31,22 @@ class Fast(WeightMirror):
     rate, samples = 0.01, 2000
 
 
-def _layer(kind, rule):
+def _layer(kind, rule, **options):
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
-    layer = convert_feedback(make().double(), rule)
+    layer = convert_feedback(make().double(), rule, **options)
     return layer, torch.randn(shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_weight_mirror_becomes_the_weight(kind):
-    layer, _ = _layer(kind, Fast)
+def test_a_weight_mirror_becomes_gain_times_the_weight(kind):
+    layer, x = _layer(kind, Fast, gain=0.5)
+    if x.dim() == 4:
+        layer.to(memory_format=torch.channels_last)
     for _ in range(600):
         advance_feedback(layer)
     assert weight_alignment(layer)[""].angle < 5
-    torch.testing.assert_close(layer.feedback_weight, layer.weight, rtol=0, atol=0.05)
+    torch.testing.assert_close(layer.feedback_weight, 0.5 * layer.weight, rtol=0, atol=0.05)
     assert not layer.feedback_weight.requires_grad
 
 
@@ -55,29 +59,56 @@ def test_weight_mirrors_of_a_linear_network_come_within_five_degrees():
     assert all(found.angle < 5 for found in weight_alignment(model).values())
 
 
-def _information(layer, x):
-    """Its function of B, by hand, and B's slope by autograd."""
+def _information(layer, x, b):
+    """The slope of its function of B, by hand and by autograd."""
     rule, x = layer.rule, x / x.square().mean().sqrt()
-    b = layer.feedback_weight.detach().requires_grad_()
+    b = b.detach().requires_grad_()
     x = x.requires_grad_()
     y, back = layer.linear_map(x, layer.weight.detach()).detach(), layer.linear_map(x, b)
     (down,) = torch.autograd.grad(back, x, y, create_graph=True)
     outputs = layer.as_matrix(layer.weight).shape[-2]
-    energy = -rule.alpha * (back * y).sum() + rule.gamma / 2 * down.square().sum()
+    energy = -rule.alpha * rule.gain * (back * y).sum() + rule.gamma / 2 * down.square().sum()
     energy = energy * outputs / y.numel() + rule.beta / 2 * b.square().sum()
     return torch.autograd.grad(energy, b)[0]
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_information_alignment_descends_its_function(kind):
-    layer, x = _layer(kind, InformationAlignment)
-    slope, before = _information(layer, x), layer.feedback_weight.clone()
+    layer, x = _layer(kind, InformationAlignment, gain=0.5)
+    before = layer.feedback_weight.clone()
+    slope = _information(layer, x, before)
+    curvature = (_information(layer, x, before + slope) - slope).flatten() @ slope.flatten()
+    curvature /= slope.square().sum()
     layer(x)
+    layer(x[:0])  # counts for nothing
     advance_feedback(layer)
-    expected = before - InformationAlignment.rate * slope
+    rate = InformationAlignment.rate
+    expected = before - rate / (1 + rate * curvature) * slope
     torch.testing.assert_close(layer.feedback_weight, expected, rtol=0, atol=1e-12)
     advance_feedback(layer)  # without a forward pass before it
+    layer(x[:0])
+    advance_feedback(layer)
+    layer(input=math.inf * x)
+    advance_feedback(layer)
     torch.testing.assert_close(layer.feedback_weight, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(512, 512), (8, 512)),
+        (lambda: nn.Conv2d(32, 32, 3, padding=2, padding_mode="replicate"), (2, 32, 6, 6)),
+    ],
+)
+def test_information_alignment_never_gets_out_of_hand(make, shape):
+    torch.manual_seed(0)
+    layer = make()
+    nn.init.normal_(layer.weight)  # a step of rate times the slope would be too large
+    convert_feedback(layer, "ia")
+    for _ in range(20):
+        layer(torch.randn(shape).relu())
+        advance_feedback(layer)
+    assert weight_alignment(layer)[""].norm_ratio < 1
 
 
 @pytest.mark.parametrize(("beta", "gamma"), [(1.0, 0.1), (0.1, 1.0)])
@@ -129,6 +160,32 @@ def test_updates_follow_from_seed_and_number_and_are_resumed(rule):
     assert_same(second.model.state_dict(), learner.model.state_dict())
     assert int(second.model.state_dict()["0.feedback_updates"]) == 4
     assert all("feedback" not in n for n, _ in learner.model.named_parameters())
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp"])
+def test_another_rule_takes_what_a_mirror_has_learned(rule):
+    mirror = convert_feedback(nn.Linear(3, 3), "wm")
+    advance_feedback(mirror)
+    other = convert_feedback(nn.Linear(3, 3), rule)
+    other.load_state_dict(mirror.state_dict())
+    assert_same(other.feedback_weight.detach(), mirror.feedback_weight)
+
+
+def test_inputs_are_kept_for_a_while_and_are_in_no_copy(caplog):
+    asymmetric._warn_of_no_updates.cache_clear()
+    layer = convert_feedback(nn.Linear(3, 3), "ia")
+    for _ in range(18):
+        layer(torch.ones(2, 3))
+    assert len(vars(layer)["_feedback_inputs"]) == 16
+    (warning,) = caplog.messages
+    assert "no update was noted in 16 forward passes" in warning
+    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert vars(made)["_feedback_inputs"] == []
+        made(torch.ones(2, 3))
+        assert len(vars(made)["_feedback_inputs"]) == 1
+        convert_feedback(made, "bp")
+        assert not made._forward_pre_hooks
+    assert len(vars(layer)["_feedback_inputs"]) == 16
 
 
 def test_going_back_leaves_no_hook_and_attention_is_told_to_have_no_linear_map():
