@@ -27,16 +27,17 @@ def main(words: list[str] | None = None) -> None:
             sources = [read_voc(source, zero_based=args.zero_based) for source in args.source]
         else:
             sources = [read_yolo(source) for source in args.source]
-        entries, classes = convert(sources, args.output, args.classes)
+        found = dict.fromkeys(name for source in sources for name in source.classes)
+        classes = args.classes or (sorted(found) if args.format == "voc" else list(found))
+        entries = convert(sources, args.output, classes)
     print(f'The keys: DATASETS.COCO_INSTANCES "{entries}"')
     print(f"          MODEL.RETINANET.NUM_CLASSES {len(classes)}")
 
 
 def convert(
-    sources: list[AnnotatedImages], output: Path, classes: list[str] | None
-) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Writes a file for each split; returns entries of DATASETS.COCO_INSTANCES, and the classes."""
-    classes = classes or list(dict.fromkeys(name for source in sources for name in source.classes))
+    sources: list[AnnotatedImages], output: Path, classes: list[str]
+) -> list[tuple[str, str, str]]:
+    """Writes a file for each split, or none; returns entries of DATASETS.COCO_INSTANCES."""
     splits = [(name, source) for source in sources for name in source.splits]
     if twice := [name for name, count in Counter(name for name, _ in splits).items() if count > 1]:
         raise ValueError(f"several splits are called {', '.join(twice)}: convert them one by one")
@@ -47,12 +48,17 @@ def convert(
         if not source.splits[name]:
             print(f"{name} has no images: no file is written")
             continue
-        content = write_coco(source.splits[name], classes, file)
+        try:
+            content = write_coco(source.splits[name], classes, file)
+        except BaseException:
+            for _, written, _ in entries:
+                Path(written).unlink()
+            raise
         report(file, content)
         entries.append((f"{output.resolve().name}_{name}", str(file), str(source.image_root)))
     if not entries:
         raise ValueError("there is nothing to write: no image has annotations")
-    return entries, classes
+    return entries
 
 
 def report(file: Path, content: dict) -> None:

@@ -76,7 +76,7 @@ def read_voc(folder: str | Path, *, zero_based: bool = False) -> AnnotatedImages
     files = {name[:-4]: xml_root / name for name in _files(xml_root, _is_xml)}
     if not files:
         raise FileNotFoundError(f"there are no XML files in '{xml_root}'")
-    lists = _voc_lists(root)
+    lists = _voc_lists(root, {*images, *files})
     if not lists:
         _warn(root, "images without an XML file are left out", images, files)
         lists = {root.resolve().name: list(files)}
@@ -146,7 +146,23 @@ def read_yolo(source: str | Path) -> AnnotatedImages:
             record["annotations"] = [_yolo_object(li, classes, keypoints, size) for li in lines]
         except ValueError as error:
             raise ValueError(f"'{texts[name]}' is not of YOLO's form: {error}") from error
+    _check_fractions(source, records.values())
     return AnnotatedImages(root, classes, _chosen(records, splits))
+
+
+def _check_fractions(source: Path, records: Iterable[dict]) -> None:
+    boxes = [(record, a["bbox"]) for record in records for a in record["annotations"]]
+    far = [
+        f"{np.divide(box, 2 * [record['width'], record['height']]).round(3).tolist()} of "
+        f"{record['file_name']}"
+        for record, box in boxes
+        if box[2] > 2 * record["width"] or box[3] > 2 * record["height"]
+    ]
+    if len(far) > len(boxes) / 2:
+        raise ValueError(
+            f"'{source}': {len(far)} of {len(boxes)} boxes reach beyond twice their image's width "
+            f"or height ({abbreviate(far, 1)}): are they in pixels? YOLO's are fractions of these."
+        )
 
 
 def write_coco(images: Iterable[dict], classes: Sequence[str], file: str | Path) -> dict[str, Any]:
@@ -158,6 +174,7 @@ def write_coco(images: Iterable[dict], classes: Sequence[str], file: str | Path)
 
     Raises:
         FileExistsError: ``file`` is there already.
+        ValueError: the boxes are none in pixels, see :func:`.check_plausible`. No file is left.
     """
     if os.path.lexists(file):
         raise FileExistsError(f"'{file}' is there already: remove it or choose another folder")
@@ -188,7 +205,11 @@ def write_coco(images: Iterable[dict], classes: Sequence[str], file: str | Path)
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     Path(file).write_text(json.dumps(content), encoding="utf-8")
-    read_coco_file(str(file), annotated=False)
+    try:
+        read_coco_file(str(file), annotated=False)
+    except ValueError:
+        Path(file).unlink()
+        raise
     return content
 
 
@@ -209,10 +230,18 @@ def _is_xml(name: str) -> bool:
     return name.lower().endswith(".xml") and not HIDDEN.search(name)
 
 
+def _text(file: Path) -> str:
+    """The text of a file in UTF-8, or in the UTF-16 that some of Windows' programs write."""
+    encoded = file.read_bytes()
+    try:
+        return encoded.decode(json.detect_encoding(encoded))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is not in UTF-8: save it so ({error})") from error
+
+
 def _lines(file: Path) -> list[str]:
-    """The lines of a text file that are not empty, without a byte-order mark."""
-    lines = map(str.strip, file.read_text(encoding="utf-8-sig").splitlines())
-    return [line for line in lines if line]
+    """The lines of a text file that are not empty."""
+    return [line for line in map(str.strip, _text(file).splitlines()) if line]
 
 
 def _warn(where: Path | str, what: str, names: Iterable[str], known: Container[str] = ()) -> None:
@@ -242,11 +271,14 @@ def _chosen(records: dict[str, dict], splits: dict[str, list[str]]) -> dict[str,
     }
 
 
-def _voc_lists(root: Path) -> dict[str, list[str]]:
+def _voc_lists(root: Path, known: Container[str]) -> dict[str, list[str]]:
     """The splits' lists. Those of one class (cat_train.txt) say 1, -1 or 0 of each image."""
     lists = {file.stem: _lines(file) for file in sorted(root.glob("ImageSets/Main/*.txt"))}
-    of_class = re.compile(r".*\s(-1|0|1)").fullmatch
-    return {split: names for split, names in lists.items() if not all(map(of_class, names))}
+
+    def is_of_class(line: str) -> bool:  # and no image is called so
+        return line not in known and re.fullmatch(r".*\s(-1|0|1)", line) is not None
+
+    return {split: names for split, names in lists.items() if not all(map(is_of_class, names))}
 
 
 def _voc_object(node: ElementTree.Element) -> dict[str, Any]:
@@ -264,14 +296,20 @@ def _voc_object(node: ElementTree.Element) -> dict[str, Any]:
 
 def _read_data_yaml(file: Path) -> tuple[Path, list[str], dict[str, list[str]], int]:
     """Root, classes, folders or lists of images by split, and how many numbers keypoints are."""
+    text = _text(file)
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-        names = data["names"]
-        classes = [str(names[i]) for i in range(len(names))]  # a list, or a dict with numbers
+        data = yaml.safe_load(text)
+        names = yaml.load(text, yaml.BaseLoader)["names"]  # as written: on is not true
+        if isinstance(names, dict):
+            if {*names} != {*map(str, range(len(names)))}:
+                raise ValueError(f"they have the numbers {', '.join(names)}, not 0 and so on")
+            names = [names[str(i)] for i in range(len(names))]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"they are {names!r:.60}")
         keypoints, values = data.get("kpt_shape", (0, 0))
         path = data.get("path") or ""
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"'{file}' is no data.yaml with names of classes: {error!r}") from error
+        raise ValueError(f"'{file}' is no data.yaml with names of classes: {error}") from error
     root = next(folder for folder in (file.parent / path, file.parent) if folder.is_dir())
     splits = {}
     for split in ("train", "val", "test"):
@@ -283,7 +321,7 @@ def _read_data_yaml(file: Path) -> tuple[Path, list[str], dict[str, list[str]], 
         _warn(file, f"folders or lists of '{split}' are not there", entries, there)
         if there:
             splits[split] = there
-    return root, classes, splits, keypoints * values
+    return root, names, splits, keypoints * values
 
 
 def _yolo_images(root: Path, entries: list[str]) -> Iterator[str]:

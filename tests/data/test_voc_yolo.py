@@ -255,10 +255,77 @@ def test_folders_of_one_class_each_share_their_classes():
     main(["voc", "set/train", "set/valid", "--output", "coco"])
     contents = [json.loads(Path(f"coco/{split}.json").read_text()) for split in ("train", "valid")]
     names = [[c["name"] for c in content["categories"]] for content in contents]
-    assert names == [["dog", "cat"]] * 2
-    assert [content["annotations"][0]["category_id"] for content in contents] == [1, 2]
+    assert names == [["cat", "dog"]] * 2
+    assert [content["annotations"][0]["category_id"] for content in contents] == [2, 1]
     with pytest.raises(SystemExit, match="several splits are called train"):
         main(["voc", "set/train", "set/train", "--output", "other"])
+
+
+@pytest.mark.parametrize("names", ["[on, Off, 007, ~]", "{3: ~, 1: Off, 0: on, '2': 007}"])
+def test_names_in_yaml_are_as_written(names):
+    write("set/data.yaml", f"names: {names}\ntrain: .")
+    write("set/1.txt", "3 0.5 0.5 0.5 0.5")
+    draw("set/1.jpg")
+    assert read_yolo("set").classes == ["on", "Off", "007", "~"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("{1: a, 2: b}", "they have the numbers 1, 2, not 0 and so on"),
+        ("{0: {a: b}}", "they are"),
+        ("dog", "they are 'dog'"),
+    ],
+)
+def test_names_in_yaml_of_another_form(names, message):
+    write("set/data.yaml", f"names: {names}\ntrain: .")
+    with pytest.raises(ValueError, match=f"'set/data.yaml' is no data.yaml.*: {message}"):
+        read_yolo("set")
+
+
+def test_boxes_in_pixels_are_no_yolo_boxes():
+    write("set/classes.txt", "dog\n")
+    write("set/1.txt", "0 32 24 20 20\n0 10 10 5 5\n0 0.5 0.5 0.1 0.1")
+    draw("set/1.jpg")
+    with pytest.raises(SystemExit, match=r"2 of 3 boxes .*\[22.0, 14.0, 42.0, 34.0\] of 1.jpg"):
+        main(["yolo", "set", "--output", "coco"])
+    assert not list(Path().glob("coco/*"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig", "cp1252"])
+def test_text_in_other_encodings_is_read_or_named(encoding):
+    write("set/1.txt", "0 0.5 0.5 0.5 0.5")
+    draw("set/1.jpg")
+    Path("set/classes.txt").write_bytes("Käse\n".encode(encoding))
+    if encoding == "cp1252":
+        with pytest.raises(ValueError, match="'set/classes.txt' is not in UTF-8: save it so"):
+            read_yolo("set")
+    else:
+        assert read_yolo("set").classes == ["Käse"]
+
+
+def test_images_whose_names_end_like_lists_of_classes():
+    for i in (0, 1):
+        write(f"set/photo {i}.xml", voc(("dog", (1, 1, 9, 9))))
+        draw(f"set/photo {i}.jpg")
+        write(f"set/ImageSets/Main/split{i}.txt", f"photo {i}\n")
+        write(f"set/ImageSets/Main/dog_split{i}.txt", f"photo {i}  1\n")
+    found = read_voc("set").splits
+    assert list(found) == ["split0", "split1"]
+    assert [image["file_name"] for image in found["split1"]] == ["photo 1.jpg"]
+
+
+def test_a_refused_conversion_leaves_no_file():
+    for split, edge in (("train", 9), ("valid", 1)):  # in valid, all within a pixel
+        write(f"set/{split}/1.xml", voc(*[("dog", (1, 1, edge, edge))] * 5))
+        draw(f"set/{split}/1.jpg")
+    with pytest.raises(SystemExit, match="'coco/valid.json': 5 of 5 boxes lie within 0..1"):
+        main(["voc", "set/train", "set/valid", "--output", "coco"])
+    assert not list(Path("coco").iterdir())
+    Path("coco/valid.json").touch()
+    with pytest.raises(SystemExit, match="'coco/valid.json' is there already"):
+        main(["voc", "set/train", "set/valid", "--output", "coco"])
+    assert [file.name for file in Path("coco").iterdir()] == ["valid.json"]
 
 
 def test_a_folder_without_annotations_is_refused():
