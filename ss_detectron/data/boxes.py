@@ -21,8 +21,8 @@ def check_plausible(where: str, boxes: np.ndarray, sizes: np.ndarray) -> str | N
 
     They are fractions if nine of ten are within 0..1, and corners if all but one, and one in a
     hundred, fit into their images as these, and more than a quarter reach beyond by a tenth of its
-    size if they are not. They may be percent or thousandths if the farthest end just below 100 or
-    1000 in both directions, in larger images.
+    size if they are not. They may be percent or thousandths if the farthest end between 70 and 100
+    % of 100 or 1000 in both directions, in images of twice that area.
 
     Args:
         where: what they are of, for the error.
@@ -66,7 +66,8 @@ def check_plausible(where: str, boxes: np.ndarray, sizes: np.ndarray) -> str | N
         raise ValueError(f"{where}: {seen}")
     far = (first + second).max(0)
     for limit, unit in ((100, "percent"), (1000, "thousandths")):
-        if (far > 0.95 * limit).all() and (far <= limit).all() and (sizes > 1.05 * limit).all():
+        larger = (sizes > 1.05 * limit).all(1) & (sizes.prod(1) > 2 * limit**2)
+        if larger.all() and (far > 0.7 * limit).all() and (far <= limit).all():
             return (
                 f"all {len(boxes)} boxes end within 0..{limit}, the farthest at {_show(far)}, in "
                 f"images of {_show(sizes.min(0))} and more: are they {unit} of their image's width "
