@@ -179,10 +179,11 @@ class AlignmentHook(HookBase):
         loss = sum(losses.values()) if isinstance(losses, dict) else losses
         if comm.is_main_process():
             self._weights = weight_alignment(learner.model)
-            batch = args[0] if args else None
-            target = batch.get("label") if isinstance(batch, dict) else None
-            target = None if target is None else target.to(loss.device)
-            self._measured = learner.measure(loss, target)
+        batch = args[0] if args else None
+        target = batch.get("label") if isinstance(batch, dict) else None
+        target = None if target is None else target.to(loss.device)
+        # On every rank: a learner may pass forward once more, and norms may wait for all.
+        self._measured = learner.measure(loss, target)
         # A step may have several passes, whose gradients add up.
         for name, gradient in learner.reference_gradients(loss).items():
             self._reference[name] = self._reference.get(name, 0) + gradient

@@ -1,19 +1,23 @@
 """What the learners share that pass no error from one block of a network to the one below."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ss_detectron.alignment import backpropagation_gradients
+from ss_detectron.alignment import backpropagation_gradients, compiled_parts
 
 from .learner import Learner
 
-__all__ = ["BlockLearner", "BlockPass"]
+__all__ = ["BlockLearner", "BlockPass", "kept_buffers"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,8 +31,15 @@ class BlockPass:
     """The first argument of each block."""
     outputs: list[Tensor] = field(default_factory=list)
     """Of each block, with its graph; the last is the logits."""
+    same: list[bool | None] = field(default_factory=list)
+    """In a first pass, whether each input but the first is the output before it, reshaped at most;
+    None if it is of another size."""
+    top: Tensor = field(default_factory=Tensor)
+    """The last hidden block's output, cut off; a leaf that may require a gradient."""
     loss: Tensor = field(default_factory=Tensor)
     """The scalar that :meth:`BlockLearner.backward` was given; its graph is needed by all roots."""
+    error: Tensor = field(default_factory=Tensor)
+    """The gradient of the loss at the logits."""
     target: Tensor | None = None
     """The labels, if they were given."""
 
@@ -56,6 +67,9 @@ class BlockLearner(Learner):
             them, or a name is no module's.
     """
 
+    needs_top_gradient = False
+    """Whether :meth:`roots` asks for the gradient at what the last block takes in."""
+
     def __init__(self, model: nn.Module, blocks: Iterable[Any] | None = None) -> None:
         super().__init__(model)
         names = dict(model.named_modules())
@@ -68,6 +82,12 @@ class BlockLearner(Learner):
         self.block_names = tuple(known.get(block[0], "?") for block in self.blocks)
         self._check_blocks()
         self._trace: BlockPass | None = None
+        self._earlier: Tensor | None = None  # logits that no backward pass has come for
+        self._begun = False
+        self._in_place = [
+            any(getattr(m, "inplace", False) for top in block for m in top.modules())
+            for block in self.blocks
+        ]
 
     def _check_blocks(self) -> None:
         what = type(self.model).__name__
@@ -75,6 +95,17 @@ class BlockLearner(Learner):
             raise ValueError(
                 f"{type(self).__name__} needs two blocks or more, and {what} has "
                 f"{len(self.blocks)}: pass blocks=[...], modules of the model or their names"
+            )
+        if compiled := compiled_parts(self.model):
+            raise ValueError(
+                f"{type(self).__name__} cannot cut a compiled model into blocks, and "
+                f"{compiled[0] or what!r} is: give it one that is not"
+            )
+        *_, end = self.blocks[-1][-1].modules()
+        if isinstance(end, nn.Softmax | nn.LogSoftmax):
+            raise ValueError(
+                f"the last block of {what} ends in {type(end).__name__}, and {type(self).__name__} "
+                "starts at logits: leave it out, and take the cross entropy of the logits"
             )
         of: dict[nn.Module, str] = {}
         for name, block in zip(self.block_names, self.blocks, strict=True):
@@ -100,9 +131,11 @@ class BlockLearner(Learner):
         Return what the model returns. In training, keep what the blocks took in and gave for
         :meth:`backward`; in evaluation nothing is cut.
         """
-        self._trace = None
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
+        if self._trace is not None:
+            self._earlier = self._trace.outputs[-1]
+            self._trace = None
         trace = BlockPass(args, kwargs)
         with self._watch(trace):
             result = super().forward(*args, **kwargs)
@@ -110,8 +143,20 @@ class BlockLearner(Learner):
             raise ValueError(
                 f"the forward pass did not run the block {self.block_names[len(trace.outputs)]!r}"
             )
+        if not self._begun:
+            self._begun = True
+            self._check_first_pass(trace)
         self._trace = trace
         return result
+
+    def _check_first_pass(self, done: BlockPass) -> None:
+        for (below, above), same in zip(pairwise(self.block_names), done.same, strict=True):
+            if same is False:
+                logger.warning(
+                    "Between the blocks %r and %r something is computed that is in neither, and "
+                    "%s does not pass the error through it.",
+                    *(below, above, type(self).__name__),
+                )
 
     def backward(self, loss: Tensor, target: Tensor | None = None) -> None:
         """
@@ -123,17 +168,35 @@ class BlockLearner(Learner):
             target: the labels, (N,), for learners that need them.
 
         Raises:
-            RuntimeError: there was no forward pass of the learner in training before it.
+            RuntimeError: there was no forward pass of the learner in training before it, or the
+                loss is not of it alone.
         """
-        trace, self._trace = self._trace, None
-        if trace is None:
+        done = self._pass_of(loss, target)
+        earlier, self._trace, self._earlier = self._earlier, None, None
+        if earlier is not None and earlier.requires_grad:
+            (found,) = torch.autograd.grad(loss, earlier, retain_graph=True, allow_unused=True)
+            if found is not None:
+                raise RuntimeError(
+                    f"the loss is of several forward passes, and {type(self).__name__} passes back "
+                    "one at a time: call backward for each before the next"
+                )
+        with torch.autocast(loss.device.type, enabled=False):  # differences of targets are small
+            roots = [(tensor, g) for tensor, g in self.roots(done) if tensor.requires_grad]
+            torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
+
+    def _pass_of(self, loss: Tensor, target: Tensor | None) -> BlockPass:
+        if self._trace is None:
             raise RuntimeError(
                 f"{type(self).__name__}.backward needs a forward pass of the learner in training "
                 "before it: learner.train(); loss = loss_fn(learner(x), y)"
             )
-        trace.loss, trace.target = loss, target
-        roots = [(tensor, g) for tensor, g in self.roots(trace) if tensor.requires_grad]
-        torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
+        logits = self._trace.outputs[-1]
+        error = None
+        if loss.requires_grad and logits.requires_grad:
+            (error,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        if error is None:
+            raise RuntimeError("the loss does not come from the learner's last forward pass")
+        return replace(self._trace, loss=loss, target=target, error=error)
 
     def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
         """
@@ -151,20 +214,21 @@ class BlockLearner(Learner):
         Return backpropagation's gradients for the last batch, by a forward pass of its own, as the
         learner's is cut into blocks. Dropout is drawn anew in it.
         """
-        output = self._uncut(loss).outputs[-1]
-        (error,) = torch.autograd.grad(loss, self._last.outputs[-1], retain_graph=True)
-        return backpropagation_gradients(self.model, (output * error).sum())
+        done = self._pass_of(loss, None)
+        return backpropagation_gradients(
+            self.model, (self._uncut(done).outputs[-1] * done.error).sum()
+        )
 
     def measure(self, loss: Tensor, target: Tensor | None = None) -> dict[str, float]:
         """
         Return error_cosine/BLOCK of each hidden block: of the gradient that it learns from at its
         output (for target propagation, -d) with backpropagation's there.
         """
-        done = replace(self._last, loss=loss, target=target)
-        uncut = self._uncut(loss)
-        (error,) = torch.autograd.grad(loss, done.outputs[-1], retain_graph=True)
-        expected = torch.autograd.grad(uncut.outputs[-1], uncut.outputs[:-1], error)
-        got = {output: gradient for output, gradient in self.roots(done) if gradient is not None}
+        done = self._pass_of(loss, target)
+        uncut = self._uncut(done)
+        with torch.autocast(loss.device.type, enabled=False):
+            expected = torch.autograd.grad(uncut.outputs[-1], uncut.outputs[:-1], done.error)
+            got = {output: g for output, g in self.roots(done) if g is not None}
         return {
             f"error_cosine/{name}": _cosine(got[output], gradient)
             for name, output, gradient in zip(
@@ -173,25 +237,20 @@ class BlockLearner(Learner):
             if output in got
         }
 
-    @property
-    def _last(self) -> BlockPass:
-        if self._trace is None:
-            raise RuntimeError("there was no forward pass of the learner in training")
-        return self._trace
-
-    def _uncut(self, loss: Tensor) -> BlockPass:
-        """The last forward pass once more, but not cut."""
+    def _uncut(self, done: BlockPass) -> BlockPass:
+        """A forward pass once more, but not cut."""
         uncut = BlockPass()
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         with (
-            torch.random.fork_rng([loss.device] if loss.is_cuda else []),
+            kept_buffers(self.model),
+            torch.random.fork_rng([done.loss.device] if done.loss.is_cuda else []),
             self._watch(uncut, False),
         ):
-            self.model(*self._last.args, **self._last.kwargs)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            self.model(*done.args, **done.kwargs)
         return uncut
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A forward pass is neither copied nor saved.
+        return {**self.__dict__, "_trace": None, "_earlier": None}
 
     @contextmanager
     def _watch(self, trace: BlockPass, cut: bool = True) -> Iterator[None]:
@@ -214,7 +273,13 @@ class BlockLearner(Learner):
                 f"the blocks must run once each and in their order: {self.block_names[index]!r} "
                 f"ran after {len(trace.outputs)} of them"
             )
-        trace.inputs.append(args[0] if args else None)
+        taken = args[0] if args else None
+        if index and not self._begun:
+            given, same = trace.outputs[-1], None
+            if isinstance(taken, Tensor) and taken.numel() == given.numel():
+                same = torch.equal(taken.flatten(1), given.flatten(1))
+            trace.same.append(same)
+        trace.inputs.append(taken)
 
     def _leave(
         self, trace: BlockPass, index: int, cut: bool, module: nn.Module, args: Any, output: Any
@@ -224,8 +289,38 @@ class BlockLearner(Learner):
                 f"the block {self.block_names[index]!r} gives a {type(output).__name__}; "
                 f"{type(self).__name__} needs blocks that give one tensor"
             )
+        last = len(self.blocks) - 1
+        if not output.requires_grad and _learn(self.blocks[index]):
+            raise ValueError(
+                f"the block {self.block_names[index]!r} ran without gradients: activations are "
+                "checkpointed with use_reentrant=False, and nothing of it runs under no_grad"
+            )
         trace.outputs.append(output)
-        return output.detach() if cut and index < len(self.blocks) - 1 else output
+        if not cut or index == last:
+            return output
+        cut_off: Tensor = output.detach()
+        if index == last - 1 and (self.needs_top_gradient or not _learn(self.blocks[last])):
+            cut_off = trace.top = cut_off.requires_grad_()
+        # A copy where the next block may begin by changing it, and of a leaf, which would refuse.
+        copied = cut_off.requires_grad or self._in_place[index + 1]
+        return cut_off.clone() if copied else cut_off
+
+
+def _learn(block: Iterable[nn.Module]) -> bool:
+    return any(parameter.requires_grad for top in block for parameter in top.parameters())
+
+
+@contextmanager
+def kept_buffers(*modules: nn.Module) -> Iterator[None]:
+    """Have buffers that are changed within, such as batch norm's statistics, as before after it."""
+    before = [(b, b._version, b.clone()) for module in modules for b in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, value in before:
+                if buffer._version != version:  # others may be saved for a backward pass
+                    buffer.copy_(value)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ss_detectron.layers.feedback import Fans, FeedbackAlignment
@@ -82,7 +81,7 @@ class DirectFeedbackAlignment(BlockLearner):
                 f"direct feedback starts at logits of shape (N, classes); the block "
                 f"{self.block_names[-1]!r} gives {tuple(logits.shape)}"
             )
-        (error,) = torch.autograd.grad(done.loss, logits, retain_graph=True)
+        error = done.error
         roots: list[tuple[Tensor, Tensor | None]] = [(done.loss, None)]
         for index, h in enumerate(hidden):
             feedback = self.feedback(index, h, logits)

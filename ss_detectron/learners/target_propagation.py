@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ss_detectron.layers import LocallyConnected2d, LocallyConnectedTranspose2d
 from ss_detectron.layers.feedback import seed_of
 
-from .blocks import BlockLearner, BlockPass
+from .blocks import BlockLearner, BlockPass, kept_buffers
 from .learner import LEARNER_REGISTRY, feedback_seed
 
 __all__ = [
@@ -53,7 +53,11 @@ class Inverse(nn.Module):
         back: nn.Module
         if isinstance(layer, nn.Linear):
             back = nn.Linear(inputs or layer.out_features, layer.in_features, device="meta")
-        elif isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
+        elif (
+            isinstance(layer, nn.Conv2d)
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        ):
             back = nn.ConvTranspose2d(
                 layer.out_channels,
                 layer.in_channels,
@@ -75,7 +79,7 @@ class Inverse(nn.Module):
         else:
             nn.init.xavier_uniform_(back.weight, generator=generator)
             nn.init.zeros_(back.bias)  # type: ignore[arg-type]
-        self.layer = back
+        self.layer = back if layer.weight.is_meta else back.to(layer.weight.device)
         self.activation = nn.Identity() if activation is None else copy.deepcopy(activation)
 
     def forward(self, h: Tensor, like: Tensor) -> Tensor:
@@ -147,6 +151,7 @@ class DifferenceTargetPropagation(BlockLearner):
 
     top_inverse = False
     """Whether the last block has an inverse as well."""
+    needs_top_gradient = True
     denoising = False
     """Whether the inverses are to give h_(l-1) without the noise that the block met."""
 
@@ -173,9 +178,9 @@ class DifferenceTargetPropagation(BlockLearner):
         self.alpha, self.noise, self.seed = alpha, noise, seed
         self.schedule, self.period, self.inverse_lr = schedule, period, inverse_lr
         self._steps = self._passes = 0
-        self._chained = False
         # inverses[i] is of the block i + 1.
         count = len(self.blocks) - (1 if self.top_inverse else 2)
+        self._own_inverses = inverses is None
         if inverses is None:
             inverses = [self._make_inverse(i) for i in range(1, count + 1)]
         self.inverses = nn.ModuleList(inverses)
@@ -237,7 +242,8 @@ class DifferenceTargetPropagation(BlockLearner):
         return "model" if self._steps // self.period % 2 else "inverses"
 
     def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
-        self._check_chain(done)
+        if not self._passes & (self._passes - 1):  # now and then, for a GPU has to wait
+            _check_is_cross_entropy(done)
         count = len(done.outputs[-1])
         scale = _loss_scale(done)
         # Under autocast the activations are of another type.
@@ -272,7 +278,7 @@ class DifferenceTargetPropagation(BlockLearner):
     def top_step(self, done: BlockPass, h: list[Tensor], scale: Tensor) -> Tensor:
         """Return d_(L-1); see :meth:`target_steps`."""
         gradient: Tensor
-        (gradient,) = torch.autograd.grad(done.loss, done.inputs[-1], retain_graph=True)
+        (gradient,) = torch.autograd.grad(done.loss, done.top, retain_graph=True)
         return gradient.to(self._dtype).view_as(h[-1]) * (-self.alpha * len(gradient)) / scale
 
     def inverse_losses(self, done: BlockPass, h: list[Tensor]) -> list[Tensor]:
@@ -282,9 +288,10 @@ class DifferenceTargetPropagation(BlockLearner):
             below = h[index - 1]
             noisy = below + self.noise * self._draw(below, index)
             with torch.no_grad():
-                output = noisy.reshape(done.inputs[index].shape)
-                for module in self.blocks[index]:
-                    output = module(output)
+                with kept_buffers(*self.blocks[index]):
+                    output = noisy.clone().reshape(done.inputs[index].shape)
+                    for module in self.blocks[index]:
+                        output = module(output)
                 if index == len(self.blocks) - 1:
                     output = self.top_code(output.softmax(1), noisy)
             wanted = below if self.denoising else noisy
@@ -310,20 +317,30 @@ class DifferenceTargetPropagation(BlockLearner):
         generator.manual_seed(seed_of(f"{self.seed}/noise/{self._passes}/{index}"))
         shape = (world * len(like), *like.shape[1:])
         drawn = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-        return drawn[rank * len(like) :][: len(like)]
+        return drawn[rank::world]  # as samplers share out a batch
 
-    def _check_chain(self, done: BlockPass) -> None:
-        if self._chained:
-            return
-        names = self.block_names
-        for i, (taken, given) in enumerate(zip(done.inputs[1:], done.outputs, strict=False)):
-            same = isinstance(taken, Tensor) and taken.numel() == given.numel()
-            if not (same and torch.equal(taken.flatten(1), given.flatten(1))):
+    def _check_first_pass(self, done: BlockPass) -> None:
+        kind = type(self).__name__
+        for (below, above), same in zip(pairwise(self.block_names), done.same, strict=True):
+            if not same:
                 raise ValueError(
-                    f"{type(self).__name__} needs a chain of blocks, and {names[i + 1]!r} does not "
-                    f"take what {names[i]!r} gives"
+                    f"{kind} needs a chain of blocks, and {above!r} does not take what {below!r} "
+                    "gives"
                 )
-        self._chained = True
+        if not self._own_inverses or not self.inverses:
+            return
+        below = [done.inputs[0], *(h.detach() for h in done.outputs)]
+        for i, y in enumerate(done.outputs):
+            layer, functions = self._split(i)
+            x = below[i].reshape(done.inputs[i].shape)
+            expected = layer(x.flatten(1) if isinstance(layer, nn.Linear) else x)
+            for function in functions:
+                expected = function(expected)
+            if not torch.allclose(expected.reshape(y.shape), y, rtol=1e-2, atol=1e-3):
+                raise ValueError(
+                    f"no inverse follows from the block {self.block_names[i]!r}: its forward "
+                    "computes more than its layer and its nonlinearity; pass inverses=[...]"
+                )
 
     def _idle_roots(self) -> list[tuple[Tensor, Tensor]]:
         """
@@ -352,13 +369,13 @@ class DifferenceTargetPropagation(BlockLearner):
         inverse_loss/BLOCK.
         """
         found = super().measure(loss, target)
-        done = replace(self._last, loss=loss, target=target)
+        done = self._pass_of(loss, target)
         h = [output.detach().to(self._dtype) for output in done.outputs[:-1]]
-        steps = self.target_steps(done, h, _loss_scale(done))
+        with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
+            steps = self.target_steps(done, h, _loss_scale(done))
+            losses = self.inverse_losses(done, h)
         for name, d, output in zip(self.block_names, steps, h, strict=False):
             found[f"target_step/{name}"] = (d.norm() / output.norm()).item()
-        with torch.no_grad():
-            losses = self.inverse_losses(done, h)
         for name, value in zip(self.block_names[1:], losses, strict=False):
             found[f"inverse_loss/{name}"] = value.item()
         return found
@@ -381,14 +398,6 @@ class DifferenceTargetPropagation(BlockLearner):
         """Go on from there."""
         self._steps, self._passes = state.tolist()
 
-    def _leave(self, done: BlockPass, index: int, cut: bool, *call: Any) -> Tensor:
-        output = super()._leave(done, index, cut, *call)
-        # The top target of DTP is a step down the loss from what the last block takes in.
-        if cut and index == len(self.blocks) - 2 and not self.top_inverse:
-            # A view, for torch's counter of operations refuses leaves here.
-            output = output.requires_grad_().view_as(output)
-        return output
-
 
 @LEARNER_REGISTRY.register
 class SimplifiedTargetPropagation(DifferenceTargetPropagation):
@@ -408,6 +417,7 @@ class SimplifiedTargetPropagation(DifferenceTargetPropagation):
     name = "simplified_difference_target_propagation"
     short_name = "sdtp"
     top_inverse = True
+    needs_top_gradient = False
     denoising = True
 
     def __init__(
@@ -472,6 +482,8 @@ class AuxiliaryOutputTargetPropagation(SimplifiedTargetPropagation):
         generator = torch.Generator().manual_seed(seed_of(f"{self.seed}/auxiliary"))
         drawn = torch.empty(self.auxiliary_units, layer.in_features, dtype=layer.weight.dtype)
         nn.init.xavier_uniform_(drawn, generator=generator)
+        if not layer.weight.is_meta:
+            drawn = drawn.to(layer.weight.device)
         self.register_buffer("auxiliary", drawn)
         return int(layer.out_features) + self.auxiliary_units
 
@@ -479,14 +491,37 @@ class AuxiliaryOutputTargetPropagation(SimplifiedTargetPropagation):
         return torch.cat([p, torch.tanh(F.linear(below.flatten(1), self.auxiliary))], 1)
 
 
+def _cross_entropys_error(done: BlockPass) -> Tensor:
+    """N times the gradient of the mean cross entropy at the logits: p - y."""
+    logits = done.outputs[-1].detach().double()
+    return logits.softmax(1) - F.one_hot(_labels(done), logits.shape[1])
+
+
+def _labels(done: BlockPass) -> Tensor:
+    assert done.target is not None
+    return done.target
+
+
 def _loss_scale(done: BlockPass) -> Tensor:
     """How many times the mean cross entropy the loss is, by its gradient; 1 without labels."""
-    logits, labels = done.outputs[-1], done.target
-    if labels is None:
-        return torch.ones((), dtype=logits.dtype, device=logits.device)
-    (error,) = torch.autograd.grad(done.loss, logits, retain_graph=True)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    expected = logits.detach().to(wide).softmax(1) - F.one_hot(labels, logits.shape[1])
-    square = expected.square().sum()
-    # Where all is fitted to the last bit there is nothing to learn, whatever the scale.
-    return torch.where(square > 0, (error * expected).sum() * len(logits) / square, 1.0)
+    logits = done.outputs[-1]
+    scale = torch.ones((), dtype=torch.float64, device=logits.device)
+    if done.target is not None:
+        expected = _cross_entropys_error(done)
+        found = (done.error * expected).sum() * len(logits) / expected.square().sum()
+        # Where all is fitted to the last bit there is nothing to learn, whatever the scale.
+        scale = torch.where((found > 0) & found.isfinite(), found, scale)
+    return scale.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_is_cross_entropy(done: BlockPass) -> None:
+    if done.target is None:
+        return
+    expected, count = _cross_entropys_error(done), len(done.outputs[-1])
+    missed = (done.error * count - expected * _loss_scale(done)).norm()
+    # A batch that is almost fitted says little.
+    if expected.norm() > 1e-3 * count**0.5 and missed > 0.03 * (done.error * count).norm():
+        raise ValueError(
+            "target propagation is defined for the mean cross entropy of the logits, and this loss "
+            "is another (label smoothing, class weights)"
+        )

@@ -1,6 +1,7 @@
 """Direct feedback and target propagation: the identities that a right implementation has."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from core_utils import assert_same
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ss_detectron import convert_feedback
 from ss_detectron.alignment import backpropagation_gradients
 from ss_detectron.learners import (
     AuxiliaryOutputTargetPropagation,
@@ -68,8 +71,7 @@ def _gradients(learner, x, y, scale=1.0):
 def _pass(learner, x, y):
     """What the learner computes from, before its backward pass: the pass, h, and the scale 1."""
     logits = learner(x)
-    done = learner._trace
-    done.loss, done.target = F.cross_entropy(logits, y), y
+    done = learner._pass_of(F.cross_entropy(logits, y), y)
     return done, [h.detach() for h in done.outputs[:-1]], torch.ones((), dtype=torch.float64)
 
 
@@ -404,6 +406,180 @@ def test_a_resumed_learner_goes_on_bit_for_bit(kind):
     assert_same(second.state_dict(), learner.state_dict())
 
 
+# What must not go wrong in silence ----------------------------------------------------------------
+
+
+@each_learner
+def test_the_loss_is_of_one_forward_pass(kind):
+    x, y = _batch()
+    learner = kind(_model())
+    first = F.cross_entropy(learner(x), y)
+    with pytest.raises(RuntimeError, match="the loss is of several forward passes"):
+        learner.backward(first + F.cross_entropy(learner(x), y), target=y)
+    learner(x)
+    with pytest.raises(RuntimeError, match="does not come from the learner's last forward pass"):
+        learner.backward(F.cross_entropy(_model()(x), y), target=y)
+    expected = _gradients(kind(_model()), x, y)
+    learner = kind(_model())
+    learner(x)  # thrown away
+    assert_same(_gradients(learner, x, y), expected)
+
+
+@each_learner
+def test_an_evaluation_between_forward_and_backward_and_a_copy_change_nothing(kind):
+    x, y = _batch()
+    expected = _gradients(kind(_model()), x, y)
+    learner = kind(_model())
+    loss = F.cross_entropy(learner(x), y)
+    learner.eval()
+    learner(x)
+    learner.train()
+    copy.deepcopy(learner)
+    learner.backward(loss, target=y)
+    assert_same({n: p.grad for n, p in learner.named_parameters()}, expected)
+
+
+@each_learner
+def test_probabilities_compiled_models_and_reentrant_checkpoints_are_refused(kind):
+    x, y = _batch()
+    for end in (nn.Softmax(1), nn.LogSoftmax(1)):
+        with pytest.raises(ValueError, match=f"ends in {type(end).__name__}.*starts at logits"):
+            kind(nn.Sequential(*_model(), end))
+    compiled = _model()
+    compiled.compile()
+    with pytest.raises(ValueError, match="cannot cut a compiled model"):
+        kind(compiled)
+
+    def checkpointed(reentrant):
+        model = _model()
+        inner, function = model[3].forward, functools.partial(checkpoint, use_reentrant=reentrant)
+        model[3].forward = lambda h: function(inner, h)
+        return kind(model)
+
+    assert_same(_gradients(checkpointed(False), x, y), _gradients(kind(_model()), x, y))
+    with pytest.raises(ValueError, match="'3' ran without gradients.*use_reentrant=False"):
+        _gradients(checkpointed(True), x, y)
+
+
+@each_learner
+def test_a_frozen_last_block_leaves_the_others_learning(kind):
+    x, y = _batch()
+    expected = _gradients(kind(_model()), x, y)
+    model = _model()
+    model[-1].requires_grad_(False)
+    got = _gradients(kind(model), x, y)
+    assert set(expected) - set(got) == {"model.7.weight", "model.7.bias"}
+    assert_same(got, {name: expected[name] for name in got})
+
+
+@each_learner
+def test_backward_within_autocast_is_in_full_precision(kind):
+    x, y = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _batch())
+    learner = kind(_model().float())
+    loss = F.cross_entropy(learner(x), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner.backward(loss, target=y)
+    got = {name: p.grad for name, p in learner.named_parameters()}
+    assert_same(got, _gradients(kind(_model().float()), x, y))
+
+
+def test_what_is_computed_between_blocks_is_warned_of(caplog):
+    class Functional(Twice):
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    x, y = _batch()
+    model = Functional().double()
+    learner = DirectFeedbackAlignment(model, ["a", "b"])
+    for _ in range(2):
+        _gradients(learner, x, y)
+    (record,) = caplog.records
+    assert "Between the blocks 'a' and 'b' something is computed" in record.message
+    with pytest.raises(ValueError, match="'b' does not take what 'a' gives"):
+        _gradients(DifferenceTargetPropagation(model, ["a", "b"]), x, y)
+
+
+def test_inverses_are_made_for_what_a_block_shows_alone():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x):
+            return torch.tanh(self.layer(x))
+
+    x, y = _batch()
+    model = nn.Sequential(Block(), Block(), nn.Linear(5, CLASSES)).double()
+    with pytest.raises(ValueError, match="'0': its forward computes more than its layer"):
+        _gradients(DifferenceTargetPropagation(model), x, y)
+    with pytest.raises(ValueError, match="no inverse of Conv2d"):
+        layers = [nn.Conv2d(2, 2, 3, padding="same"), nn.Conv2d(2, 2, 3, padding="same")]
+        DifferenceTargetPropagation(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3)))
+
+
+class Own(nn.Linear):
+    def forward(self, h, like):
+        return super().forward(h)
+
+
+@pytest.mark.parametrize("kind", TARGETS[:2])
+def test_blocks_with_batch_norm_and_functions_in_place_are_as_those_without(kind):
+    x, y = _batch()
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU(inplace), nn.Linear(5, 5)]
+        model = nn.Sequential(*layers, nn.ReLU(inplace), nn.Linear(5, CLASSES)).double()
+        count = 2 if kind is SimplifiedTargetPropagation else 1
+        inverses = [Own(5, 5), Own(CLASSES, 5)][:count]
+        blocks = [["0", "1"], ["2", "3"], ["4", "5"]]
+        learner = kind(model, blocks, inverses=nn.ModuleList(inverses).double())
+        found.append(_gradients(learner, x, y))
+        assert int(model[1].num_batches_tracked) == 1
+    assert_same(*found)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits, y: F.cross_entropy(logits, y, label_smoothing=0.1),
+        lambda logits, y: F.cross_entropy(logits, y, torch.tensor([1.0, 2, 3]).double()),
+        lambda logits, y: F.mse_loss(logits, F.one_hot(y, CLASSES).double()),
+    ],
+)
+@each_target_learner
+def test_target_propagation_refuses_another_loss(kind, loss):
+    x, y = _batch()
+    model = _model()
+    model[-1].weight.data *= 30  # at even probabilities, smoothing is a scale
+    learner = kind(model)
+    with pytest.raises(ValueError, match="mean cross entropy of the logits, and this loss is"):
+        learner.backward(loss(learner(x), y), target=y)
+
+
+@each_target_learner
+def test_a_batch_that_is_fitted_to_the_last_bit_gives_finite_gradients(kind):
+    x, y = (tensor.float() if tensor.is_floating_point() else tensor for tensor in _batch())
+    learner = kind(_model().float())
+    _gradients(learner, x, y)
+    with torch.no_grad():
+        learner.model[-1].weight.zero_()
+    x, y = x[:1], y[:1]
+    learner.model[-1].bias.data = 200 * F.one_hot(y, CLASSES).float()[0]
+    assert all(g.isfinite().all() for g in _gradients(learner, x, y).values())
+
+
+@pytest.mark.parametrize("rule", ["fa", "frsf", "kp"])
+@each_learner
+def test_measuring_leaves_a_network_on_feedback_rules_trainable(kind, rule):
+    x, y = _batch()
+    learner = kind(convert_feedback(_model(), rule, overrides={"7": "bp"}))
+    loss = F.cross_entropy(learner(x), y)
+    learner.measure(loss, y)
+    learner.reference_gradients(loss)
+    learner.backward(loss, target=y)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -515,10 +691,15 @@ def test_multiply_adds_are_those_of_a_hand_count(kind, options, steps):
     layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     learner = kind(nn.Sequential(*layers), **options)
     x, y = torch.randn(count, sizes[0]), torch.arange(count) % sizes[-1]
-    with FlopCounterMode(display=False) as counter:
+
+    def train():
         for _ in range(steps):
             learner.backward(F.cross_entropy(learner(x), y), target=y)
             learner.step()
+
+    train()  # the first pass is looked at
+    with FlopCounterMode(display=False) as counter:
+        train()
 
     products = [a * b for a, b in itertools.pairwise(sizes)]
     middle, top, all_layers = sum(products[1:-1]), products[-1], sum(products)

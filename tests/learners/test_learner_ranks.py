@@ -48,7 +48,7 @@ def _train(wrap, part):
 
 
 def _work(rank, folder):
-    states = _train(DistributedDataParallel, slice(rank * 4, rank * 4 + 4))
+    states = _train(DistributedDataParallel, slice(rank, None, 2))
     if dist.get_rank() == 0:
         torch.save(states, f"{folder}/states.pth")
 
