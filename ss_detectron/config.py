@@ -306,6 +306,11 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     if kind in ("CfgNode", "_Config"):
         return f"{found['key']} is a group of keys, not {given!r}"
     if kind in ("tuple", "list"):
+        if set(given) & set("()[]"):
+            return (
+                f"{found['key']} is {given!r}, which is no {kind} as Python writes it: look at its "
+                "brackets, quotes and commas"
+            )
         values = tuple(CfgNode._decode_cfg_value(word) for word in given.split(","))
         example = f'"{values}"'
     elif kind == "float" and given.isdecimal():
@@ -400,10 +405,18 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("MODEL.FEEDBACK.EXCLUDE", "MODEL.WEIGHTS_EXCEPT", "MODEL.TRUSTED_WEIGHTS"):
         if not all(isinstance(pattern, str) for pattern in values[key]):
             raise ValueError(f"{key} is {values[key]!r}; choose a list of texts")
-    epochs = list(cfg.SOLVER.STEP_EPOCHS)
-    numbers = all(isinstance(e, (int, float)) and 0 < e < 1e9 for e in epochs)
-    if not numbers or epochs != sorted(set(epochs)):
-        raise ValueError(f"SOLVER.STEP_EPOCHS is {epochs}; choose rising numbers above 0, or none")
+    for key in ("SOLVER.STEPS", "SOLVER.STEP_EPOCHS"):
+        steps = list(values[key])
+        numbers = all(isinstance(step, (int, float)) and 0 < step < 1e9 for step in steps)
+        if not numbers or steps != sorted(set(steps)):
+            raise ValueError(f"{key} is {steps}; choose rising numbers above 0, or none")
+    solver = cfg.SOLVER
+    stepwise = solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
+    if stepwise and not (solver.EPOCHS or solver.STEP_EPOCHS) and solver.MAX_ITER in solver.STEPS:
+        raise ValueError(
+            f"SOLVER.MAX_ITER is {solver.MAX_ITER}, and one of SOLVER.STEPS {solver.STEPS}: choose "
+            "steps before it"
+        )
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is '', where nothing is saved; choose a folder")
     for key, least in _LEAST.items():

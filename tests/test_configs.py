@@ -330,6 +330,9 @@ def test_keys_that_are_there_are_left_as_they_are():
         ("SOLVER.EPOCHS", -1),
         ("SOLVER.STEP_EPOCHS", [8, 3]),
         ("SOLVER.STEP_EPOCHS", ["8"]),
+        ("SOLVER.STEPS", [2, 1]),
+        ("SOLVER.STEPS", [2, 2]),
+        ("SOLVER.MAX_ITER", 320),  # the config's STEPS
         ("DATALOADER.NUM_WORKERS", -1),
     ],
 )
@@ -358,6 +361,7 @@ def test_a_value_that_would_fail_in_silence_or_late_is_named(key, value):
         ("SOLVER.STEPS 5", r"""SOLVER.STEPS is '5'; .*"\(5,\)"$"""),
         ("SOLVER.BASE_LR 1", "SOLVER.BASE_LR is '1'; .* type float, such as 1.0$"),
         ("SOLVER.MAX_ITER many", "SOLVER.MAX_ITER is 'many'; .* type int, such as 40000$"),
+        ("DATASETS.COCO_INSTANCES ('a','b','c'", "COCO_INSTANCES is .* look at its brackets"),
         ("SOLVER 3", "SOLVER is a group of keys, not '3'"),
     ],
 )

@@ -1,9 +1,11 @@
 """Schedules in epochs, against what the configs say in iterations."""
 
 import pytest
+import torch
 
 pytest.importorskip("detectron2")
 
+from detectron2.solver import build_lr_scheduler  # noqa: E402
 from modeling_utils import load_config  # noqa: E402
 
 from ss_detectron.engine import Trainer  # noqa: E402
@@ -49,10 +51,26 @@ def test_a_small_set_has_a_schedule_of_the_same_shape():
     # 125 iterations: the steps at 2/3 and 8/9, a checkpoint each epoch, no evaluation before the
     # end, and a warm-up of a tenth.
     assert schedule(cfg) == (125, 83, 111, 6, 0, 12)
-    assert (
-        schedule(schedule_in_epochs(load_config("retinanet_ss.yaml", "SOLVER.EPOCHS", 1), 3))[0]
-        == 1
-    )
+
+
+@pytest.mark.parametrize(
+    ("config", "images", "epochs", "iterations", "steps"),
+    [
+        ("imagenet_resnet18_ss", 8, {"EPOCHS": 30, "STEP_EPOCHS": (15, 25)}, 1, ()),
+        ("imagenet_resnet18_ss", 600, {"EPOCHS": 1}, 2, (1,)),
+        ("imagenet_resnet18_ss", 256, {"EPOCHS": 8, "STEP_EPOCHS": (2, 3, 8, 9)}, 8, (2, 3)),
+        ("retinanet_scratch_ss", 2, {"EPOCHS": 1}, 1, ()),
+    ],
+)
+def test_steps_that_few_images_do_not_tell_apart_fall_away(
+    config, images, epochs, iterations, steps, caplog
+):
+    words = [word for key, value in epochs.items() for word in (f"SOLVER.{key}", value)]
+    cfg = schedule_in_epochs(load_config(f"{config}.yaml", *words), images)
+    assert (iterations, steps) == (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS)
+    build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    assert "coincide or do not come before MAX_ITER" in caplog.text
+    assert ("smaller SOLVER.IMS_PER_BATCH" in caplog.text) == (images < cfg.SOLVER.IMS_PER_BATCH)
 
 
 def test_step_epochs_alone_leave_the_rest():
