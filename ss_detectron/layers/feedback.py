@@ -320,7 +320,7 @@ class SignSymmetry(FeedbackRule):
 
     name = "sign_symmetry"
     short_name = "ss"
-    other_names = ("uSF",)
+    other_names = ("uSF", "uniform sign-concordant feedback", "uniform sign-concordant feedbacks")
     traced = False
 
     def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
@@ -333,6 +333,10 @@ class SignSymmetryFixedMagnitude(FeedbackRule):
 
     name = "sign_symmetry_fixed_magnitude"
     short_name = "frsf"
+    other_names = (
+        "fixed random magnitude sign-concordant feedback",
+        "fixed random magnitude sign-concordant feedbacks",
+    )
     state_name = "feedback_magnitude"
 
     def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
@@ -353,6 +357,10 @@ class SignSymmetryBatchwiseMagnitude(FeedbackRule):
 
     name = "sign_symmetry_batchwise_magnitude"
     short_name = "brsf"
+    other_names = (
+        "batchwise random magnitude sign-concordant feedback",
+        "batchwise random magnitude sign-concordant feedbacks",
+    )
     counts_updates = True
 
     def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:

@@ -341,7 +341,8 @@ def _default_blocks(model: nn.Module) -> list[Any]:
     if not isinstance(model, nn.Sequential):
         raise ValueError(
             f"{type(model).__name__} does not say what its blocks are: pass blocks=[...], modules "
-            "of the model or their names, from the first to the last"
+            "of the model or their names, from the first to the last; in a config, this "
+            "MODEL.LEARNER.NAME needs the MODEL.META_ARCHITECTURE ImageClassifier"
         )
     blocks: list[list[nn.Module]] = [[]]
     complete = False

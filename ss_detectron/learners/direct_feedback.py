@@ -48,6 +48,7 @@ class DirectFeedbackAlignment(BlockLearner):
 
     name = "direct_feedback"
     short_name = "dfa"
+    other_names = ("direct_feedback_alignment",)
 
     def __init__(
         self,

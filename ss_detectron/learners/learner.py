@@ -42,6 +42,7 @@ class Learner(nn.Module):
     """The name in the registry and in MODEL.LEARNER.NAME."""
     short_name: ClassVar[str] = ""
     """What the literature calls it, in lower case."""
+    other_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -467,6 +467,12 @@ def test_a_registered_rule_is_found_and_listed(register):
         *[(w, "feedback_alignment") for w in ("FA", "feedback-alignment", "FeedbackAlignment")],
         *[("BP", "backpropagation"), ("backprop", "backpropagation"), ("KP", "kolen_pollack")],
         *[("frSF", "sign_symmetry_fixed_magnitude"), ("Kolen-Pollack", "kolen_pollack")],
+        ("Uniform Sign-concordant Feedbacks", "sign_symmetry"),
+        ("fixed random-magnitude sign-concordant feedbacks", "sign_symmetry_fixed_magnitude"),
+        (
+            "Batch-wise Random Magnitude Sign-concordant Feedback",
+            "sign_symmetry_batchwise_magnitude",
+        ),
     ],
 )
 def test_rules_go_by_the_names_of_the_literature(written, name):

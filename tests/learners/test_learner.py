@@ -97,6 +97,11 @@ def test_a_config_names_a_learner_and_the_learner_reads_its_keys(inverse, name):
         build_learner(_cfg(NAME="hebb"), model)
 
 
+@pytest.mark.parametrize("name", ["DFA", "direct feedback alignment", "Direct Feedback"])
+def test_learners_go_by_the_names_of_the_literature(name):
+    assert LEARNER_REGISTRY.get(name).name == "direct_feedback"
+
+
 def test_own_parameters_have_a_group_and_own_state_is_saved_apart(inverse):
     model = _model("kp")
     learner = Inverse(model)
