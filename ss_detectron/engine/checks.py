@@ -10,7 +10,8 @@ from torch import nn
 
 from ss_detectron.checkpoint.files import is_checkpoint_name
 from ss_detectron.config import choose, runs_on_cpu
-from ss_detectron.layers import FeedbackReport, check_exclude, get_rule
+from ss_detectron.data.images import FLIPS
+from ss_detectron.layers import FEEDBACK_REGISTRY, FeedbackReport, check_exclude, get_rule
 from ss_detectron.layers.feedback import Backpropagation
 from ss_detectron.learners import LEARNER_REGISTRY
 from ss_detectron.modeling import RETINANET_HEAD_REGISTRY
@@ -30,11 +31,22 @@ _NORMS = ("", "BN", "FrozenBN", "GN", "LN", "SyncBN", "nnSyncBN", "naiveSyncBN",
 def check_options(cfg: CfgNode, *, training: bool = True) -> None:
     """Refuse unknown names, and options that do not go together, or not with this machine."""
     feedback, on_cpu = cfg.MODEL.FEEDBACK, runs_on_cpu(cfg)
+    learner = cfg.MODEL.LEARNER.NAME
+    if learner in FEEDBACK_REGISTRY and learner not in LEARNER_REGISTRY:
+        raise ValueError(
+            f"MODEL.LEARNER.NAME is {learner!r}, a feedback rule: set MODEL.FEEDBACK.RULE {learner}"
+        )
     if training:
-        LEARNER_REGISTRY.get(cfg.MODEL.LEARNER.NAME)
+        LEARNER_REGISTRY.get(learner)
     for rule in filter(None, (feedback.RULE, feedback.LAST_LAYER_RULE)):
+        if rule in LEARNER_REGISTRY and rule not in FEEDBACK_REGISTRY:
+            raise ValueError(
+                f"MODEL.FEEDBACK: {rule!r} is no feedback rule but a learner: set "
+                f"MODEL.LEARNER.NAME {rule}"
+            )
         get_rule(rule)(feedback.SCALE, feedback.GAIN)
     choose(cfg, "SOLVER.OPTIMIZER", "SGD", "AdamW")
+    choose(cfg, "INPUT.RANDOM_FLIP", *FLIPS, "none")
     samplers = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
     choose(cfg, "DATALOADER.SAMPLER_TRAIN", *samplers)
     if "resnet" in cfg.MODEL.BACKBONE.NAME:

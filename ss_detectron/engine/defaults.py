@@ -20,7 +20,7 @@ from torch import nn
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer
 from ss_detectron.checkpoint.files import archive_previous_run, atomic_write
-from ss_detectron.config import runs_on_cpu
+from ss_detectron.config import choose, runs_on_cpu
 from ss_detectron.data import (
     build_classification_test_loader,
     build_classification_train_loader,
@@ -319,6 +319,13 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """Build SOLVER.OPTIMIZER, see :func:`~ss_detectron.solver.build.build_optimizer`."""
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """Build SOLVER.LR_SCHEDULER_NAME, one of Detectron2's."""
+        names = "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"
+        choose(cfg, "SOLVER.LR_SCHEDULER_NAME", *names)
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_checkpointer(

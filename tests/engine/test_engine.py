@@ -82,6 +82,9 @@ def prepare(options):
         (["DATASETS.TRAIN", ("tiny_trane",)], "'tiny_trane'.*tiny_train"),
         (["MODEL.LEARNER.NAME", "hebb"], "unknown learner 'hebb'"),
         (["MODEL.FEEDBACK.RULE", "hebb"], "unknown feedback rule 'hebb'"),
+        (["MODEL.FEEDBACK.RULE", "dfa"], "'dfa' is no feedback .*: set MODEL.LEARNER.NAME dfa"),
+        (["MODEL.LEARNER.NAME", "ss"], "NAME is 'ss', a feedback rule: set MODEL.FEEDBACK.RULE ss"),
+        (["INPUT.RANDOM_FLIP", "both"], "INPUT.RANDOM_FLIP is 'both'; choose 'horizontal' or"),
         (["MODEL.FEEDBACK.SCALE", "large"], "unknown feedback scale 'large'"),
         (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER is 'Lion'; choose 'SGD' or 'AdamW'"),
         (["MODEL.RETINANET.HEAD", "MyHead"], "MODEL.RETINANET.HEAD is 'MyHead'; choose"),
@@ -99,6 +102,20 @@ def prepare(options):
 def test_what_cannot_work_is_refused(changed, message, prepare):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(*changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "LR_SCHEDULER_NAME is 'Cosine'; choose 'Warmup"),
+        (["MODEL.LEARNER.NAME", "dfa"], "MODEL.LEARNER.NAME needs .* ImageClassifier"),
+    ],
+)
+def test_what_does_not_fit_the_model_or_the_trainer_is_refused_by_its_key(
+    changed, message, prepare
+):
+    with pytest.raises(ValueError, match=message):
+        Trainer(prepare(*changed))
 
 
 def test_a_run_that_starts_anew_beside_a_checkpoint_says_so(prepare):

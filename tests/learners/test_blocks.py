@@ -625,7 +625,7 @@ class Twice(nn.Module):
         (_model, ["1", "5", "7"], r"3.weight, 3.bias of Sequential is in no block"),
         (_model, ["1", "9"], "no module '9'"),
         (lambda: nn.Sequential(_model(), nn.Linear(3, 3)), ["0", "0.1", "1"], "in two blocks"),
-        (Residual, None, "does not say what its blocks are"),
+        (Residual, None, "does not say what its blocks are: .*LEARNER.NAME needs .*Classifier"),
     ],
 )
 @each_learner
