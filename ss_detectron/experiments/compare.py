@@ -19,6 +19,7 @@ from .plan import PlannedRun
 from .plots import draw_figures
 from .runs import (
     ERRORS,
+    KNOWN_METRIC,
     SCORES,
     Run,
     group_runs,
@@ -63,6 +64,12 @@ def compare(
     if conflicts:
         logger.error("No run is started: give the options of before, or another output folder")
     else:
+        if to_do and metric and not KNOWN_METRIC.search(metric):
+            logger.warning(
+                "No evaluation gives %s, as far as is known: without it, there is no table in the "
+                "end. They give AP, AP50, AP75, APs, APm, APl, top1_error, top5_error and AP-CLASS",
+                metric,
+            )
         to_do = run_all(to_do, train_net, jobs=jobs, gpus_per_run=gpus_per_run)
     text = write_report(own, output, metric=metric, command=command)
     return text, not conflicts and not to_do

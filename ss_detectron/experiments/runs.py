@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 ERRORS = ("classification/top1_error", "classification/top5_error")
 SCORES = ("bbox/AP", "segm/AP", "keypoints/AP")
 METRICS = (*ERRORS, *SCORES)
+# Of what evaluations give and every training logs, what comes last in the name.
+KNOWN_METRIC = re.compile(
+    r"(^|/)(AP(50|75|[sml]|-.+)?|top[15]_error(-.+)?|train_top1_error|time|lr)$|loss|alignment/"
+)
 
 # Keys that a run may change when it goes on: where and how fast it runs.
 MACHINE_KEYS = frozenset({"DATALOADER.NUM_WORKERS", "MODEL.DEVICE", "OUTPUT_DIR"})

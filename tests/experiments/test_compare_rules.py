@@ -371,6 +371,28 @@ def test_a_comparison_runs_what_is_missing_and_reports(tmp_path, fake, no_gpu, c
     assert (tmp_path / "out" / "detection.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("metric", "known"),
+    [
+        *[(m, True) for m in ("AP", "bbox/AP75", "set/bbox/APs", "AP-a/b", "total_loss")],
+        *[(m, True) for m in ("top5_error", "classification/top1_error-cat", "loss_cls", None)],
+        *[(m, False) for m in ("AP51", "bbox/ap", "top1", "bbox/AP50s")],
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_told_before_a_run_starts(
+    metric, known, tmp_path, fake, monkeypatch, caplog
+):
+    said = []
+
+    def run_all(runs, *args, **kwargs):
+        said.append(caplog.text)
+        return runs
+
+    monkeypatch.setitem(compare.__globals__, "run_all", run_all)
+    compare(plan(tmp_path, {"bp": [1]}), tmp_path / "out", fake, metric=metric)
+    assert (f"No evaluation gives {metric}" not in said[0]) == known
+
+
 def test_a_folder_of_another_config_stops_the_comparison_but_not_the_report(tmp_path, fake, caplog):
     runs = plan(tmp_path, {"bp": [1], "ss": [1], "fa": [1]})
     leave(runs[0], [{"iteration": 4, "bbox/AP": float("nan")}], final=True)
