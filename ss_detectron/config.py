@@ -160,7 +160,8 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.DATASETS.DOWNLOAD = False
 
     # For classification of small images of one size: decode them once, hold them in memory, and
-    # augment a batch at a time. With INPUT.CLASSIFICATION.TRANSFORM pad_crop or resize.
+    # augment a batch at a time. With INPUT.CLASSIFICATION.TRANSFORM resize, or pad_crop of images
+    # that are SIZE x SIZE.
     _C.DATALOADER.IN_MEMORY = False
 
     # How images are made ready for classification; flipped as INPUT.RANDOM_FLIP says.

@@ -448,15 +448,15 @@ class InformationAlignment(FeedbackAlignment):
     B starts random and descends, after each update of W, a local function of what the layer took
     in, x, and y = W x without bias and nonlinearity (Kunin et al. 2020):
 
-        -alpha tr(x^T B^T y) + gamma / 2 abs(B^T y)^2 + beta / 2 abs(B)^2
+        -alpha gain tr(x^T B^T y) + gamma / 2 abs(B^T y)^2 + beta / 2 abs(B)^2
 
     where products with x and y are means over samples and places. x is scaled to a mean square of
     1. A subclass may have another ``rate``, ``alpha``, ``beta`` and ``gamma``. The minimum is, for
     a linear layer whose inputs have the second moment S,
 
-        B^T = alpha S W^T (beta I + gamma W S W^T)^-1
+        B^T = alpha gain S W^T (beta I + gamma W S W^T)^-1
 
-    ``gain`` multiplies alpha, and so the minimum; ``scale`` says how large the random start is.
+    ``scale`` says how large the random start is.
     A step is rate / (1 + rate c) times the slope, where c is the function's curvature along it: so
     B comes no farther from the minimum, however wide the layer and correlated its inputs. Inputs
     without elements count for nothing, and a step that is not finite is not made.
