@@ -23,7 +23,13 @@ from .catalog import class_names
 from .dali import DaliLoader, EncodedImageMapper
 from .detection import DetectionMapper, load_detection_dicts
 from .images import ClassificationMapper, skips_unreadable_images
-from .memory import ImagesInMemory, MemoryLoader, build_memory_test_loader, holds_in_memory
+from .memory import (
+    ImagesInMemory,
+    MemoryLoader,
+    WholeImageMapper,
+    build_memory_test_loader,
+    holds_in_memory,
+)
 from .stream import EvaluationLoader, ImageDataset, TrainingLoader
 
 logger = logging.getLogger(__name__)
@@ -44,12 +50,12 @@ def build_classification_train_loader(cfg: CfgNode) -> TrainingLoader:
     Raises:
         ImportError: the decoder is dali, which is not installed.
         ValueError: a value of a key that is unknown, out of range or not for this decoder; a label
-            that does not fit.
+            that does not fit; an image that cannot be held in memory.
     """
     size, mapper = _images_per_pass(cfg), build_training_mapper(cfg)
     in_memory = holds_in_memory(cfg)
     if in_memory:
-        loader, mapper = partial(MemoryLoader, cfg), ClassificationMapper(cfg, training=False)
+        loader, mapper = partial(MemoryLoader, cfg), WholeImageMapper(cfg)
     elif isinstance(mapper, EncodedImageMapper):
         loader = partial(DaliLoader, cfg)
     else:

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data.samplers import InferenceSampler
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from ss_detectron.config import choose
 from ss_detectron.layers.feedback import seed_of
 
+from .images import ClassificationMapper
 from .stream import ImageDataset, TrainingLoader
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,32 @@ class ImagesInMemory(Dataset):
             "label": self.labels[indices],
             "file_name": [self.file_names[i] for i in indices],
         }
+
+
+class WholeImageMapper(ClassificationMapper):
+    """
+    A :class:`.ClassificationMapper` of images that :class:`MemoryLoader` augments.
+
+    Raises:
+        ValueError: an image from which pad_crop would cut before it pads.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg, training=False)
+        self.cut = self.transform
+        self.size = cfg.INPUT.CLASSIFICATION.SIZE
+        if cfg.INPUT.CLASSIFICATION.TRANSFORM == "pad_crop":
+            self.transform = self._refuse_other_sizes
+
+    def _refuse_other_sizes(self, image: Image.Image) -> Image.Image:
+        if image.size != (self.size, self.size):
+            raise ValueError(
+                f"'{image.filename}' is {image.width} x {image.height} pixels: with "
+                "DATALOADER.IN_MEMORY and INPUT.CLASSIFICATION.TRANSFORM 'pad_crop', images have "
+                f"to be INPUT.CLASSIFICATION.SIZE, {self.size} x {self.size}; set IN_MEMORY to "
+                "False, or TRANSFORM to 'resize'"
+            )
+        return self.cut(image)
 
 
 class MemoryLoader(TrainingLoader):

@@ -16,13 +16,13 @@ from ss_detectron.data.memory import augment
 
 @pytest.fixture
 def config(tmp_path, root):
-    def make(**options):
+    def make(size=(6, 8), **options):
+        write_images(tmp_path / "own", size=size, cat=5, dog=4)
         cfg = image_config(("own", str(tmp_path / "own")), train=("own",), test=("own",), **options)
         register_image_folders_from_config(cfg)
         cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.INPUT.RANDOM_FLIP = 4, 5, "none"
         return cfg
 
-    write_images(tmp_path / "own", size=(6, 8), cat=5, dog=4)
     return make
 
 
@@ -46,7 +46,7 @@ def test_without_augmentation_batches_are_those_of_single_images(config):
 
 
 def test_crops_and_flips_follow_from_seed_and_number(config):
-    cfg = config(TRANSFORM="pad_crop", SIZE=8, PAD=2)
+    cfg = config((8, 8), TRANSFORM="pad_crop", SIZE=8, PAD=2)
     cfg.INPUT.RANDOM_FLIP, cfg.DATALOADER.IN_MEMORY = "horizontal", True
     first = _batches(cfg)
     torch.manual_seed(3)
@@ -102,3 +102,12 @@ def test_keys_that_do_not_go_with_it(config):
     cfg.DATALOADER.IN_MEMORY = True
     with pytest.raises(ValueError, match="with DATALOADER.IN_MEMORY, .*TRANSFORM.*pad_crop"):
         build_classification_train_loader(cfg)
+
+
+@pytest.mark.parametrize("size", [5, 6, 8, 9])
+def test_a_part_is_cut_out_of_whole_images_alone(config, size):
+    cfg = config(TRANSFORM="pad_crop", SIZE=size, PAD=2)
+    cfg.DATALOADER.IN_MEMORY = True
+    with pytest.raises(ValueError, match=r"\.png' is \d x \d pixels: with DATALOADER.IN_MEMORY"):
+        build_classification_train_loader(cfg)
+    next(iter(build_classification_test_loader(cfg, "own")))  # pads nothing

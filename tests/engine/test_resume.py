@@ -131,6 +131,7 @@ CHAIN = (
     *("MODEL.BACKBONE.NAME", "build_feedback_fc_backbone", "MODEL.CHAIN.LAYERS", "[8, 6, 5]"),
     *("MODEL.FEEDBACK.RULE", "bp"),
     *("DATALOADER.IN_MEMORY", True, "INPUT.CLASSIFICATION.TRANSFORM", "pad_crop"),
+    *("INPUT.CLASSIFICATION.SIZE", 48),  # the images'
     *("MODEL.LEARNER.SCHEDULE", "alternating", "MODEL.LEARNER.PERIOD", 2),
 )
 
