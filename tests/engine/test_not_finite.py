@@ -144,7 +144,7 @@ def test_of_the_gradients_those_that_the_optimiser_uses_count():
 
 @pytest.mark.parametrize("options", [{}, {"passes": 2}, {"mixed_precision": True}], ids=str)
 @pytest.mark.parametrize("how", ["pixel", "loss"])
-@pytest.mark.parametrize("rule", ["ss", "brsf", "kp"])
+@pytest.mark.parametrize("rule", ["ss", "brsf", "kp", "ia"])
 def test_a_skipped_step_leaves_no_trace(rule, how, options):
     passes = options.get("passes", 1)
     good = batches(4 * passes)

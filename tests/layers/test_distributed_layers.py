@@ -75,6 +75,12 @@ def _worker(rank, folder):
         start = copy.deepcopy(model.state_dict())
         torch.manual_seed(200 + rank)
         results[rule] = start, _train(wrapped, _images()[:, rank * half : (rank + 1) * half])
+    # One of them takes in nothing.
+    layer = convert_feedback(_net()[-1], "ia")
+    if rank == 0:
+        layer(torch.ones(2, layer.in_features, dtype=torch.float64))
+    advance_feedback(layer)
+    results["idle"] = layer.feedback_weight
     torch.save(results, f"{folder}/{rank}.pth")
     dist.barrier()
     dist.destroy_process_group()
@@ -106,3 +112,12 @@ def test_two_processes_train_as_one(ranks, rule):
     model.load_state_dict(start)
     one = _train(model, _images())
     torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)
+
+
+def test_a_process_whose_layer_takes_in_nothing_learns_with_the_other(ranks):
+    layer = convert_feedback(_net()[-1], "ia")
+    before = layer.feedback_weight.clone()
+    layer(torch.ones(2, layer.in_features, dtype=torch.float64))
+    advance_feedback(layer)
+    assert not torch.equal(layer.feedback_weight, before)
+    assert_same([rank["idle"] for rank in ranks], [layer.feedback_weight] * 2)
