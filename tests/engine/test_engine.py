@@ -360,13 +360,7 @@ def test_an_evaluation_on_the_same_names_in_another_order_of_ids_is_refused(prep
     Path("turned.json").write_text(json.dumps(content))
 
     def evaluate(*opts):
-        words = [
-            "--eval-only",
-            "--traceback",
-            "--config-file",
-            "quick/shapes_retinanet_ss.yaml",
-            *options,
-        ]
+        words = ["--eval-only", "--config-file", "quick/shapes_retinanet_ss.yaml", *options]
         words += ["MODEL.WEIGHTS", "out/model_final.pth", "MODEL.WEIGHTS_EXCEPT", "['head']"]
         words += ["DATASETS.TEST", "('tiny_val',)", "OUTPUT_DIR", "evaluated", *map(str, opts)]
         command_line._train_or_evaluate(Trainer, argument_parser().parse_args(words))
