@@ -299,7 +299,7 @@ def _read_data_yaml(file: Path) -> tuple[Path, list[str], dict[str, list[str]], 
     text = _text(file)
     try:
         data = yaml.safe_load(text)
-        names = yaml.load(text, yaml.BaseLoader)["names"]  # as written: on is not true
+        names = yaml.BaseLoader(text).get_data()["names"]  # as written: on is not true
         if isinstance(names, dict):
             if {*names} != {*map(str, range(len(names)))}:
                 raise ValueError(f"they have the numbers {', '.join(names)}, not 0 and so on")
