@@ -257,7 +257,7 @@ class AsymmetricLayer(nn.Module):
         if rule.counts_updates:
             self._backward_passes += 1
             if self._backward_passes == _PATIENCE and not self.feedback_updates:
-                _warn_of_no_updates(rule.name, f"{_PATIENCE} backward passes")
+                _warn_of_no_updates(rule.name, f"{_PATIENCE} backward passes of a layer")
         if rule.state_is_count:
             return rule.feedback(weight, int(self.feedback_updates), fans)
         state = state if rule is forward_rule else self.feedback_state
@@ -317,14 +317,14 @@ def _keep_input(layer: AsymmetricLayer, args: tuple[Any, ...], kwargs: dict[str,
         if len(kept) > _MOST_INPUTS:
             kept.pop(0)
             if not torch.compiler.is_compiling() and not layer.feedback_updates:
-                passes = f"{len(kept)} forward passes, whose inputs are kept for one,"
+                passes = f"{len(kept)} forward passes of a layer, whose inputs are kept for it"
                 _warn_of_no_updates(layer.rule.name, passes)
 
 
 @functools.cache
 def _warn_of_no_updates(rule: str, passes: str) -> None:
     logger.warning(
-        "%s makes nothing new: no update was noted in %s of a layer. Call "
+        "%s makes nothing new: no update was noted in %s. Call "
         "ss_detectron.advance_feedback(model), or a learner's step(), after every step of the "
         "optimiser.",
         rule,

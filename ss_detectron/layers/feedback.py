@@ -456,10 +456,10 @@ class InformationAlignment(FeedbackAlignment):
 
         B^T = alpha gain S W^T (beta I + gamma W S W^T)^-1
 
-    ``scale`` says how large the random start is.
-    A step is rate / (1 + rate c) times the slope, where c is the function's curvature along it: so
-    B comes no farther from the minimum, however wide the layer and correlated its inputs. Inputs
-    without elements count for nothing, and a step that is not finite is not made.
+    ``scale`` says how large the random start is. A step is rate / (1 + rate c) times the slope,
+    where c is the function's curvature along it: so B comes no farther from the minimum, however
+    wide the layer and correlated its inputs. Inputs without elements count for nothing, and a step
+    that is not finite is not made.
     """
 
     name = "information_alignment"
