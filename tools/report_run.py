@@ -23,19 +23,18 @@ from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 def main(folder: Path, count: int, score_threshold: float) -> None:
     """Reads the run's config.yaml, metrics.json and inference results; writes the pictures."""
-    if (folder / "inference" / "classification_results.json").is_file():
+    if classified := sorted((folder / "inference").glob("*/classification_results.json")):
         sys.exit(
             f"{folder} is a run of classification: tools/plot_metrics.py draws it, and its errors "
-            "by class are in inference/classification_results.json"
+            f"by class are in {classified[0]}"
         )
-    results = folder / "inference" / "coco_instances_results.json"
-    for path in (folder / "config.yaml", folder / "metrics.json", results):
-        if not path.is_file():
-            sys.exit(f"{folder} is no finished detection run: {path} is not there")
+    run = read_run(folder)
     cfg = merged_config(str(folder / "config.yaml"))
     register_coco_from_config(cfg)
-    name = cfg.DATASETS.TEST[0]
-    run = read_run(folder)
+    name = "".join(cfg.DATASETS.TEST[:1])
+    results = folder / "inference" / name / "coco_instances_results.json"
+    if not results.is_file():
+        sys.exit(f"{folder} is no finished detection run: {results} is not there")
     rule = run.label or cfg.MODEL.BACKBONE.NAME
     # With several test sets, Detectron2 puts a set's name before its metrics.
     prefix = "bbox/" if len(cfg.DATASETS.TEST) == 1 else f"{name}/bbox/"

@@ -360,13 +360,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """
-        Build the evaluator for the data set's evaluator_type.
+        Build the evaluator for the data set's evaluator_type; it writes to inference/NAME.
 
         Raises:
             NotImplementedError: there is none for that type.
         """
         kind = MetadataCatalog.get(dataset_name).evaluator_type
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         if kind == "coco":
             return DetectionEvaluator(dataset_name, output_dir=folder)
         if kind == "classification":

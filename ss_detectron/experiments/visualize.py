@@ -50,12 +50,22 @@ def draw_detections(
 
     Args:
         dataset_name: a registered data set with boxes.
-        results: detections in COCO's result format (``inference/coco_instances_results.json``).
+        results: detections in COCO's result format (``coco_instances_results.json``).
         count: number of images.
         score_threshold: detections below it are not drawn.
         title: above the figure.
+
+    Raises:
+        ValueError: a detection is in an image that the data set does not have.
     """
-    records = DatasetCatalog.get(dataset_name)[:count]
+    records = DatasetCatalog.get(dataset_name)
+    known = {record["image_id"] for record in records}
+    if strange := {result["image_id"] for result in results} - known:
+        raise ValueError(
+            f"the detections are of another data set than {dataset_name!r}, which has no image of "
+            f"id {min(strange, key=str)}"
+        )
+    records = records[:count]
     metadata = MetadataCatalog.get(dataset_name)
     to_class = metadata.get("thing_dataset_id_to_contiguous_id", {})
     figure = Figure(figsize=(2.2 * len(records), 4.9), layout="constrained")

@@ -85,8 +85,8 @@ def test_cifar10_as_jpeg_files_by_one_key_and_its_results_say_so(root):
     evaluator = Trainer.build_evaluator(cfg, name)
     evaluator.process({"label": torch.arange(10)}, {"probabilities": torch.eye(10)})
     evaluator.evaluate()
-    said = json.loads(Path("output/inference/classification_results.json").read_text())
-    assert said["dataset"] == "cifar10_jpeg_test"
+    said = json.loads(Path("output/inference", name, "classification_results.json").read_text())
+    assert said["dataset"] == name == "cifar10_jpeg_test"
 
 
 # Checks before training --------------------------------------------------------------------------

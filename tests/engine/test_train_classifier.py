@@ -50,7 +50,8 @@ def test_real_digits_are_learned_and_the_best_checkpoint_is_that_of_the_least_er
     assert "100 steps of 32 images are 2.376 epochs of 1347 images" in output
     assert re.search(r"'own_train': 1347 images; of each class: 0 \(\d+\), 1 \(\d+\), 2", output)
     folder = tmp_path / "out"
-    found = json.loads((folder / "inference" / "classification_results.json").read_text())
+    results = folder / "inference" / "own_test" / "classification_results.json"
+    found = json.loads(results.read_text())
     assert found["images"] == 450
     assert found["top1_error"] < 5
     errors = {

@@ -88,7 +88,7 @@ def test_evaluation_alone_repeats_the_result_and_warns_of_another_rule(fa_run, o
 
     assert len(results(again)) == 3
     assert results(again) == results(output)
-    boxes = "inference/coco_instances_results.json"
+    boxes = "inference/tiny_val/coco_instances_results.json"
     predicted = json.loads((tmp_path / "again" / boxes).read_text())
     assert predicted
     assert predicted == json.loads((folder / boxes).read_text())

@@ -44,19 +44,25 @@ def test_the_tool_reports_on_a_run(tmp_path, shapes, capsys):
     losses = {"total_loss": 1.0, "loss_cls": 0.5, "loss_box_reg": 0.5}
     run = write_run(tmp_path / "run", [{"iteration": 9, **losses}], "ss", DETECTION)
     report = runpy.run_path(str(TOOL))["main"]
-    (tmp_path / "cls" / "inference").mkdir(parents=True)
-    (tmp_path / "cls" / "inference" / "classification_results.json").write_text("{}")
+    (tmp_path / "cls" / "inference" / "val").mkdir(parents=True)
+    (tmp_path / "cls" / "inference" / "val" / "classification_results.json").write_text("{}")
     with pytest.raises(SystemExit, match="is a run of classification: tools/plot_metrics.py draws"):
         report(tmp_path / "cls", 6, 0.4)
-    with pytest.raises(SystemExit, match=r"coco_instances_results\.json is not there"):
+    results = run / "inference" / "shapes_val" / "coco_instances_results.json"
+    with pytest.raises(SystemExit, match=f"{results} is not there"):
         report(run, 6, 0.4)
-    (run / "inference").mkdir()
-    (run / "inference" / "coco_instances_results.json").write_text("[]")
+    results.parent.mkdir(parents=True)
+    results.write_text("[]")
     with pytest.raises(SystemExit, match="has no bbox/AP"):
         report(run, 6, 0.4)
 
     with (run / "metrics.json").open("a") as file:
         file.write(json.dumps({"iteration": 19, "bbox/AP": 12.34, "bbox/AP50": 45.67, **losses}))
+    results.write_text(json.dumps([{"image_id": 99}]))
+    with pytest.raises(ValueError, match="another data set than 'shapes_val', .* image of id 99"):
+        report(run, 6, 0.4)
+    assert not (run / "detections.png").exists()
+    results.write_text("[]")
     report(run, 6, 0.4)
     assert re.search(r"\|\s+12\.3 \|\s+45\.7 \|", capsys.readouterr().out)
     for name in ("detections.png", "training.png"):
