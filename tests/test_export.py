@@ -136,3 +136,9 @@ def test_a_head_that_stock_detectron2_has_not_is_refused(monkeypatch):
     monkeypatch.setitem(RETINANET_HEAD_REGISTRY._obj_map, "MyHead", torch.nn.Module)
     with pytest.raises(ValueError, match="no counterpart of the head 'MyHead'"):
         plain_config(config("MODEL.RETINANET.HEAD", "MyHead"))
+
+
+def test_a_file_in_the_folder_s_place_is_refused(tmp_path):
+    (tmp_path / "plain").touch()
+    with pytest.raises(SystemExit, match="export.py: error: .*File exists: .*plain"):
+        export(tmp_path)

@@ -16,6 +16,7 @@ model_final.pth beside the config, or else the config's MODEL.WEIGHTS.
 import argparse
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -91,5 +92,6 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     arguments = parse_arguments()
     for name in ("fvcore", "detectron2", "ss_detectron"):
-        setup_logger(name=name)
+        setup_logger(name=name).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # of what Detectron2 does
     main(arguments)

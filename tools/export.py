@@ -31,18 +31,20 @@ from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 def main(args: argparse.Namespace) -> None:
     """Loads, converts back to stock layers and writes."""
     with one_line_errors(args.traceback):
+        args.output.mkdir(parents=True, exist_ok=True)
         cfg = trained_config(args.config_file, args.opts)
         trained, cfg.MODEL.DEVICE = cfg.clone(), "cpu"  # here, not in the exported config
         model = build_model(cfg).eval()
         is_classifier = isinstance(model, ImageClassifier)
         plain = None if is_classifier else plain_config(trained)
-        checkpointer = FeedbackCheckpointer(model, trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS)
+        checkpointer = FeedbackCheckpointer(
+            model, trusted_weights=cfg.MODEL.TRUSTED_WEIGHTS, whole=True
+        )
         classes = checkpointer.load(cfg.MODEL.WEIGHTS).get("classes", [])
         content = {"model": plain_state_dict(model), "classes": classes}
         side = cfg.INPUT.CLASSIFICATION.SIZE
         size = args.size or ((side, side) if is_classifier else (800, 1344))
         program = export_program(model, size) if args.program else None
-    args.output.mkdir(parents=True, exist_ok=True)
     written = [args.output / "model.pth"]
     if is_classifier:
         content["matching_heuristics"] = True  # the names are the ends of those in a detector
