@@ -251,6 +251,8 @@ def test_weights_are_downloaded_where_they_are_trusted_and_announced_before(web,
         assert ours < iopaths == said.index(f"Downloading {address}/{name} ...")
         assert ("is unpickled" in caplog.text) == (name == "a.pkl")
     assert len(requests) == 2
+    with pytest.raises(OSError, match=f"WEIGHTS is {address}/no.pth, which could not be down.*404"):
+        loaded.load(f"{address}/no.pth")
 
 
 def test_the_demo_trusts_what_the_config_names(harmed):

@@ -39,6 +39,7 @@ from .weights import (
     find_unwrapping,
     find_weights,
     is_torchvision_resnet,
+    name_ends,
     rename_state,
 )
 
@@ -58,9 +59,10 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     Detectron2's checkpointer, for weights that travel. A checkpoint also says by which rule each
     layer learned (under "feedback": layer name -> rule and its settings) and what its classes are
     called (under "classes"), both of which stock Detectron2 ignores. Loading one whose rules or
-    settings are not the model's gives a warning; one of other classes, or of the same in another
-    order, is refused by a run that is resumed and by an evaluation. A classifier's backbone and
-    torchvision's ResNets find their place in a detector, and what fits nothing is refused.
+    settings are not the model's gives a warning, and is refused by a run that is resumed; one of
+    other classes, or of the same in another order, is refused by an evaluation too. A classifier's
+    backbone and torchvision's ResNets find their place in a detector, and what fits nothing is
+    refused.
 
     A checkpoint is written whole or not at all, and a run whose last one is damaged goes on from
     the one before it. Nothing is unpickled or downloaded that is not trusted by name.
@@ -74,6 +76,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         classes: Iterable[str] = (),
         weights_except: Iterable[str] = (),
         trusted_weights: Iterable[str] = (),
+        whole: bool = False,
         **kwargs: Any,
     ) -> None:
         """
@@ -87,6 +90,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
                 all the same.
             trusted_weights: what may be downloaded and unpickled, which runs code in it: paths and
                 URLs, see :func:`~ss_detectron.utils.trust.is_trusted`.
+            whole: refuses a checkpoint that leaves something of the model as it was initialised.
 
         Raises:
             ValueError: a pattern of ``weights_except`` matches nothing in the model.
@@ -95,6 +99,7 @@ class FeedbackCheckpointer(DetectionCheckpointer):
         self.classes = [str(name) for name in classes]  # not NumPy's, which has to be unpickled
         self.weights_except = as_patterns(weights_except)
         self.trusted_weights = as_patterns(trusted_weights)
+        self.whole = whole
         self._path = ""
         self._resuming = False
         names = self.model.state_dict()
@@ -233,6 +238,13 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             logger.info("Downloading %s, unless it is in the cache.", path)
         try:
             return super().load(path, *args, **kwargs)
+        except OSError as error:
+            if not is_url(path):
+                raise
+            raise OSError(
+                f"MODEL.WEIGHTS is {path}, which could not be downloaded: {error}. Set a local "
+                "file, or '' to start from scratch"
+            ) from error
         finally:
             self._parsed_url_during_load = None  # left over from an error, it bars the next load
 
@@ -270,12 +282,14 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             is_caffe2 = checkpoint.get("__author__") == "Caffe2"
             state = align_and_update_state_dicts(model, state, c2_conversion=is_caffe2)
         if saved and model.keys().isdisjoint(state):
-            hint = "; ?matching_heuristics=True after the path matches the names' ends"
+            hint = ""
+            if not by_heuristics and 2 * len(name_ends(model) & state.keys()) > len(state):
+                hint = "; ?matching_heuristics=True after the path matches the names' ends"
             raise ValueError(
                 f"{self._path} has nothing of this {type(self.model).__name__} (it holds "
                 f"{abbreviate(saved)}; the model {abbreviate(model)}). MODEL.WEIGHTS takes the "
                 "same network, or a backbone from an ImageClassifier or a ResNet of torchvision's"
-                f"{'' if by_heuristics else hint}"
+                f"{hint}"
             )
 
         unwanted = () if self._resuming else self.weights_except
@@ -286,7 +300,12 @@ class FeedbackCheckpointer(DetectionCheckpointer):
             self._check_shapes(state, model)
         if is_torchvision_resnet(saved):
             check_torchvision_resnet(self._path, self.model)
-        lacking = [n for n in model.keys() - state.keys() if not _is_part_of_training(n)]
+        lacking = [n for n in model if n not in state and not _is_part_of_training(n)]
+        if lacking and self.whole:
+            raise ValueError(
+                f"{self._path} lacks {len(lacking)} of the model's {len(model)} tensors "
+                f"({abbreviate(lacking)}): it is of another network, or of a part of this"
+            )
         if self.classes and not lacking:  # else a part, as a backbone, that comes without classes
             self._compare_classes(checkpoint.get("classes"))
         rules = checkpoint.get("feedback", {}).items()
@@ -354,6 +373,14 @@ class FeedbackCheckpointer(DetectionCheckpointer):
     def _compare_rules(self, saved: Mapping[str, str]) -> None:
         model = _layer_rules(self.model)
         differ = [name for name in model if saved.get(name, model[name]) != model[name]]
+        if differ and self._resuming and self.checkpointables:
+            name = differ[0]
+            raise ValueError(
+                f"{self._path} is of a run in which {len(differ)} layers learn by another rule, "
+                f"such as {name} by {saved[name]} and not by {model[name]}: resume the run with "
+                "its own MODEL.FEEDBACK (RULE, SCALE, GAIN, SEED, ...), or start another from its "
+                "weights (MODEL.WEIGHTS) in a new OUTPUT_DIR"
+            )
         if differ:
             logger.warning(
                 "%d layers learn by another rule than they did in the checkpoint, such as %s by %s "

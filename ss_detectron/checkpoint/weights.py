@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,21 +19,22 @@ __all__ = [
     "find_unwrapping",
     "find_weights",
     "is_torchvision_resnet",
+    "name_ends",
     "rename_state",
 ]
 
 logger = logging.getLogger(__name__)
 
 # Where trainers put a network's weights, Detectron2's first; averages where there are no others.
-_PLACES = ("model", "state_dict", "model_state_dict", "net", "network", "ema", "model_ema")
-# What DataParallel, torch.compile, FSDP and activation checkpointing put into names, anywhere ...
+_PLACES = "model", "state_dict", "model_state_dict", "net", "network", "ema", "model_ema"
+_PLACES += ("checkpoint",)
+# What DataParallel, torch.compile, FSDP and activation checkpointing put into names, anywhere.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# ... and what a trainer's own module calls its network, before all names.
-_ATTRIBUTES = {"model", "net", "network"}
 
-# Those of CIFAR-10's trainers call some parts otherwise.
+# Those of CIFAR-10's trainers call some parts otherwise. What is no body is a head, of any names.
 _TORCHVISION_RESNET = re.compile(
-    r"(conv1|bn1|fc|linear|layer[1-4]\.\d+\.(conv[123]|bn[123]|(downsample|shortcut)\.[01]))\.\w+"
+    r"(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|(downsample|shortcut)\.[01]))\.\w+"
+    r"|(?!(conv|bn|layer)\d).*"
 )
 # What becomes of them in Detectron2's, one after the other.
 _TORCHVISION_TO_DETECTRON2 = (
@@ -109,22 +110,36 @@ def _is_state(content: Any) -> bool:
 def find_unwrapping(names: Collection[str], model_names: Collection[str]) -> Callable[[str], str]:
     """
     Find what the names of a checkpoint's parameters and modules are without what wrappers have put
-    before and into them ("module.", "_orig_mod.") and a model does not have.
+    before and into them ("module.", "_orig_mod.") and a model does not have, nor what a trainer's
+    own module calls the network ("model.", "encoder_q."): of what a third of the names or more
+    begin with, that without which most are names of the model; else of what all begin with, that
+    without which most are the ends of such.
     """
     wrappers = _WRAPPERS.difference(*(name.split(".") for name in model_names))
 
     def unwrapped(name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in wrappers)
 
-    outer = ""
-    inner = {unwrapped(name) for name in names}
-    own = {name.partition(".")[0] for name in model_names}
-    while True:
-        first = {name.removeprefix(outer).partition(".")[0] for name in inner}
-        if len(first) != 1 or not first <= _ATTRIBUTES - own:
-            break
-        outer += f"{first.pop()}."
+    inner = [unwrapped(name) for name in names]
+    shared = Counter(name[: dot.end()] for name in inner for dot in re.finditer(r"\.", name))
+    ends = name_ends(model_names)
+
+    def known(prefix: str) -> tuple[int, int]:
+        rest = [name.removeprefix(prefix) for name in inner if name.startswith(prefix)]
+        rename = find_renaming(rest, model_names)
+        whole = sum(rename(name) in model_names for name in rest)
+        if prefix and 2 * whole < len(rest):
+            whole = 0  # by chance
+        return whole, sum(name in ends for name in rest) if len(rest) == len(inner) else 0
+
+    # The first of several such as encoder_q and encoder_k is the one that learned.
+    outer = max(["", *(p for p, count in shared.items() if 3 * count >= len(inner))], key=known)
     return lambda name: unwrapped(name).removeprefix(outer)
+
+
+def name_ends(names: Iterable[str]) -> set[str]:
+    """Return what the names of parameters end with, "b.weight" of "a.b.weight"; they as well."""
+    return {name[i:] for name in names for i in (0, *(d.end() for d in re.finditer(r"\.", name)))}
 
 
 def find_renaming(names: Collection[str], model_names: Collection[str]) -> Callable[[str], str]:
@@ -138,8 +153,8 @@ def find_renaming(names: Collection[str], model_names: Collection[str]) -> Calla
         resnet = stems[0].removesuffix("stem.conv1.weight")
 
         def from_torchvision(name: str) -> str:
-            if re.match(r"(fc|linear)\b", name):
-                return name.replace("fc", "linear", 1)
+            if not re.match(r"(conv1|bn1|layer\d)\b", name):
+                return re.sub(r"^fc(?=(\.(weight|bias))?$)", "linear", name)
             for pattern, replacement in _TORCHVISION_TO_DETECTRON2:
                 name = re.sub(pattern, replacement, name)
             return resnet + name

@@ -83,9 +83,12 @@ def _train_or_evaluate(kind: type[Trainer], args: argparse.Namespace) -> Any:
         if args.eval_only:
             model = kind.build_model(cfg)
             classes = class_names(cfg.DATASETS.TEST)
-            checkpointer = kind.build_checkpointer(cfg, model, classes=classes)
+            checkpointer = kind.build_checkpointer(cfg, model, classes=classes, whole=True)
             checkpointer.weights_except = ()  # what a training was not to start from, it learned
             checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            if comm.is_main_process():
+                with atomic_write(os.path.join(cfg.OUTPUT_DIR, "eval_config.yaml")) as file:
+                    file.write(cfg.dump().encode())
         else:
             trainer = kind(cfg)
             trainer.resume_or_load(resume=args.resume)
@@ -142,6 +145,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     register_coco_from_config(cfg)
     register_image_folders_from_config(cfg)
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}, which cannot be a folder ({error.strerror}): "
+            "choose another"
+        ) from error
     found = has_checkpoint(cfg.OUTPUT_DIR)
     settle_feedback_seed(cfg, goes_on=found and not starts_anew)
     cfg.freeze()
@@ -168,9 +178,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     logger.debug("Environment:\n%s", collect_env_info())
     logger.debug("Command line: %s", args)
     logger.debug("Config:\n%s", cfg.dump())
-    if args.eval_only and comm.is_main_process():
-        with atomic_write(os.path.join(cfg.OUTPUT_DIR, "eval_config.yaml")) as file:
-            file.write(cfg.dump().encode())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + comm.get_rank())
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
     if on_cpu:

@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -172,14 +171,9 @@ def titles(predictors: Iterable[Predictor], weights: Sequence[str]) -> list[str]
 
 def _load_weights(model: nn.Module, path: str, trusted: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Loads a checkpoint of the whole model; returns the rule and the classes it was trained by."""
-    state = model.state_dict().items()
-    # All but feedback, which is for training.
-    needed = {n: t for n, t in state if t.is_floating_point() and "feedback" not in n}
-    for tensor in needed.values():
-        tensor.fill_(math.nan)  # what the checkpoint leaves as it is, shows
-    checkpoint = FeedbackCheckpointer(model, trusted_weights=trusted).load(path)
-    if lacking := [name for name, tensor in needed.items() if tensor.isnan().any()]:
-        raise ValueError(f"{path} has no numbers for {abbreviate(lacking)}: incomplete or diverged")
+    checkpoint = FeedbackCheckpointer(model, trusted_weights=trusted, whole=True).load(path)
+    if broken := [name for name, tensor in model.state_dict().items() if tensor.isnan().any()]:
+        raise ValueError(f"{path} has no numbers for {abbreviate(broken)}: its training diverged")
     rules = checkpoint.get("feedback") or {row.name: row.rule for row in feedback_report(model)}
     # As checkpoints write them: sign_symmetry(scale=mean_abs, gain=1).
     counts = Counter(rule.partition("(")[0] for rule in rules.values())

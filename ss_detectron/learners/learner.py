@@ -135,8 +135,9 @@ class Learner(nn.Module):
         name = state.pop("name", self.name)  # once, a state had none
         if name != self.name:
             raise ValueError(
-                f"the checkpoint is of the learner {name!r}, and this one is {self.name!r}: go on "
-                f"with MODEL.LEARNER.NAME {name}, or begin another run from its weights"
+                f"the checkpoint is of the learner {name!r}, and this one is {self.name!r}: resume "
+                f"the run with MODEL.LEARNER.NAME {name}, or start another from its weights "
+                "(MODEL.WEIGHTS) in a new OUTPUT_DIR"
             )
         own = self._without_model()
         own.load_state_dict(state)

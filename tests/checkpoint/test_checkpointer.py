@@ -184,6 +184,10 @@ WAYS = {  # what a trainer saves, of a network
     "lightning": lambda net: {"state_dict": within("model.net.", net), "callbacks": {}},
     "fsdp": lambda net: within("_fsdp_wrapped_module.", net),
     "own-word": lambda net: {"student": net.state_dict(), "epoch": 3},
+    "own-prefix": lambda net: {"state_dict": within("module.resnet.", net)},
+    "loss": lambda net: {"state_dict": {**within("model.", net), "criterion.weight": net[0].bias}},
+    "moco": lambda net: within("encoder_q.", net) | within("encoder_k.", small()),
+    "nested": lambda net: {"checkpoint": {"model": net.state_dict()}, "meta": 1},
 }
 
 
@@ -193,7 +197,10 @@ def test_what_other_trainers_save_is_unwrapped(way, tmp_path, log):
     for value in net.buffers():
         value.add_(1)
     assert_same(tensors(load(small(), save_as(WAYS[way](net), tmp_path))), tensors(net))
-    assert not log()
+    # What else there is of weights is named.
+    assert ["criterion" in said or "encoder_k" in said for said in log()] == (
+        [True] if way in ("loss", "moco") else []
+    )
 
 
 def test_a_backbone_of_pytorchs_imagenet_example_finds_its_place(tmp_path, caplog):
@@ -207,6 +214,17 @@ def test_a_backbone_of_pytorchs_imagenet_example_finds_its_place(tmp_path, caplo
         resnets = (getattr(backbone, "bottom_up", backbone) for backbone in (found, from_alone))
         assert_same(*map(tensors, resnets))
     assert "the weights are its 'state_dict'; not read: epoch, arch, best_acc1, ..." in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "0."])
+def test_a_backbone_with_a_head_of_ones_own_finds_its_place(prefix, tmp_path, log):
+    net, path = torchvision_resnet(18, tmp_path)
+    expected = tensors(load(detector("bp", *R18), path).backbone.bottom_up)
+    net.fc = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+    for build in (detector, classifier):
+        backbone = load(build("bp", *R18), save_as(within(prefix, net), tmp_path)).backbone
+        assert_same(tensors(getattr(backbone, "bottom_up", backbone)), expected)
+        assert "fc.{0.bias" in " ".join(log()) or "fc.0.{bias" in " ".join(log())
 
 
 def test_cifars_resnet_of_other_trainers_computes_the_same_logits(tmp_path):
@@ -270,7 +288,7 @@ def test_a_checkpoint_without_anything_of_the_model_is_refused(tmp_path):
     torch.save({"model": {"body.a": torch.ones(1), "body.b": torch.ones(2)}}, tmp_path / "x.pth")
     checkpointer = FeedbackCheckpointer(model)
     message = r"x.pth has nothing of this ImageClassifier \(it holds body.a, body.b; the model "
-    message += r"backbone.stem.conv1.weight, .*\?matching_heuristics=True"
+    message += r"backbone.stem.conv1.weight, .* of torchvision's$"  # whose names' ends differ, too
     for _ in range(2):  # an error leaves nothing behind
         with pytest.raises(ValueError, match=message):
             checkpointer.load(str(tmp_path / "x.pth"))

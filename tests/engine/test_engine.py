@@ -96,11 +96,12 @@ def prepare(options):
         (["MODEL.RESNETS.NORM", "Group"], "MODEL.RESNETS.NORM is 'Group'; choose"),
         (["INPUT.FORMAT", "BRG"], "INPUT.FORMAT is 'BRG'; choose 'RGB' or 'BGR'"),
         (["SEED", -2], "SEED is -2; choose at least -1"),
+        (["OUTPUT_DIR", f"{__file__}/out"], "test_engine.py/out', which cannot be a folder"),
         (["SOLVER.CHECKPOINT_MAX_TO_KEEP", -1], "MAX_TO_KEEP is -1; choose at least 0"),
     ],
 )
 def test_what_cannot_work_is_refused(changed, message, prepare):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         prepare(*changed)
 
 
@@ -145,13 +146,16 @@ def test_only_a_training_that_starts_writes_the_config_that_its_folder_is_known_
     assert written["MODEL.FEEDBACK.RULE"] == "fa"
 
     prepare("DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])  # without the overrides
-    assert config("eval_config.yaml")["MODEL.FEEDBACK.RULE"] == "sign_symmetry"
-    refused = Trainer(prepare("MODEL.FPN.OUT_CHANNELS", 32, flags=["--resume"]))
-    with pytest.raises(ValueError, match="resume the run with its own config"):
-        refused.resume_or_load(resume=True)
+    for changed, message in (
+        (("MODEL.FPN.OUT_CHANNELS", 32), "resume the run with its own config"),
+        ((), "by feedback_align.* and not by sign_symm.*: resume the run with its own MODEL.FEEDB"),
+    ):
+        refused = Trainer(prepare(*changed, flags=["--resume"]))
+        with pytest.raises(ValueError, match=message):
+            refused.resume_or_load(resume=True)
     with pytest.raises(ValueError, match="unknown feedback rule"):
         prepare("MODEL.FEEDBACK.RULE", "hebb")
-    finished = Trainer(prepare(flags=["--resume"]))
+    finished = Trainer(prepare(*fa, flags=["--resume"]))
     finished.resume_or_load(resume=True)
     finished.train()
     assert "The run in out is finished, after 1 of SOLVER" in Path("out/log.txt").read_text()
@@ -368,8 +372,13 @@ def test_an_evaluation_on_the_same_names_in_another_order_of_ids_is_refused(prep
     turned = [["turned", "turned.json", images]]
     with pytest.raises(SystemExit, match="another order: from class 0 on, circle, square, tri"):
         evaluate("DATASETS.COCO_INSTANCES", turned, "DATASETS.TEST", ("turned",))
+    torch.save({"model": {"head.cls_score.bias": torch.ones(27)}}, "part.pth")
+    with pytest.raises(SystemExit, match="part.pth lacks .* tensors .backbone.*it is of another"):
+        evaluate("MODEL.WEIGHTS", "part.pth")
+    assert not Path("evaluated/eval_config.yaml").exists()
     evaluate()
     assert "tensors loaded, 0 excepted" in Path("evaluated/log.txt").read_text()
+    assert read_config(Path("evaluated/eval_config.yaml"))["OUTPUT_DIR"] == "evaluated"
 
 
 def test_a_run_is_not_resumed_from_weights_alone(prepare):
@@ -392,8 +401,8 @@ def test_a_run_that_starts_anew_cannot_be_taken_for_the_one_before_it(prepare):
     with pytest.raises(ValueError, match="give this run another OUTPUT_DIR, or go on .*--resume"):
         prepare(*weights)
     prepare(*weights, flags=["--resume"])
-    prepare(*weights, "DATASETS.TEST", ("tiny_val",), flags=["--eval-only"])
     prepare(*weights, "OUTPUT_DIR", "other")
+    Path("out/eval_config.yaml").touch()
 
     trainer = Trainer(prepare("SOLVER.MAX_ITER", 2))
     trainer.resume_or_load(resume=False)

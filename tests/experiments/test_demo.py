@@ -1,5 +1,6 @@
 """tools/demo.py: what is drawn is what the models see, in the order of the checkpoints."""
 
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_weights_that_lack_a_part_of_the_model_are_refused(runs, tmp_path, run, 
     model = torch.load(runs / run / "model_final.pth")["model"]
     part = {name: value for name, value in model.items() if lacks not in name}
     torch.save({"model": part}, tmp_path / "part.pth")
-    with pytest.raises(ValueError, match=rf"part\.pth has no numbers for .*{named}"):
+    with pytest.raises(ValueError, match=rf"part\.pth lacks .*{named}"):
         build_predictor(config(runs, run, "MODEL.WEIGHTS", str(tmp_path / "part.pth")))
 
 
@@ -319,11 +320,13 @@ def test_every_frame_of_a_video_is_drawn(tmp_path):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the tool here; returns what it printed. It leaves the tests' logging as it is."""
-    monkeypatch.setattr(detectron2_logger, "setup_logger", lambda *args, **kwargs: None)
+    made = logging.Logger("the tool's", logging.DEBUG)
+    monkeypatch.setattr(detectron2_logger, "setup_logger", lambda *args, **kwargs: made)
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
         runpy.run_path(str(TOOL), run_name="__main__")
+        assert made.level == logging.INFO  # else one-line errors come with their tracebacks
         return capsys.readouterr().out
 
     return run
