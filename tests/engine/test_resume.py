@@ -106,7 +106,7 @@ def assert_resumes_exactly(tmp_path, task, kill, options=(), processes=1):
     }
     if task == "detection":
         whole, resumed = (
-            (tmp_path / folder / "inference/tiny_val/coco_instances_results.json").read_text()
+            (tmp_path / folder / "inference/shapes_val/coco_instances_results.json").read_text()
             for folder in ("whole", "killed")
         )
         assert len(json.loads(whole)) > 8
