@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -69,8 +70,11 @@ def class_names(datasets: Iterable[str]) -> list[str]:
     Return the names of the classes, in the order of their labels: those of the first of these data
     sets that says them, as one of an annotation file does once it has been loaded; else none.
     """
-    found = (MetadataCatalog.get(name).get("thing_classes") for name in datasets)
-    return [str(name) for name in next(filter(None, found), [])]
+    for name in datasets:
+        with suppress(OSError):  # a folder that is not there, where the loader is another's
+            if names := MetadataCatalog.get(name).get("thing_classes"):
+                return [str(known) for known in names]
+    return []
 
 
 def check_registered(names: Iterable[str]) -> None:
