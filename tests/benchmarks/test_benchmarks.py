@@ -31,8 +31,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-rules, loader, optimizer, local, timing = map(
-    load, ("rules", "loader", "optimizer", "local", "timing")
+rules, loader, optimizer, local, learners, timing = map(
+    load, ("rules", "loader", "optimizer", "local", "learners", "timing")
 )
 
 
@@ -287,3 +287,9 @@ def test_locally_connected_layers_are_compared_with_what_computes_the_same(monke
 def test_the_optimizer_is_measured():
     row = optimizer.measure({"no_sign_change": True}, "cpu", repeats=2)
     assert float(row["ours / stock"]) > 0
+
+
+def test_learners_are_compared_with_backpropagation(monkeypatch, capsys):
+    run(learners, monkeypatch, "--networks", "fc", "--batch", 2, "--turns", 2)
+    table = capsys.readouterr().out
+    assert all(f"| fc        | {name}" in table for name in ("bp", "dfa", "dtp, alternating"))
