@@ -190,7 +190,9 @@ class AsymmetricLayer(nn.Module):
             return
         self.feedback_updates += 1
         if self.rule.state_name is not None:
-            inputs = self.__dict__.get(_INPUTS, []).copy()
+            inputs = self.__dict__.get(_INPUTS, [])
+            # torch 2.4 records programs by tensors that have no values.
+            inputs = [x for x in inputs if type(x).__name__ != "FunctionalTensor"]
             self.forget_inputs()
             updates, state = int(self.feedback_updates), cast(Tensor, self.feedback_state)
             self.rule.update(self, gather(self.weight.detach()), state, updates, inputs)
