@@ -104,6 +104,3 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[tuple[str, type[T]]]:
         return iter(self._classes.items())
-
-    def __len__(self) -> int:
-        return len(self._classes)

@@ -491,15 +491,9 @@ class AuxiliaryOutputTargetPropagation(SimplifiedTargetPropagation):
         return torch.cat([p, torch.tanh(F.linear(below.flatten(1), self.auxiliary))], 1)
 
 
-def _cross_entropys_error(done: BlockPass) -> Tensor:
+def _cross_entropys_error(logits: Tensor, labels: Tensor) -> Tensor:
     """N times the gradient of the mean cross entropy at the logits: p - y."""
-    logits = done.outputs[-1].detach().double()
-    return logits.softmax(1) - F.one_hot(_labels(done), logits.shape[1])
-
-
-def _labels(done: BlockPass) -> Tensor:
-    assert done.target is not None
-    return done.target
+    return logits.detach().double().softmax(1) - F.one_hot(labels, logits.shape[1])
 
 
 def _loss_scale(done: BlockPass) -> Tensor:
@@ -507,7 +501,7 @@ def _loss_scale(done: BlockPass) -> Tensor:
     logits = done.outputs[-1]
     scale = torch.ones((), dtype=torch.float64, device=logits.device)
     if done.target is not None:
-        expected = _cross_entropys_error(done)
+        expected = _cross_entropys_error(logits, done.target)
         found = (done.error * expected).sum() * len(logits) / expected.square().sum()
         # Where all is fitted to the last bit there is nothing to learn, whatever the scale.
         scale = torch.where((found > 0) & found.isfinite(), found, scale)
@@ -517,7 +511,8 @@ def _loss_scale(done: BlockPass) -> Tensor:
 def _check_is_cross_entropy(done: BlockPass) -> None:
     if done.target is None:
         return
-    expected, count = _cross_entropys_error(done), len(done.outputs[-1])
+    logits, count = done.outputs[-1], len(done.outputs[-1])
+    expected = _cross_entropys_error(logits, done.target)
     missed = (done.error * count - expected * _loss_scale(done)).norm()
     # A batch that is almost fitted says little.
     if expected.norm() > 1e-3 * count**0.5 and missed > 0.03 * (done.error * count).norm():

@@ -170,3 +170,20 @@ def test_direct_feedback_takes_a_resnets_blocks_and_other_backbones_are_refused(
     cfg.MODEL.LEARNER.NAME = "dfa"
     with pytest.raises(ValueError, match="does not say what its blocks are"):
         build_learner(cfg, build_model(cfg))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "expected"),
+    [
+        ("dfa", {"SCALE": "kaiming", "GAIN": 2.0}, {"scale": "kaiming", "gain": 2.0}),
+        ("dtp", {"NOISE": 0.5, "INVERSE_LR": 0.02}, {"noise": 0.5, "inverse_lr": 0.02}),
+        ("dtp", {"SCHEDULE": "alternating", "PERIOD": 7}, {"period": 7, "phase": "inverses"}),
+        ("sdtp", {"TARGET_STEP": 0.1}, {"target_step": 0.1}),
+        ("aosdtp", {"AUXILIARY_UNITS": 9}, {"auxiliary_units": 9}),
+    ],
+)
+def test_every_key_of_a_learner_is_read(name, keys, expected):
+    cfg = _config([5, 4], "fc", NAME=name, **keys)
+    learner = build_learner(cfg, build_model(cfg))
+    found = learner._rules[0] if name == "dfa" else learner
+    assert {key: getattr(found, key) for key in expected} == expected
