@@ -76,8 +76,8 @@ class FirstStepLogger(HookBase):
         seconds, self._began = now - self._began, None
         end = time.strftime("%a %d %b %Y %H:%M", time.localtime(now + steps * seconds))
         logger.info(
-            "The first step took %.2g s, with what is done once. At that pace, the other %d end at "
-            "about %s.",
+            "The first step took %.2g s, more than later ones as a rule. At that pace, the other "
+            "%d would end at about %s.",
             *(seconds, steps, end),
         )
 

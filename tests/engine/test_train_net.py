@@ -41,7 +41,7 @@ def test_a_run_says_which_layer_learns_how_and_leaves_its_config(fa_run):
     assert "There is no GPU here: MODEL.DEVICE is cpu" in output
     assert re.search(r"backbone\.bottom_up\.stem\.conv1 +\| feedback_alignment +\| +\|", output)
     assert re.search(r"head\.cls_score +\| backpropagation +\| its own rule", output)
-    assert re.search(r"first step took .* the other 7 end at about ", output)
+    assert re.search(r"first step took .* the other 7 would end at about ", output)
     cfg = get_cfg()
     add_ss_config(cfg)
     cfg.merge_from_file(str(folder / "config.yaml"))
