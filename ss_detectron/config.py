@@ -255,7 +255,7 @@ class _Config(CfgNode):
         if self.DATASETS.CIFAR10_JPEG:
             for key in ("TRAIN", "TEST"):
                 names = self.DATASETS[key]
-                parts = r"^cifar10(?=_(train|test)$)"
+                parts = r"^cifar10(?=_(train|test|fit|val)$)"
                 self.DATASETS[key] = tuple(re.sub(parts, "cifar10_jpeg", name) for name in names)
 
     @classmethod

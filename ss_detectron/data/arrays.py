@@ -102,23 +102,29 @@ class ArrayMetadata(Metadata):
 
 
 def _load(name: str, split: str) -> list[dict]:
-    dataset = read_arrays(name, split == "train")
+    stored = "test" if split == "test" else "train"
+    dataset = read_arrays(name, stored == "train")
     images = zip(np.asarray(dataset.data), dataset.targets, strict=True)
-    return [
-        {"file_name": f"{name}/{split}/{i}", "image_id": i, "label": int(label), "image": image}
+    records = [
+        {"file_name": f"{name}/{stored}/{i}", "image_id": i, "label": int(label), "image": image}
         for i, (image, label) in enumerate(images)
     ]
+    fit = len(records) - len(records) // (10 if name == "cifar10" else 6)
+    return {"fit": records[:fit], "val": records[fit:]}.get(split, records)
 
 
 def register_arrays() -> None:
     """
-    Register ``{mnist,fashion_mnist,cifar10}_{train,test}``; nothing is fetched.
+    Register ``{mnist,fashion_mnist,cifar10}_{train,test,fit,val}``; nothing is fetched.
+
+    val is the last 10,000 images of train, of CIFAR-10 the last 5,000, and fit is the others: for
+    choices, such as that of a learning rate, that must not be made on test.
 
     "image" of their dataset dicts is a uint8 array, (32, 32, 3) in RGB for CIFAR-10 and (28, 28)
     for the others.
     """
     for source in ("mnist", "fashion_mnist", "cifar10"):
-        for split in ("train", "test"):
+        for split in ("train", "test", "fit", "val"):
             name = f"{source}_{split}"
             DatasetCatalog.register(name, partial(_load, source, split))
             MetadataCatalog[name] = ArrayMetadata(

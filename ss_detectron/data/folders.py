@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from detectron2.config import CfgNode
@@ -119,23 +119,32 @@ def load_image_folder(folder: str) -> list[dict]:
     return [{"file_name": f, "image_id": i, "label": label} for i, (f, label) in enumerate(files)]
 
 
-def _register(name: str, path: str) -> None:
-    DatasetCatalog.register(name, lambda: load_image_folder(MetadataCatalog.get(name).image_root))
+def _register(name: str, path: str, chosen: Callable[[int], bool] = lambda i: True) -> None:
+    def load() -> list[dict]:
+        records = load_image_folder(MetadataCatalog.get(name).image_root)
+        return [record for record in records if chosen(record["image_id"])]
+
+    DatasetCatalog.register(name, load)
     MetadataCatalog[name] = FolderMetadata(name=name, path=path, evaluator_type="classification")
 
 
 def register_image_folders() -> None:
-    """Register ``imagenet_{train,val}`` and ``cifar10_jpeg_{train,test}``; no file is looked at.
+    """
+    Register ``imagenet_{train,val}`` and ``cifar10_jpeg_{train,test,fit,val}``; no file is looked
+    at.
 
     They are ``imagenet/train``, ... below ``DETECTRON2_DATASETS``, with one folder per class, as
     torchvision.datasets.ImageNet unpacks the original archives. cifar10_jpeg is CIFAR-10 compressed
-    once more, which changes its pixels.
+    once more, which changes its pixels; val is every tenth image of its train, fit the others.
     """
     for name, split in (
         *(("imagenet", "train"), ("imagenet", "val")),
         *(("cifar10_jpeg", "train"), ("cifar10_jpeg", "test")),
     ):
         _register(f"{name}_{split}", os.path.join(name, split))
+    train = os.path.join("cifar10_jpeg", "train")
+    _register("cifar10_jpeg_fit", train, lambda i: i % 10 != 9)
+    _register("cifar10_jpeg_val", train, lambda i: i % 10 == 9)
 
 
 def register_image_folders_from_config(cfg: CfgNode) -> None:

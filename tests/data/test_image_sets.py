@@ -6,6 +6,7 @@ import shutil
 import struct
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +77,16 @@ def test_cifar10_as_jpeg_files_by_one_key_and_its_results_say_so(root):
     cfg.merge_from_list(["DATASETS.CIFAR10_JPEG", "True"])
     with pytest.raises(FileNotFoundError, match="'cifar10_jpeg_train'.*one folder of images per"):
         check(cfg)
-    for split in ("train", "test"):
-        write_images(root / "cifar10_jpeg" / split, **dict.fromkeys(CIFAR10_CLASSES, 1))
+    for split, images in (("train", 10), ("test", 1)):
+        write_images(root / "cifar10_jpeg" / split, **dict.fromkeys(CIFAR10_CLASSES, images))
     check(cfg)
+    cfg.merge_from_list(["DATASETS.TRAIN", "('cifar10_fit',)", "DATASETS.TEST", "('cifar10_val',)"])
+    check(cfg)
+    held_out, rest = map(DatasetCatalog.get, (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
+    assert [record["label"] for record in held_out] == list(range(10))  # the same of each class
+    everything = DatasetCatalog.get("cifar10_jpeg_train")
+    assert sorted(held_out + rest, key=lambda record: record["image_id"]) == everything
+    cfg.merge_from_list(["DATASETS.TEST", "('cifar10_test',)"])
     (name,) = cfg.DATASETS.TEST
     assert tuple(MetadataCatalog.get(name).thing_classes) == CIFAR10_CLASSES
     assert [record["label"] for record in DatasetCatalog.get(name)] == list(range(10))
@@ -259,6 +267,9 @@ def test_cifar10_from_its_unpacked_archive(original, archive, root):
     shutil.copytree(archive.parent / CIFAR10.base_folder, root / "cifar10" / CIFAR10.base_folder)
     check(cifar10())
     assert_cifar10(original, "train", "test")
+    held_out = [record["file_name"] for record in DatasetCatalog.get("cifar10_val")]
+    assert held_out == ["cifar10/train/18", "cifar10/train/19"]  # a tenth of 20
+    assert len(DatasetCatalog.get("cifar10_fit")) == 18
     assert MetadataCatalog.get("cifar10_train").thing_classes[3] == "cat"
     assert not (root / "cifar10.lock").exists()  # nothing is written
 
@@ -316,8 +327,8 @@ def test_what_is_to_be_done_without_cifar10(archive, root, broken):
 def test_mnist_in_its_own_format(name, reader, title, packed, root, monkeypatch):
     folder = root / reader.__name__ / "raw"
     folder.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
-    labels = np.arange(5, dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    labels = np.arange(6, dtype=np.uint8)
     resources = []
     for part in ("train", "t10k"):
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
@@ -338,9 +349,12 @@ def test_mnist_in_its_own_format(name, reader, title, packed, root, monkeypatch)
     check(cfg)
     for split in ("train", "test"):
         found = DatasetCatalog.get(f"{name}_{split}")
-        assert [record["label"] for record in found] == [0, 1, 2, 3, 4]
+        assert [record["label"] for record in found] == [0, 1, 2, 3, 4, 5]
         assert (np.stack([record["image"] for record in found]) == images).all()
-    assert len(MetadataCatalog.get(f"{name}_test").thing_classes) == 10
+    train, fit, val = (DatasetCatalog.get(f"{name}_{split}") for split in ("train", "fit", "val"))
+    key = itemgetter("file_name", "image_id", "label")
+    assert [*map(key, fit + val)] == [*map(key, train)] and len(val) == 1
+    assert len(MetadataCatalog.get(f"{name}_val").thing_classes) == 10
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=f"{title} is not in '{folder}': set DATASETS.DOWN"):
         check(cfg)
