@@ -140,9 +140,3 @@ def test_every_option_of_the_tools_that_is_named_exists(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             runpy.run_path(str(tool), run_name="__main__")
         assert options <= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)), tool
-
-
-def test_the_results_have_a_row_for_every_config():
-    rows = set(re.findall(r"\| `(\w+\.yaml)` \|", (ROOT / "docs" / "results.md").read_text()))
-    configs = {path.name for path in (ROOT / "configs").glob("*.yaml")}
-    assert rows == {name for name in configs if not name.startswith("Base-")}
