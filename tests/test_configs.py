@@ -34,6 +34,7 @@ BENCHMARKS = dict.fromkeys(
 COMPARISONS = CHAINS | BENCHMARKS
 EXPERIMENTS = sorted({n.removesuffix("_bp.yaml") for n in NAMES if n.endswith("_bp.yaml")})
 EXPERIMENTS = [name for name in EXPERIMENTS if name not in COMPARISONS]
+KINDS = dict.fromkeys(EXPERIMENTS, RULES) | {"bccd_retinanet": RULES | {"kp": "kolen_pollack"}}
 LAST_LAYERS = [name for name in NAMES if name.endswith("_lastlayer.yaml")]
 CLASSIFIER_OF = {"retinanet_R_18": "imagenet_resnet18", "retinanet_R_50": "imagenet_resnet50"}
 
@@ -68,7 +69,7 @@ def test_config_is_found_from_any_folder_and_is_safe_yaml_with_known_keys(
 
 
 def test_every_config_is_a_base_a_sibling_or_a_last_layer_variant():
-    siblings = {f"{name}_{kind}.yaml" for name in EXPERIMENTS for kind in RULES}
+    siblings = {f"{name}_{kind}.yaml" for name in EXPERIMENTS for kind in KINDS[name]}
     siblings |= {f"{name}_{kind}.yaml" for name in COMPARISONS for kind in COMPARISONS[name]}
     bases = {name for name in NAMES if "Base-" in name}
     assert set(NAMES) == siblings | bases | set(LAST_LAYERS)
@@ -76,8 +77,8 @@ def test_every_config_is_a_base_a_sibling_or_a_last_layer_variant():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
-    siblings = {kind: config(f"{experiment}_{kind}.yaml") for kind in RULES}
-    allowed = {"OUTPUT_DIR", "SOLVER.BASE_LR"}
+    siblings = {kind: config(f"{experiment}_{kind}.yaml") for kind in KINDS[experiment]}
+    allowed = {"OUTPUT_DIR"} | ({"SOLVER.BASE_LR"} if "imagenet" in experiment else set())
     allowed |= {f"MODEL.FEEDBACK.{key}" for key in ("RULE", "SCALE", "GAIN")}
     if "_R_" in experiment:  # whose backbone was trained by the same rule
         allowed.add("MODEL.WEIGHTS")
@@ -90,7 +91,7 @@ def test_siblings_differ_in_the_rule_and_its_tuning_alone(experiment):
                 same.add("MODEL.RESNETS.STRIDE_IN_1X1")
             assert not differing(cfg, classifier) & same
     for kind, cfg in siblings.items():
-        assert RULES[kind] == cfg.MODEL.FEEDBACK.RULE
+        assert KINDS[experiment][kind] == cfg.MODEL.FEEDBACK.RULE
         assert f"./output/{Path(experiment).name}_{kind}" == cfg.OUTPUT_DIR
         assert differing(cfg, siblings["bp"]) <= allowed
 
@@ -177,7 +178,7 @@ def test_model_of_config_has_every_layer_on_its_rule(experiment):
         for name, p in model.named_parameters():
             assert p.grad.isfinite().all() and p.grad.any(), f"{name} does not learn"
     scratch = not config(f"{experiment}_ss.yaml").MODEL.WEIGHTS
-    assert scratch == (not retinanet or "scratch" in experiment or "quick" in experiment)
+    assert scratch == (experiment != "retinanet" and "_R_" not in experiment)
     if scratch:
         assert all(parameter.requires_grad for parameter in model.parameters())
         assert not any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
