@@ -43,7 +43,8 @@ def main(folder: Path, count: int, score_threshold: float) -> None:
 
     detections = json.loads(results.read_text())
     options = {"count": count, "score_threshold": score_threshold, "title": f"{name}, {rule}"}
-    draw_detections(name, detections, **options).savefig(folder / "detections.png", dpi=150)
+    drawn = draw_detections(name, detections, **options)
+    drawn.savefig(folder / "detections.png", dpi=150, bbox_inches="tight")
     curves = plot_curves(group_runs([run]), [prefix + "AP", *losses_of(run.metrics)])
     curves.savefig(folder / "training.png", dpi=150)
 

@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Instances
 from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from ss_detectron.checkpoint.checkpointer import FeedbackCheckpointer, compare_classes
@@ -34,12 +34,10 @@ from ss_detectron.modeling import ImageClassifier
 from ss_detectron.utils.text import abbreviate
 
 from .runs import trained_config
-from .visualize import ClassVisualizer
+from .visualize import ClassVisualizer, fit
 
 logger = logging.getLogger(__name__)
 
-# The longer side of a picture in a panel, in pixels, at least and at most.
-MIN_SIDE, MAX_SIDE = 400, 1000
 MIN_WIDTH = 160  # of a panel, whose picture may be narrower
 MARGIN, LINE, CHARACTER = 8, 18, 9  # around pictures, and of the text; in pixels
 
@@ -121,7 +119,7 @@ class Detector(Predictor):
         return found[found.scores.argsort(descending=True, stable=True)]
 
     def draw(self, image: np.ndarray) -> tuple[np.ndarray, str]:
-        picture = _fit(image)
+        picture = fit(image)
         found = self(image, picture.shape[:2])
         drawing = ClassVisualizer(picture, self.classes).draw_instance_predictions(found)
         return drawing.get_image(), ""
@@ -148,7 +146,7 @@ class Classifier(Predictor):
     def draw(self, image: np.ndarray) -> tuple[np.ndarray, str]:
         probabilities, classes = self(image).topk(min(5, len(self.classes)))
         pairs = zip(probabilities.tolist(), classes.tolist(), strict=True)
-        return _fit(image), "\n".join(f"{p:6.1%}  {self.classes[c]}" for p, c in pairs)
+        return fit(image), "\n".join(f"{p:6.1%}  {self.classes[c]}" for p, c in pairs)
 
 
 def build_predictor(cfg: CfgNode, score: float = 0.4) -> Predictor:
@@ -243,12 +241,6 @@ def side_by_side(
         pen.text((left + wide / 2, MARGIN), heading, "black", anchor="ma", align="center")
         pen.text((left, above + high), "\n".join(caption), "black", anchor="la")
     return np.asarray(canvas)
-
-
-def _fit(image: np.ndarray) -> np.ndarray:
-    """The picture, enlarged or reduced to a panel's size."""
-    side = min(max(*image.shape[:2], MIN_SIDE), MAX_SIDE)
-    return np.asarray(ImageOps.contain(Image.fromarray(image), (side, side)))
 
 
 # Files -------------------------------------------------------------------------------------------
