@@ -85,11 +85,13 @@ def add_ss_config(cfg: CfgNode) -> None:
     # FARetinaNetHead, FeedbackRetinaNetHead, or one's own in RETINANET_HEAD_REGISTRY.
     _C.MODEL.RETINANET.HEAD = "RetinaNetHead"
 
-    # The meta-architecture ImageClassifier: its classes, and which output of the backbone it
-    # classifies (empty: the last one).
+    # The meta-architecture ImageClassifier: its classes, which output of the backbone it classifies
+    # (empty: the last one), and what its linear layer begins with: "torch", as nn.Linear does, or
+    # "xavier", Glorot's uniform weights and biases of 0, as the layers of MODEL.CHAIN do.
     _C.MODEL.IMAGE_CLASSIFIER = CfgNode()
     _C.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES = 1000
     _C.MODEL.IMAGE_CLASSIFIER.IN_FEATURE = ""
+    _C.MODEL.IMAGE_CLASSIFIER.INIT = "torch"
 
     # The backbones build_fc_backbone, build_lc_backbone (locally connected) and
     # build_conv_backbone: their layers from the first to the last, a number of units for a fully

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, ResNet, build_backbone
 from torch import Tensor, nn
 
+from ss_detectron.config import choose
 from ss_detectron.layers import check_exclude, convert_part
 
 from .feedback import common_options, feedback_config
@@ -38,6 +39,7 @@ class ImageClassifier(nn.Module):
         backbone: Backbone,
         num_classes: int,
         in_feature: str = "",
+        init: str = "torch",
         pixel_mean: Iterable[float],
         pixel_std: Iterable[float],
         last_layer_rule: str = "backpropagation",
@@ -51,6 +53,8 @@ class ImageClassifier(nn.Module):
             backbone: whose output is a map (N, C, H, W) or a vector (N, C) per image.
             num_classes: of the images.
             in_feature: which of the backbone's outputs; by default the last.
+            init: of the linear layer: "torch" as nn.Linear's, or "xavier", Glorot's uniform weights
+                and biases of 0.
             pixel_mean, pixel_std: per channel, in units of the pixels (0 to 255).
             last_layer_rule: of the linear layer.
             scale, gain, seed: see :func:`~ss_detectron.layers.convert_feedback`.
@@ -72,6 +76,9 @@ class ImageClassifier(nn.Module):
         self.in_feature = in_feature
         self.num_classes = num_classes
         self.linear = nn.Linear(shapes[in_feature].channels, num_classes)
+        if init == "xavier":
+            nn.init.xavier_uniform_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
         self.train_metrics: dict[str, Tensor] = {}
@@ -87,6 +94,7 @@ class ImageClassifier(nn.Module):
             "backbone": build_backbone(cfg),
             "num_classes": cfg.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES,
             "in_feature": cfg.MODEL.IMAGE_CLASSIFIER.IN_FEATURE,
+            "init": choose(cfg, "MODEL.IMAGE_CLASSIFIER.INIT", "torch", "xavier"),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "last_layer_rule": feedback.LAST_LAYER_RULE,

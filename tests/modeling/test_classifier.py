@@ -187,6 +187,18 @@ def test_feature_can_be_chosen():
         build("cifar10_resnet18_bp.yaml", *options[:-1], "res4")
 
 
+def test_initial_values_of_every_layer_of_lenet_are_glorots():
+    """As BioTorch's, whose benchmarks the configs repeat; the feedback is another draw of it."""
+    model = build("fashion_mnist_lenet_fa.yaml")
+    for layer in layers(model).values():
+        bound = 6**0.5 / sum(nn.init._calculate_fan_in_and_fan_out(layer.weight)) ** 0.5
+        assert 0.9 * bound < layer.weight.abs().max() < bound
+        assert 0.9 * bound < layer.feedback_weight.abs().max() < bound
+        assert not layer.bias.any()
+    with pytest.raises(ValueError, match="INIT is 'zeros'; choose 'torch' or 'xavier'"):
+        build("fashion_mnist_lenet_fa.yaml", "MODEL.IMAGE_CLASSIFIER.INIT", "zeros")
+
+
 @pytest.mark.parametrize("label", [-1, 10])
 def test_label_out_of_range_is_named(label):
     model, batch = build(), make_batch(3)
