@@ -13,6 +13,7 @@ are, and the same command brings it up to date.
 import argparse
 import json
 import logging
+import math
 import re
 import shlex
 import statistics
@@ -27,8 +28,10 @@ import yaml
 from tabulate import tabulate
 
 from ss_detectron.config import flatten_config
+from ss_detectron.experiments.cost import multiply_adds
 from ss_detectron.experiments.launch import LAUNCHES, read_launches
 from ss_detectron.experiments.plan import starting_config
+from ss_detectron.experiments.plots import Cost, plot_costs
 from ss_detectron.experiments.runs import (
     ERRORS,
     MACHINE_KEYS,
@@ -42,6 +45,7 @@ from ss_detectron.experiments.runs import (
     read_run,
 )
 from ss_detectron.experiments.styles import label_of, style_of
+from ss_detectron.learners import LEARNER_REGISTRY
 from ss_detectron.utils.usage import add_traceback_option, one_line_errors
 
 logger = logging.getLogger("ss_detectron.publish_results")
@@ -64,8 +68,8 @@ Summary = dict[str, Any]
 
 def summarise(folder: Path) -> Summary:
     """
-    What is kept of a run: the metric of its first test set at the end and at best, its curve, and
-    how it was trained.
+    What is kept of a run: the metric of its first test set at the end and at best, its curve, how
+    it was trained, and the angles that were measured last.
 
     Raises:
         FileNotFoundError, ValueError: it is no run of tools/compare_rules.py, or not evaluated yet.
@@ -120,14 +124,24 @@ def summarise(folder: Path) -> Summary:
     }
 
 
-def write_summaries(folders: Iterable[Path], file: Path) -> None:
-    """Writes the summaries of runs, one a line; what is no run with a figure is said and left."""
-    lines = []
+def write_summaries(folders: Iterable[Path], file: Path, count: bool = False) -> None:
+    """
+    Writes the summaries of runs, one a line; what is no run with a figure is said and left out.
+    With ``count``, they have the multiply-adds per image of a training step.
+    """
+    lines, counts = [], {}
     for folder in folders:
         try:
-            lines.append(json.dumps(summarise(folder)))
+            run = summarise(folder)
         except (FileNotFoundError, ValueError) as error:
             logger.warning("%s; left out", error)
+            continue
+        if count:
+            start = json.dumps([run["config"], run["overrides"]])
+            if start not in counts:
+                counts[start] = multiply_adds(merged_config(str(folder / "config.yaml")))
+            run["multiply_adds"] = counts[start]
+        lines.append(json.dumps(run))
     if not lines:
         raise ValueError(f"there is nothing for {file}")
     file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
@@ -184,8 +198,10 @@ class Group:
         else:
             self.how_far = f"{self.trained:g} {first['unit']}"
 
+    def has(self, key: str) -> bool:
+        return all(run.get(key) is not None for run in self.runs)
+
     def mean(self, key: str) -> float:
-        """Of "last" or "best"."""
         return statistics.mean(run[key] for run in self.runs)
 
     def measured(self, key: str) -> str:
@@ -333,6 +349,42 @@ def render_overview(tables: Iterable[Mapping[str, Any]]) -> str:
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
 
 
+def costs(rows: Sequence[Row]) -> list[Cost]:
+    """
+    Of each row's longest runs, for :func:`plot_costs`. The angle between W and B is the mean over
+    the layers whose B is another than W; learners other than backpropagation have no B.
+
+    Raises:
+        ValueError: nothing is there for backpropagation, or its multiply-adds were not counted.
+    """
+    counted = {
+        row: row.groups[0] for row in rows if row.groups and row.groups[0].has("multiply_adds")
+    }
+    control = next((g for row, g in counted.items() if row.rule == "backpropagation"), None)
+    if not control:
+        raise ValueError("docs/results has no multiply-adds of backpropagation: --count")
+    points = []
+    for row, group in counted.items():
+        angles = [angle for run in group.runs for angle in run["weight_angles"] if angle]
+        if row.rule == "backpropagation":
+            angles = [0.0]
+        elif row.rule in LEARNER_REGISTRY:
+            angles = []
+        values = [run["last"] for run in group.runs]
+        points.append(
+            Cost(
+                row.rule,
+                row.name,
+                group.mean("last"),
+                statistics.stdev(values) if len(values) > 1 else 0.0,
+                group.mean("multiply_adds") / control.mean("multiply_adds"),
+                statistics.mean(angles) if angles else math.nan,
+                group.mean("gradient_angle") if group.has("gradient_angle") else math.nan,
+            )
+        )
+    return points
+
+
 def render(page: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
     """
     Writes the tables of a page anew, each between <!-- results: NAME --> and <!-- end -->; that of
@@ -359,16 +411,23 @@ def main(words: list[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs; none: only the tables")
     add("--name", help="of the file in docs/results, which is replaced")
+    count = "of a training step, too: takes the data sets, and a minute a rule"
+    add("--count", action="store_true", help=f"the multiply-adds {count}")
+    add("--figure", metavar="TABLE", help="draw docs/results/TABLE.png: what steps cost")
     add_traceback_option(parser)
     args = parser.parse_args(words)
     if bool(args.runs) != bool(args.name):
         parser.error("RUN ... and --name go together")
     with one_line_errors(args.traceback):
         if args.runs:
-            write_summaries(args.runs, RESULTS / f"{args.name}.json")
+            write_summaries(args.runs, RESULTS / f"{args.name}.json", args.count)
         tables = read_tables(read_summaries())
         for page in PAGES:
             page.write_text(render(page.read_text(), tables))
+        if args.figure:
+            rows = tables[args.figure]["rows"]
+            metric = next(row.groups[0].metric for row in rows if row.groups)
+            plot_costs(costs(rows), metric).savefig(RESULTS / f"{args.figure}.png", dpi=150)
 
 
 if __name__ == "__main__":

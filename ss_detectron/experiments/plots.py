@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -63,7 +64,7 @@ def plot_curves(groups: Sequence[RunGroup], keys: Sequence[str], *, epochs: bool
     deviation where there are several; against iterations, or epochs, which all runs must know.
     """
     with matplotlib.rc_context(RC):
-        columns = 2 if len(keys) == 1 else 4  # of the legend
+        columns = 2 + (len(groups) > 6) if len(keys) == 1 else 4  # of the legend
         legend_rows = math.ceil(len(groups) / columns)
         figure, panels = _panels(len(keys), margin=0.2 + 0.16 * legend_rows)
         for panel, key in zip(panels, keys, strict=True):
@@ -104,6 +105,59 @@ def plot_layers(groups: Sequence[RunGroup], quantity: str) -> Figure:
         elif reference == 90:
             shared.yaxis.set_major_locator(MultipleLocator(30))
         _depth_bar(figure, panels, layers, colours)
+    return figure
+
+
+class Cost(NamedTuple):
+    """What a rule or learner reached, and by what means. nan is what it does not have."""
+
+    name: str
+    label: str
+    value: float
+    deviation: float
+    multiply_adds: float
+    """Of a training step, as a multiple of backpropagation's."""
+    weight_angle: float
+    gradient_angle: float
+
+
+def plot_costs(points: Sequence[Cost], metric: str) -> Figure:
+    """
+    Draws a metric against the multiply-adds of a training step, the angle between W and B, and the
+    angle between gradients: one point per rule or learner, with its standard deviation.
+    """
+    axes = {
+        "multiply_adds": "multiply-adds of a step / BP's",
+        "weight_angle": "angle between W and B, °",
+        "gradient_angle": label_of("alignment/gradient_angle"),
+    }
+    with matplotlib.rc_context(RC):
+        figure, panels = _panels(len(axes), 0.2 + 0.16 * math.ceil(len(points) / 5), sharey=True)
+        for panel, (field, label) in zip(panels, axes.items(), strict=True):
+            for place, point in enumerate(points):
+                look = style_of(point.name, [other.name for other in points])
+                again = point.name in [other.name for other in points[:place]]
+                panel.errorbar(
+                    getattr(point, field),
+                    point.value,
+                    point.deviation,
+                    color=look.colour,
+                    marker=look.marker,
+                    markerfacecolor="none" if again else look.colour,
+                    linestyle="none",
+                    label=point.label,
+                )
+            panel.set(xlabel=label, xlim=(0, None))
+            if field != "multiply_adds":
+                panel.axvline(90, **_REFERENCE)
+                panel.set(xlim=(-3, 99))
+                panel.xaxis.set_major_locator(MultipleLocator(30))
+        panels[0].set_ylabel(label_of(metric))
+        values = [point.value for point in points]
+        if matching([metric], ERRORS) and max(values) > 3 * min(values):
+            _logarithmic(panels[0])
+        named = panels[0].get_legend_handles_labels()
+        figure.legend(*named, loc="outside upper center", ncols=5)
     return figure
 
 
@@ -221,14 +275,18 @@ def _panels(count: int, margin: float = 0.3, sharey: bool = False) -> tuple[Figu
 
 def _draw_curves(panel: Axes, groups: Sequence[RunGroup], key: str, epochs: bool) -> None:
     is_loss = key.rpartition("/")[2].startswith(("loss", "total_loss"))
-    for place, group in enumerate(groups):
-        x, mean, deviation = mean_curve(group, key, epochs)
+    crowded = {"markersize": 3, "linewidth": 0.9} if len(groups) > 6 else {}
+    curves = [mean_curve(group, key, epochs) for group in groups]
+    means = np.concatenate([mean for _, mean, _ in curves])
+    # Errors that end near each other, and begin far from there, show their order on such a scale.
+    logarithmic = is_loss or bool(matching([key], ERRORS) and 0 < 10 * means.min() < means.max())
+    for place, (group, (x, mean, deviation)) in enumerate(zip(groups, curves, strict=True)):
         style = style_of(group.name, [group.name for group in groups])
         if group.variant:  # of one rule, further groups keep the colour
             dashes = DASHES[group.variant % len(DASHES)]
             style = style._replace(dashes=dashes, marker=MARKERS[group.variant % len(MARKERS)])
         # Few markers on a long line, and not those of all lines in one place.
-        every = max(1, len(x) // 8)
+        every = max(1, len(x) // (5 if crowded else 8))
         panel.plot(
             x,
             mean,
@@ -237,13 +295,14 @@ def _draw_curves(panel: Axes, groups: Sequence[RunGroup], key: str, epochs: bool
             marker=style.marker,
             markevery=(place * every // len(groups), every),
             label=_title(group, groups),
+            **crowded,
         )
         low, high = mean - deviation, mean + deviation
-        if is_loss:  # on a logarithmic scale, a band ends above zero
+        if logarithmic:  # on a logarithmic scale, a band ends above zero
             low = np.where(low > 0, low, mean / 10)
         if np.isfinite(deviation).any():
             panel.fill_between(x, low, high, color=style.colour, alpha=0.2, linewidth=0)
-    if is_loss:
+    if logarithmic:
         _logarithmic(panel)
     elif key == "alignment/gradient_angle":
         panel.axhline(90, **_REFERENCE)
@@ -267,7 +326,7 @@ def _logarithmic(panel: Axes) -> None:
 def _from_zero(panel: Axes) -> None:
     end = panel.get_xlim()[1]
     panel.set_xlim(-0.03 * end, end)
-    panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _depth_bar(figure: Figure, panels: Sequence[Axes], layers: Sequence[str], colours) -> None:

@@ -16,7 +16,7 @@ class Style(NamedTuple):
     marker: str
 
 
-# Cool colours follow the weights' signs, warm ones do not.
+# Cool colours follow the weights' signs, warm ones do not, purple ones learn; learners are earthy.
 RULE_STYLES = {
     "backpropagation": Style("BP", "#000000", "-", "o"),
     "sign_symmetry": Style("SS", "#0072B2", (0, (6, 1.5)), "s"),
@@ -25,17 +25,17 @@ RULE_STYLES = {
     "feedback_alignment": Style("FA", "#D55E00", (0, (3, 1.5)), "D"),
     "feedback_alignment_signed_init": Style("FA, signed init", "#E69F00", (0, (3, 3)), "P"),
     "kolen_pollack": Style("KP", "#CC79A7", (0, (3, 1.5, 1, 1.5, 1, 1.5)), "X"),
-    "weight_mirror": Style("WM", "#882211", (0, (1, 1, 1, 3)), "*"),
-    "information_alignment": Style("IA", "#AA4499", (0, (4, 1, 1, 1)), "d"),
-    "direct_feedback": Style("DFA", "#882255", (0, (8, 2)), "h"),
-    "difference_target_propagation": Style("DTP", "#117733", (0, (2, 1)), "<"),
+    "weight_mirror": Style("WM", "#A0308C", (0, (1, 1, 1, 3)), "*"),
+    "information_alignment": Style("IA", "#4B2A86", (0, (4, 1, 1, 1)), "d"),
+    "direct_feedback": Style("DFA", "#8C510A", (0, (8, 2)), "h"),
+    "difference_target_propagation": Style("DTP", "#4D5D10", (0, (2, 1)), "<"),
     "simplified_difference_target_propagation": Style(
         "SDTP", "#999933", (0, (5, 1, 1, 1, 1, 1)), ">"
     ),
-    "auxiliary_output_sdtp": Style("AO-SDTP", "#332288", (0, (8, 1, 1, 1)), "p"),
+    "auxiliary_output_sdtp": Style("AO-SDTP", "#C9B400", (0, (8, 1, 1, 1)), "p"),
 }
 # Of others: Paul Tol's "muted" scheme.
-_OTHER_COLOURS = ("#44AA99", "#7F7F7F", "#661100", "#6699CC", "#BBBBBB", "#AA4466", "#DDCC77")
+_OTHER_COLOURS = ("#44AA99", "#7F7F7F", "#661100", "#6699CC", "#BBBBBB", "#AA4466", "#B2182B")
 DASHES = ("-", (0, (10, 2)), (0, (2, 2)), (0, (7, 1, 1, 1, 1, 1)))
 MARKERS = ("8", "H", "1", "2", "3", "4", "x")
 

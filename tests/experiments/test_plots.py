@@ -90,6 +90,15 @@ def test_curves_are_drawn_with_their_rules_looks_labels_and_bands(tmp_path):
     assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
 
 
+@pytest.mark.parametrize(("end", "scale"), [(5.0, "linear"), (4.9, "log"), (0.0, "linear")])
+def test_errors_far_from_where_they_begin_are_drawn_on_a_logarithmic_scale(tmp_path, end, scale):
+    key = "classification/top1_error"
+    rows = [{"iteration": i, key: error} for i, error in enumerate((50.0, end))]
+    write_run(tmp_path / "bp", rows)
+    (panel,) = plot_curves(groups_of(tmp_path), [key]).axes
+    assert panel.get_yscale() == scale
+
+
 def test_two_settings_of_one_rule_share_its_colour_alone(tmp_path):
     write_run(tmp_path / "a", losses(1.0, 2.0), "ss")
     write_run(tmp_path / "b", losses(1.0, 2.0), "ss", MODEL__FEEDBACK__GAIN=1.0)
