@@ -1,6 +1,7 @@
 """Boxes from which nothing can be learned: single ones, and all where they are something else."""
 
 import logging
+from collections.abc import Sequence
 from math import nan
 
 import numpy as np
@@ -9,6 +10,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 
 from ss_detectron.utils.text import abbreviate
+
+from .records import CocoRecords
 
 # The forms of boxes that are not rotated: whether the second two numbers are a size.
 AXES = {BoxMode.XYXY_ABS: False, BoxMode.XYWH_ABS: True}
@@ -85,7 +88,9 @@ def _show(numbers: np.ndarray) -> str:
     return "[" + ", ".join(f"{number:.6g}" for number in numbers) + "]"
 
 
-def without_unusable_boxes(dicts: list[dict], where: str, *, training: bool = True) -> list[dict]:
+def without_unusable_boxes(
+    dicts: Sequence[dict], where: str, *, training: bool = True
+) -> Sequence[dict]:
     """Leave out the boxes without area or outside their image; log how many, as ``where`` has them.
 
     Boxes that reach beyond their image, which Detectron2 clips, are counted too. Those that are not
@@ -94,25 +99,16 @@ def without_unusable_boxes(dicts: list[dict], where: str, *, training: bool = Tr
     Crowds, which are not learned from, and rotated boxes are not looked at. A box of negative width
     would be one of positive sides to Detectron2.
     """
-    places, corners, sizes = [], [], []
-    for i, image in enumerate(dicts):
-        size = image.get("width", np.inf), image.get("height", np.inf)
-        for j, annotation in enumerate(image.get("annotations", ())):
-            mode = annotation.get("bbox_mode")
-            if mode in AXES and not annotation.get("iscrowd", 0):
-                places.append((i, j))
-                corners.append(_corners(annotation.get("bbox"), mode))
-                sizes.append(size)
+    places, boxes, sizes = dicts.boxes() if isinstance(dicts, CocoRecords) else _boxes(dicts)
 
     def examples(rows: np.ndarray) -> str:
         found = []
-        for i, j in (places[row] for row in np.flatnonzero(rows)[:4]):
+        for i, j in places[np.flatnonzero(rows)[:4]]:
             box = dicts[i]["annotations"][j].get("bbox")
             image = dicts[i].get("image_id", dicts[i].get("file_name"))
             found.append(f"{box!r:.60} of image {image!r}")
         return abbreviate(found)
 
-    boxes, sizes = np.reshape(corners, (-1, 4)), np.reshape(sizes, (-1, 2))
     if (wrong := ~np.isfinite(boxes).all(1)).any():
         message = f"{where}: {wrong.sum()} boxes are not four finite numbers: {examples(wrong)}"
         raise ValueError(f"{message}. Repair or remove them.")
@@ -132,12 +128,33 @@ def without_unusable_boxes(dicts: list[dict], where: str, *, training: bool = Tr
             _warn(f"{where}: {rows.sum()} of {len(rows)} boxes {kind}: {examples(rows)}.")
     if not training:
         return dicts
-    unusable = {places[row] for row in np.flatnonzero(flat | outside)}
+    left_out = places[flat | outside]
+    if isinstance(dicts, CocoRecords):
+        return dicts.without(left_out)
+    unusable = {*map(tuple, left_out.tolist())}
     dicts = list(dicts)
     for i in {i for i, _ in unusable}:
         kept = [a for j, a in enumerate(dicts[i]["annotations"]) if (i, j) not in unusable]
         dicts[i] = {**dicts[i], "annotations": kept}
     return dicts
+
+
+def _boxes(dicts: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As :meth:`.CocoRecords.boxes`."""
+    places, corners, sizes = [], [], []
+    for i, image in enumerate(dicts):
+        size = image.get("width", np.inf), image.get("height", np.inf)
+        for j, annotation in enumerate(image.get("annotations", ())):
+            mode = annotation.get("bbox_mode")
+            if mode in AXES and not annotation.get("iscrowd", 0):
+                places.append((i, j))
+                corners.append(_corners(annotation.get("bbox"), mode))
+                sizes.append(size)
+    return (
+        np.reshape(places, (-1, 2)).astype(int),
+        np.reshape(corners, (-1, 4)),
+        np.reshape(sizes, (-1, 2)),
+    )
 
 
 def _corners(box: list, mode: BoxMode) -> tuple[float, float, float, float]:

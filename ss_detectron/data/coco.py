@@ -9,14 +9,13 @@ from urllib.parse import unquote
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ss_detectron.utils.text import abbreviate
 
 from .catalog import new_entries, where_to_put
-from .coco_file import read_coco_file, repaired_file
+from .coco_index import CocoIndex, read_index
 from .images import skips_unreadable_images
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,13 @@ class CocoMetadata(Metadata):
 
     @property
     def json_file(self) -> str:
-        """The file that Detectron2 and pycocotools are to read, see :func:`.repaired_file`."""
-        return repaired_file(PathManager.get_local_path(self.as_dict()["json_file"]))
+        """The file that Detectron2 and pycocotools are to read: itself or a repaired copy."""
+        return self.index.path
+
+    @property
+    def index(self) -> CocoIndex:
+        """What is known of the file; read where it is not."""
+        return read_index(PathManager.get_local_path(self.as_dict()["json_file"]))
 
 
 def register_coco_from_config(cfg: CfgNode) -> None:
@@ -53,7 +57,7 @@ def _register(name: str, json_file: str, image_root: str) -> None:
     metadata = CocoMetadata(
         name=name, evaluator_type="coco", json_file=json_file, image_root=image_root
     )
-    DatasetCatalog.register(name, lambda: load_coco_json(metadata.json_file, image_root, name))
+    DatasetCatalog.register(name, lambda: metadata.index.records(image_root, name))
     MetadataCatalog[name] = metadata
 
 
@@ -61,7 +65,7 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
     """Check a data set in COCO's form; return the names of its classes as Detectron2 orders them.
 
     Its files are there. Sets whose classes are known beforehand (COCO, LVIS) are not parsed, which
-    takes long; of the others the annotation file is checked, see :func:`.read_coco_file`, and
+    takes long; of the others the annotation file is checked, see :func:`.read_index`, and
     every image has to be on disk, unless DATALOADER.UNREADABLE_IMAGES is skip. Of what is not on
     this machine, no class is known. Sets that are only evaluated (not ``training``) need less.
     """
@@ -81,29 +85,32 @@ def check_coco(cfg: CfgNode, metadata: Metadata, training: bool) -> list[str]:
         return []
     polygons = training and cfg.INPUT.MASK_FORMAT == "polygon"
     try:
-        content = read_coco_file(file, training, masks=cfg.MODEL.MASK_ON, polygons=polygons)
+        index = read_index(file, annotated=training, masks=cfg.MODEL.MASK_ON * (1 + polygons))
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
-    if not isinstance(metadata, CocoMetadata) and repaired_file(file) != file:
+    if not isinstance(metadata, CocoMetadata) and index.path != file:
         raise ValueError(
             f"{where} '{file}' can only be used as repaired, which the log has: name it in "
             "DATASETS.COCO_INSTANCES, or repair it."
         )
     if folder is not None:
-        _check_images(cfg, f"{where} '{file}'", folder, content["images"])
+        _check_images(cfg, f"{where} '{file}'", folder, index.names)
     if training:
-        _note_unused_classes(f"{where} '{file}'", content)
-    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+        _note_unused_classes(f"{where} '{file}'", index)
+    return [name for _, name in index.categories]
 
 
-def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> None:
+def _check_images(cfg: CfgNode, where: str, folder: str, names: list[str]) -> None:
     present = set(os.listdir(folder))  # one look instead of one per image
-    names = [i["file_name"] for i in images if i["file_name"] not in present]
-    missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
+    missing = [
+        name
+        for name in names
+        if name not in present and not os.path.exists(os.path.join(folder, name))
+    ]
     if not missing:
         return
     found = (
-        f"{where} names {len(images)} images, {len(missing)} of which are not in '{folder}': "
+        f"{where} names {len(names)} images, {len(missing)} of which are not in '{folder}': "
         f"{abbreviate(missing)}"
     )
     similar = {
@@ -113,7 +120,7 @@ def _check_images(cfg: CfgNode, where: str, folder: str, images: list[dict]) -> 
     }
     if near := [f"'{n}' as '{similar[_stem(n)]}'" for n in missing if _stem(n) in similar]:
         found += f". {len(near)} seem to be there: {abbreviate(near)}. Write these into the file."
-    if len(missing) == len(images) or not skips_unreadable_images(cfg):
+    if len(missing) == len(names) or not skips_unreadable_images(cfg):
         raise FileNotFoundError(found)
     if comm.is_main_process():
         logger.warning("%s", found)
@@ -128,12 +135,12 @@ def _stem(name: str) -> str:
     return re.sub(r"^[0-9a-f]{8}-|_[a-z0-9]+\.rf\.[0-9a-z]+$", "", stem)
 
 
-def _note_unused_classes(where: str, content: dict[str, list[dict]]) -> None:
-    used = {annotation["category_id"] for annotation in content["annotations"]}
-    unused = [category["name"] for category in content["categories"] if category["id"] not in used]
+def _note_unused_classes(where: str, index: CocoIndex) -> None:
+    used = {*index.objects["category"].tolist()}
+    unused = [name for label, (_, name) in enumerate(index.categories) if label not in used]
     if unused and comm.is_main_process():
         message = (
             "%s: %d of %d categories have no objects: %s. They are classes like the others, even "
             "where they are only their supercategory."
         )
-        logger.warning(message, where, len(unused), len(content["categories"]), abbreviate(unused))
+        logger.warning(message, where, len(unused), len(index.categories), abbreviate(unused))

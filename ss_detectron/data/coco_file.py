@@ -10,13 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
-
-from .boxes import check_plausible
 
 LARGEST = 1e9  # of a number in pixels: what lies beyond is no measure of an image
 FARTHEST = 1e6  # of a polygon's points: pycocotools takes memory for every pixel of its edges
@@ -57,8 +55,8 @@ def _is_id(value: Any) -> bool:
 
 _ID = (_is_id, "an integer")
 _SIDE = (lambda v: _is_number(v) and v > 0 and v == int(v), "a positive integer")
-_CATEGORY: Form = {"id": _ID, "name": (lambda v: isinstance(v, str), "a string")}
-_IMAGE: Form = {
+CATEGORY: Form = {"id": _ID, "name": (lambda v: isinstance(v, str), "a string")}
+IMAGE: Form = {
     "id": _ID,
     "file_name": (lambda v: isinstance(v, str) and v != "", "a path"),
     "height": _SIDE,
@@ -77,55 +75,7 @@ _OPTIONAL = {"iscrowd", "ignore", "area", "keypoints"}
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-_copies: dict[tuple[str, int, int], str] = {}
 _folder_of_copies = cache(partial(tempfile.TemporaryDirectory, prefix="ss_detectron_"))
-
-
-def repaired_file(file: str) -> str:
-    """Return the path of an annotation file that needs no :func:`repair`: itself, or a copy.
-
-    A copy is in a temporary folder, which ends with this process.
-
-    Raises:
-        OSError, ValueError: there is no such file, or it is not JSON.
-    """
-    if _version(file) not in _copies:
-        _read(file)
-    return _copies[_version(file)]
-
-
-def _version(file: str) -> tuple[str, int, int]:
-    status = os.stat(file)
-    return file, status.st_mtime_ns, status.st_size
-
-
-def _read(file: str) -> Any:
-    """Parse and repair an annotation file, and know a file that holds the result."""
-    version = _version(file)
-    with open(file, "rb") as stream:
-        encoded = stream.read()
-    try:
-        content = json.loads(encoded)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"'{file}' is not valid JSON: it is not in UTF-8 ({error}). It may be in Latin-1 or "
-            "cp1252: save it in UTF-8."
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
-    repairs = repair(content)
-    if (encoding := json.detect_encoding(encoded)) != "utf-8":
-        repairs.append(f"its encoding is {encoding}")  # of a byte-order mark, utf-8-sig
-    _copies[version] = file
-    if repairs:
-        if comm.is_main_process():
-            message = f"'{file}' is used as if it were repaired: {'; '.join(repairs)}."
-            log_first_n(logging.WARNING, message, key="message", name=__name__)
-        folder = tempfile.mkdtemp(dir=_folder_of_copies().name)
-        _copies[version] = os.path.join(folder, os.path.basename(file))
-        with open(_copies[version], "w", encoding="utf-8") as stream:
-            json.dump(content, stream)
-    return content
 
 
 def repair(content: Any) -> list[str]:
@@ -198,23 +148,49 @@ def _tell_apart(categories: list[dict], used: list[Any]) -> list[str]:
     return repairs
 
 
-def read_coco_file(
-    file: str, annotated: bool, *, masks: bool = False, polygons: bool = False
-) -> dict[str, list[dict]]:
-    """Read an annotation file, as repaired, and check all that Detectron2 and pycocotools need.
+def repaired_file(file: str, annotated: bool, masks: int = 0) -> str:
+    """Check all that Detectron2 and pycocotools need of an annotation file that was repaired.
 
     Boxes without area or outside their image are of the right form, and so are images without any.
 
     Args:
         file: its path.
         annotated: whether there have to be annotations, as for training.
-        masks: whether every object and crowd needs a mask that pycocotools can evaluate.
-        polygons: whether those of objects have to be given by polygons; crowds are not trained on.
+        masks: see :func:`mask_problem`.
+
+    Returns:
+        the path of a file that needs no :func:`repair`: itself, or a copy in a temporary folder,
+        which ends with this process.
 
     Raises:
         ValueError: names the file, how many entries are wrong, and the first of them.
     """
-    content = _read(file)
+    encoded = Path(file).read_bytes()
+    try:
+        content = json.loads(encoded)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{file}' is not valid JSON: it is not in UTF-8 ({error}). It may be in Latin-1 or "
+            "cp1252: save it in UTF-8."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
+    repairs = repair(content)
+    if (encoding := json.detect_encoding(encoded)) != "utf-8":
+        repairs.append(f"its encoding is {encoding}")  # of a byte-order mark, utf-8-sig
+    del encoded
+    if repairs and comm.is_main_process():
+        message = f"'{file}' is used as if it were repaired: {'; '.join(repairs)}."
+        log_first_n(logging.WARNING, message, key="message", name=__name__)
+    _check_content(file, content, annotated, masks)
+    if not repairs:
+        return file
+    copy = Path(tempfile.mkdtemp(dir=_folder_of_copies().name), os.path.basename(file))
+    copy.write_text(json.dumps(content), encoding="utf-8")
+    return str(copy)
+
+
+def _check_content(file: str, content: Any, annotated: bool, masks: int) -> None:
     found = dict(content) if isinstance(content, dict) else {}
     if not annotated:
         found.setdefault("annotations", [])  # which the files of COCO's test sets lack
@@ -226,13 +202,13 @@ def read_coco_file(
             )
         if not entries and (part != "annotations" or annotated):
             raise ValueError(f"'{file}' has no {part}.")
-    _check(file, "categories", lists["categories"], partial(_problem, _CATEGORY))
-    _check(file, "images", lists["images"], partial(_problem, _IMAGE))
+    _check(file, "categories", lists["categories"], partial(problem, CATEGORY))
+    _check(file, "images", lists["images"], partial(problem, IMAGE))
     categories = {category["id"] for category in lists["categories"]}
     images = {image["id"]: image for image in lists["images"]}
 
     def annotation_problem(annotation: Any) -> str | None:
-        if found := _problem(_ANNOTATION, annotation):
+        if found := problem(_ANNOTATION, annotation):
             return found
         for key, part in (("image_id", "images"), ("category_id", "categories")):
             if type(annotation[key]) is not type(first := lists[part][0]["id"]):
@@ -242,29 +218,20 @@ def read_coco_file(
         if annotation["category_id"] not in categories:
             return _unlike(annotation, "category_id", "one of 'categories'")
         image = images.get(annotation["image_id"])  # Detectron2 leaves out those of no image
-        expected = image and _expected_mask(annotation, image, masks, polygons)
+        expected = image and mask_problem(annotation, masks, [image["height"], image["width"]])
         return _unlike(annotation, "segmentation", expected) if expected else None
 
     _check(file, "annotations", lists["annotations"], annotation_problem)
-    _check_plausible(file, images, lists["annotations"])
-    return lists
-
-
-def _check_plausible(file: str, images: dict[Any, dict], annotations: list[dict]) -> None:
-    of_images = [a for a in annotations if a["image_id"] in images]
-    if annotations and not of_images:
+    annotations = lists["annotations"]
+    if annotations and not any(annotation["image_id"] in images for annotation in annotations):
         found, known = map(reprlib.repr, (annotations[0]["image_id"], next(iter(images))))
         raise ValueError(
             f"'{file}': none of {len(annotations)} annotations is of one of its {len(images)} "
             f"images: the first has the image_id {found}, the first image the id {known}."
         )
-    objects = [annotation for annotation in of_images if not annotation["iscrowd"]]
-    sizes = [[images[a["image_id"]][side] for side in ("width", "height")] for a in objects]
-    boxes = np.reshape([a["bbox"] for a in objects], (-1, 4)).astype(float)
-    check_plausible(f"'{file}'", boxes, np.reshape(sizes, (-1, 2)))
 
 
-def _problem(form: Form, entry: Any) -> str | None:
+def problem(form: Form, entry: Any) -> str | None:
     if not isinstance(entry, dict):
         return f"is {reprlib.repr(entry)}, not an object"
     for key, (fits, expected) in form.items():
@@ -298,18 +265,24 @@ def _check(file: str, part: str, entries: list[Any], problem: Callable[[Any], st
         )
 
 
-def _expected_mask(annotation: dict, image: dict, masks: bool, polygons: bool) -> str | None:
-    """What a segmentation should be that cannot be used; None for one that can."""
+def mask_problem(annotation: dict, masks: int, size: list | None = None) -> str | None:
+    """What a segmentation should be that cannot be used; None for one that can.
+
+    Args:
+        annotation: of the right form but for it.
+        masks: 1 where every object and crowd needs a mask that pycocotools can evaluate, 2 where
+            those of objects have to be polygons; crowds are not trained on. Else 0.
+        size: height and width of its image; None for those that the mask has.
+    """
     mask = annotation.get("segmentation")
     if not mask:
         return "a mask, which MODEL.MASK_ON needs" if masks else None
     if isinstance(mask, dict):
-        if masks and polygons and not annotation.get("iscrowd", 0):
+        if masks > 1 and not annotation.get("iscrowd", 0):
             return "polygons: set INPUT.MASK_FORMAT to 'bitmask'"
         if isinstance(mask.get("counts"), str) and not masks:
             return None  # nobody decodes it
-        fits = _fills(mask, image["height"], image["width"])
-        return None if fits else "RLE of its image's [height, width]"
+        return None if _fills(mask, size) else "RLE of its image's [height, width]"
     # Without masks, Detectron2 drops objects whose polygons are too short.
     fits = _is_polygon if masks else lambda polygon: isinstance(polygon, list)
     if isinstance(mask, list) and all(map(fits, mask)):
@@ -317,8 +290,8 @@ def _expected_mask(annotation: dict, image: dict, masks: bool, polygons: bool) -
     return "polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or RLE"
 
 
-def _fills(rle: dict, height: int, width: int) -> bool:
-    """Whether run lengths fill an image of this size, to the pixel.
+def _fills(rle: dict, expected: list | None) -> bool:
+    """Whether run lengths fill an image of their own or the ``expected`` size, to the pixel.
 
     Of others, pycocotools reads and writes beyond its memory, or never ends.
     """
@@ -326,11 +299,13 @@ def _fills(rle: dict, height: int, width: int) -> bool:
     if isinstance(counts, str):
         counts = _decompressed(counts)
     return (
-        size == [height, width]
-        and all(type(side) is int for side in size)
+        isinstance(size, list)
+        and size == (expected or size)
+        and len(size) == 2
+        and all(type(side) is int and side > 0 for side in size)
         and isinstance(counts, list)
         and all(type(count) is int and count >= 0 for count in counts)
-        and sum(counts) == height * width
+        and sum(counts) == size[0] * size[1]
     )
 
 

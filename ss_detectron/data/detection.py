@@ -1,6 +1,8 @@
 """Images and boxes for detection, by Detectron2's own loading: what of them cannot be used."""
 
 import copy
+import logging
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -8,10 +10,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetMapper,
     MetadataCatalog,
     detection_utils,
     get_detection_dataset_dicts,
+    print_instances_class_histogram,
 )
 from detectron2.data import build_detection_test_loader as build_stock_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
@@ -20,8 +24,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .boxes import without_unusable_boxes
+from .coco import CocoMetadata
 from .images import open_image, reading, skips_unreadable_images
+from .records import CocoRecords
 from .stream import EvaluationLoader, ImageDataset
+
+logger = logging.getLogger(__name__)
 
 
 class DetectionMapper(DatasetMapper):
@@ -88,7 +96,9 @@ def _read(record: dict[str, Any], form: str) -> np.ndarray:
     return pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
 
 
-def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> list[dict] | Dataset:
+def load_detection_dicts(
+    cfg: CfgNode, names: list[str], *, training: bool
+) -> Sequence[dict] | Dataset:
     """Load the dataset dicts of some data sets, or the torch Dataset where one is registered.
 
     For training, by the keys that say which images are used. What :func:`.without_unusable_boxes`
@@ -109,20 +119,50 @@ def load_detection_dicts(cfg: CfgNode, names: list[str], *, training: bool) -> l
             part = "TRAIN" if training else "TEST"
             files = zip(cfg.DATASETS[part], cfg.DATASETS[f"PROPOSAL_FILES_{part}"], strict=True)
             options["proposal_files"] = list(map(dict(files).get, names))
-        dicts = get_detection_dataset_dicts(names, **options)
+        if all(isinstance(MetadataCatalog.get(name), CocoMetadata) for name in names) and (
+            not cfg.MODEL.LOAD_PROPOSALS
+        ):
+            dicts = _load_records(names, **options)
+        else:
+            dicts = get_detection_dataset_dicts(names, **options)
     except OSError:
         raise
     except Exception as error:  # what it takes for granted fails in many ways
         raise ValueError(f"{where}: Detectron2 cannot load it: {error!r}") from error
-    if not isinstance(dicts, list) or "annotations" not in dicts[0]:
+    if isinstance(dicts, Dataset) or (dicts and "annotations" not in dicts[0]):
         return dicts
     dicts = without_unusable_boxes(dicts, where, training=training)
     # Detectron2's weighted samplers load the data sets again, and have to find the same images.
     if filtered and not cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted"):
-        dicts = filter_images_with_only_crowd_annotations(dicts)
+        dicts = _with_objects(dicts)
     if not dicts:
         raise ValueError(f"{where}: no image has an object that can be used.")
     return dicts
+
+
+def _load_records(names: list[str], *, filter_empty: bool, min_keypoints: int = 0) -> CocoRecords:
+    # As get_detection_dataset_dicts does, which makes every dict.
+    records = CocoRecords.joined([DatasetCatalog.get(name) for name in names])
+    if filter_empty:
+        records = _with_objects(records)
+    if min_keypoints:
+        before = len(records)
+        records = records.with_keypoints(min_keypoints)
+        logger.info("%d images have fewer than %d keypoints.", before - len(records), min_keypoints)
+    detection_utils.check_metadata_consistency("thing_classes", names)
+    objects = [{"category_id": label} for label in records.classes()]
+    print_instances_class_histogram(
+        [{"annotations": objects}], MetadataCatalog.get(names[0]).thing_classes
+    )
+    return records
+
+
+def _with_objects(dicts: Sequence[dict]) -> Sequence[dict]:
+    if not isinstance(dicts, CocoRecords):
+        return filter_images_with_only_crowd_annotations(dicts)
+    records = dicts.with_objects()
+    logger.info("%d images have no objects; %d are left.", len(dicts) - len(records), len(records))
+    return records
 
 
 def build_detection_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
@@ -138,7 +178,7 @@ def build_detection_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
     dicts = load_detection_dicts(cfg, [dataset_name], training=False)
     mapper = DetectionMapper(cfg, False)
     workers = cfg.DATALOADER.NUM_WORKERS
-    if not isinstance(dicts, list):
+    if isinstance(dicts, Dataset):
         return build_stock_test_loader(dicts, mapper=mapper, num_workers=workers)
     dataset = ImageDataset(dicts, mapper, skip=skips_unreadable_images(cfg), replace=False)
     return EvaluationLoader(dataset, batch_size=1, num_workers=workers)

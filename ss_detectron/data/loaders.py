@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_tra
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ss_detectron.config import choose
 from ss_detectron.utils.random_state import seeded
@@ -30,6 +30,7 @@ from .memory import (
     build_memory_test_loader,
     holds_in_memory,
 )
+from .records import CocoRecords
 from .stream import EvaluationLoader, ImageDataset, TrainingLoader
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[s
     size = _images_per_pass(cfg)
     dicts = load_detection_dicts(cfg, cfg.DATASETS.TRAIN, training=True)
     mapper = DetectionMapper(cfg, True)
-    if not isinstance(dicts, list):
+    if isinstance(dicts, Dataset):
         total = size * comm.get_world_size()
         return build_detection_train_loader(
             cfg, dataset=dicts, mapper=mapper, total_batch_size=total
@@ -152,7 +153,9 @@ def build_resumable_detection_train_loader(cfg: CfgNode) -> Iterable[list[dict[s
     )
 
 
-def _which_are_wide(dicts: list[dict]) -> list[bool] | None:
+def _which_are_wide(dicts: Sequence[dict]) -> list[bool] | None:
+    if isinstance(dicts, CocoRecords):
+        return (dicts.images["size"][:, 0] > dicts.images["size"][:, 1]).tolist()
     try:
         return [record["width"] > record["height"] for record in dicts]
     except KeyError as missing:

@@ -27,7 +27,7 @@ class ImageDataset(Dataset):
     """The images of dataset dicts, read and transformed when they are asked for."""
 
     def __init__(
-        self, records: list[dict], mapper: Callable[[dict], dict], *, skip: bool, replace: bool
+        self, records: Sequence[dict], mapper: Callable[[dict], dict], *, skip: bool, replace: bool
     ) -> None:
         """
         Args:
@@ -36,8 +36,8 @@ class ImageDataset(Dataset):
             skip: whether unreadable images are named and passed over, or an error.
             replace: whether the following image takes the place of one that was passed over.
         """
-        # In a form that worker processes share.
-        self.records = DatasetFromList(records, copy=False)
+        # In a form that worker processes share, as CocoRecords are already.
+        self.records = DatasetFromList(records, copy=False, serialize=isinstance(records, list))
         self.mapper = mapper
         self.skip = skip
         self.replace = replace

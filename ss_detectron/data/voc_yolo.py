@@ -26,7 +26,7 @@ from detectron2.structures import BoxMode
 from ss_detectron.utils.text import abbreviate
 
 from .boxes import without_unusable_boxes
-from .coco_file import read_coco_file
+from .coco_index import read_index
 from .folders import HIDDEN, is_image
 from .images import UnreadableImageError, open_image, reading
 
@@ -206,7 +206,7 @@ def write_coco(images: Iterable[dict], classes: Sequence[str], file: str | Path)
         MetadataCatalog.remove(name)
     Path(file).write_text(json.dumps(content), encoding="utf-8")
     try:
-        read_coco_file(str(file), annotated=False)
+        read_index(str(file))
     except ValueError:
         Path(file).unlink()
         raise

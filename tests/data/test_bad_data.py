@@ -17,7 +17,8 @@ import pytest
 import torch
 from coco_utils import BOXES, HEIGHT, WIDTH, coco_config, detections, picture, write_coco
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -33,7 +34,8 @@ from ss_detectron.data import (
     register_image_folders_from_config,
 )
 from ss_detectron.data.boxes import check_plausible, without_unusable_boxes
-from ss_detectron.data.coco_file import read_coco_file, repair
+from ss_detectron.data.coco_file import repair
+from ss_detectron.data.coco_index import read_index
 from ss_detectron.engine import Trainer
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "bad_data.md"
@@ -414,7 +416,7 @@ DETECTION_ANNOTATIONS = [
     left_out(
         "annotation of an image that is not listed",
         one_more([4, 8, 5, 9], image_id=77),
-        "contains 5 annotations, but only 4 of them match to images",
+        "1 of 5 annotations are of no image in it: left out",
     ),
     stops("category_id that is not listed", on_object(category_id=3), "category_id 3, expected"),
     stops(
@@ -458,7 +460,12 @@ DETECTION_ANNOTATIONS = [
     used("segmentation empty", polygons([])),
     stops("segmentation of another form", polygons([4, 8]), POLYGONS),
     repaired("polygon that is not in a list", polygons(TRIANGLE), "1 polygons are not in a list"),
-    left_out("polygons of fewer than three points", polygons(LINE), "Filtered out 1", THREE),
+    left_out(
+        "polygons of fewer than three points",
+        polygons(LINE),
+        "1 of 4 annotations have polygons of fewer than three points alone: left",
+        THREE,
+    ),
     stops("RLE of another size than the image", rle([81], 9, 9), "expected RLE of its"),
     stops("RLE whose counts do not add up", rle([5]), "expected RLE of its"),
     stops("segmentation missing, MODEL.MASK_ON", polygons(None), "MODEL.MASK_ON needs", *MASKS),
@@ -772,9 +779,13 @@ def test_nothing_to_learn_from():
 
 
 def not_parsed(cfg: CfgNode) -> CfgNode:
-    """As if the classes were known beforehand, like those of COCO."""
-    register_coco_from_config(cfg)
-    MetadataCatalog.get("own_sky").thing_classes = ["kite", "balloon"]
+    """Registered as COCO's own are, with the classes known beforehand."""
+    register_coco_instances(
+        "own_sky",
+        {"thing_classes": ["kite", "balloon"]},
+        str(Path("sky/labels.json").absolute()),
+        str(Path("sky/images").absolute()),
+    )
     check_datasets(cfg)
     return cfg
 
@@ -941,7 +952,7 @@ def test_evaluation_of_sets_that_are_not_parsed_beforehand():
 def rle_is_taken(counts: Any) -> bool:
     write_coco(rle(counts))
     try:
-        read_coco_file("sky/labels.json", True, masks=True)
+        read_index("sky/labels.json", masks=1)
     except ValueError as error:
         assert "segmentation" in str(error)
         return False
