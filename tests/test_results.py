@@ -124,7 +124,8 @@ def test_runs_become_rows(tmp_path, caplog):
     assert "--config-file mnist_fc_bp.yaml --rules bp:1,2,3, kp SOLVER.EPOCHS 2\n" in page
     assert "--config-file mnist_fc_fa.yaml --rules fa\n" in page
     overview = render("<!-- results: overview --><!-- end -->", tables)
-    assert "| MNIST, 5 x 256 fully connected: top-1 error, % | 2.25 ± 0.35" in overview
+    name = "MNIST, 5 x 256 fully connected: top-1 error, %, 2 epochs, `SOLVER.EPOCHS 2`"
+    assert f"| {name} | 2.25 ± 0.35 |      |      | 4.50 |" in overview  # FA is not finished
 
     with pytest.raises(ValueError, match="no multiply-adds of backpropagation"):
         TOOL["costs"](tables["mnist_fc"]["rows"])

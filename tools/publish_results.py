@@ -87,9 +87,9 @@ def summarise(folder: Path) -> Summary:
     # Passes over the training images where the schedule is in them, else iterations.
     epochs = bool(run.config.get("SOLVER.EPOCHS"))
     goal = run.config["SOLVER.EPOCHS" if epochs else "SOLVER.MAX_ITER"]
-    trained = [
-        round((i + 1) * run.epochs_per_iteration, 1) if epochs else i + 1 for i in iterations
-    ]
+    unit = run.epochs_per_iteration if epochs else 1
+    # The evaluation at the end comes one iteration late.
+    trained = [min(goal, round((i + 1) * unit, 1)) for i in iterations]
     some = sorted({*np.linspace(0, len(values) - 1, POINTS).round().astype(int), best})
 
     words = shlex.split(launches[0]["command"])
@@ -112,7 +112,7 @@ def summarise(folder: Path) -> Summary:
         "trained": trained[-1],
         "goal": goal,
         "unit": "epochs" if epochs else "iterations",
-        "iterations": int(iterations[-1]) + 1,
+        "iterations": int(logged[-1]) + 1,
         "curve": [[trained[i], round(values[i], 3)] for i in some],
         "gradient_angle": None if np.isnan(gradient_angle) else round(gradient_angle, 2),
         "weight_angles": [round(angle, 2) for angle in angles],
@@ -193,10 +193,11 @@ class Group:
         first = runs[0]
         self.overrides, self.metric = first["overrides"], first["metric"]
         self.is_error = self.metric.endswith("error")
-        if self.trained < first["goal"]:
-            self.how_far = f"at {self.trained:g} of {first['goal']:g} {first['unit']}"
-        else:
-            self.how_far = f"{self.trained:g} {first['unit']}"
+        # Those that are not the rule's own.
+        self.options = words_of({k: v for k, v in self.overrides.items() if k not in METHOD_KEYS})
+        self.is_finished = self.trained >= first["goal"]
+        goal = "" if self.is_finished else f" of {first['goal']:g}"
+        self.how_far = f"{'at ' * bool(goal)}{self.trained:g}{goal} {first['unit']}"
 
     def has(self, key: str) -> bool:
         return all(run.get(key) is not None for run in self.runs)
@@ -283,9 +284,8 @@ def render_table(rows: Sequence[Row], compare: str = "last", **_: Any) -> str:
 
 def _to_control(group: Group, row: Row | None) -> str:
     """Beside backpropagation with the same options, as far: points of error, or a ratio."""
-    options = {k: v for k, v in group.overrides.items() if k not in METHOD_KEYS}
     for control in row.groups if row else ():
-        if (control.overrides, control.trained) == (options, group.trained):
+        if (control.options, control.trained) == (group.options, group.trained):
             mean, other = group.mean("last"), control.mean("last")
             return f"{mean - other:+.2f}" if group.is_error else f"{mean / other:.2f}"
     return ""
@@ -296,7 +296,7 @@ def _hardware(groups: Sequence[tuple[Row, Group]]) -> list[str]:
     found: dict[str, list[tuple[str, Summary]]] = defaultdict(list)
     for row, group in groups:
         for run in (*group.runs, *group.behind):
-            how = [*run["hardware"], f"{run['runs_at_a_time']} at a time"]
+            how = [*run["hardware"], f"runs at a time: {run['runs_at_a_time']}"]
             how += [f"OMP_NUM_THREADS {run['threads']}"] * bool(run["threads"])
             found["; ".join(how)].append((row.name, run))
     texts = []
@@ -305,7 +305,7 @@ def _hardware(groups: Sequence[tuple[Row, Group]]) -> list[str]:
         hours = sum(run["training_hours"] for _, run in runs)
         names = f"{', '.join(dict.fromkeys(name for name, _ in runs))}: " * (len(found) > 1)
         texts.append(
-            f"{names}{how}; {' to '.join(dates[:: len(dates) - 1 or 1])}; {hours:.1f} hours."
+            f"{names}{how}; {' to '.join(dates[:: len(dates) - 1 or 1])}; {hours:.1f} h of steps."
         )
     return texts
 
@@ -314,17 +314,15 @@ def _commands(groups: Sequence[tuple[Row, Group]]) -> list[str]:
     """The commands of tools/compare_rules.py that these runs come of, as few as do."""
     commands: list[tuple[str, list[str], list[str]]] = []  # config, options, rules
     for row, group in groups:
-        options = {k: v for k, v in group.overrides.items() if k not in METHOD_KEYS}
-        words = words_of(options)
         seeds = sorted(run["seed"] for run in (*group.runs, *group.behind))
         short = get_method(row.rule).short_name or row.rule
         rule = short + (f":{','.join(map(str, seeds))}," if seeds != [1] else "")
         for config, others, rules in commands:
-            if others == words and starting_config(config, row.rule)[0] == row.config:
+            if others == group.options and starting_config(config, row.rule)[0] == row.config:
                 rules.append(rule)
                 break
         else:
-            commands.append((row.config, words, [rule]))
+            commands.append((row.config, group.options, [rule]))
     lines = [
         f"tools/compare_rules.py --config-file {config} --rules {' '.join([*rules, *words])}\n"
         for config, words, rules in commands
@@ -333,18 +331,24 @@ def _commands(groups: Sequence[tuple[Row, Group]]) -> list[str]:
 
 
 def render_overview(tables: Iterable[Mapping[str, Any]]) -> str:
-    """Writes one row per table that has something measured: the longest runs at their end."""
+    """
+    Writes one row per table that has finished runs: those with the options that most rules were
+    trained with, at their end.
+    """
     methods = [get_method(short).name for short in OVERVIEW]
     lines = []
     for table in tables:
-        cells, metric = {}, ""
+        found: dict[str, dict[str, Group]] = defaultdict(dict)
         for row in table["rows"]:
-            if row.groups and row.rule not in cells:
-                group, metric = row.groups[0], label_of(row.groups[0].metric)
-                cells[row.rule] = group.measured("last")
-        if any(method in cells for method in methods):
-            cells = [cells.get(method, "") for method in methods]
-            lines.append([f"{table['title']}: {metric}", *cells])
+            for group in row.groups:
+                if group.is_finished and row.rule in methods:
+                    options = f", `{' '.join(group.options)}`" * bool(group.options)
+                    how = f"{label_of(group.metric)}, {group.how_far}{options}"
+                    found[how].setdefault(row.rule, group)
+        if found:
+            how, groups = max(found.items(), key=lambda item: len(item[1]))
+            cells = [groups[m].measured("last") if m in groups else "" for m in methods]
+            lines.append([f"{table['title']}: {how}", *cells])
     headers = ["", *(style_of(method).label for method in methods)]
     return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
 
