@@ -355,18 +355,22 @@ def render_overview(tables: Iterable[Mapping[str, Any]]) -> str:
 
 def costs(rows: Sequence[Row]) -> list[Cost]:
     """
-    Of each row's longest runs, for :func:`plot_costs`. The angle between W and B is the mean over
-    the layers whose B is another than W; learners other than backpropagation have no B.
+    Of each row's longest runs that are finished, for :func:`plot_costs`. The angle between W and B
+    is the mean over the layers whose B is another than W; learners other than backpropagation have
+    no B.
 
     Raises:
         ValueError: nothing is there for backpropagation, or its multiply-adds were not counted.
     """
     counted = {
-        row: row.groups[0] for row in rows if row.groups and row.groups[0].has("multiply_adds")
+        row: group
+        for row in rows
+        for group in row.groups[:1]
+        if group.is_finished and group.has("multiply_adds")
     }
     control = next((g for row, g in counted.items() if row.rule == "backpropagation"), None)
     if not control:
-        raise ValueError("docs/results has no multiply-adds of backpropagation: --count")
+        raise ValueError("docs/results has no multiply-adds of finished backpropagation: --count")
     points = []
     for row, group in counted.items():
         angles = [angle for run in group.runs for angle in run["weight_angles"] if angle]

@@ -147,10 +147,10 @@ def plot_costs(points: Sequence[Cost], metric: str) -> Figure:
                     linestyle="none",
                     label=point.label,
                 )
-            panel.set(xlabel=label, xlim=(0, None))
+            panel.set(xlabel=label, xlim=(0, 1.1 * max(point.multiply_adds for point in points)))
             if field != "multiply_adds":
                 panel.axvline(90, **_REFERENCE)
-                panel.set(xlim=(-3, 99))
+                panel.set_xlim(-3, 99)
                 panel.xaxis.set_major_locator(MultipleLocator(30))
         panels[0].set_ylabel(label_of(metric))
         values = [point.value for point in points]
