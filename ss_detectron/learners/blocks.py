@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,29 +18,62 @@ __all__ = ["BlockLearner", "BlockPass", "kept_buffers"]
 
 logger = logging.getLogger(__name__)
 
+_NOT_OF_IT = "the loss does not come from the learner's last forward pass"
 
-@dataclass
+
+@dataclass(eq=False)
 class BlockPass:
-    """A forward pass through the blocks, and what is to be passed backwards."""
+    """
+    A forward pass through the blocks, and what has arrived from above. Nothing in it leads to the
+    graph above the hidden blocks, which refers to it.
+    """
 
     args: tuple[Any, ...] = ()
     """Of the model."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     inputs: list[Any] = field(default_factory=list)
-    """The first argument of each block."""
+    """The first argument of each block, cut off."""
     outputs: list[Tensor] = field(default_factory=list)
-    """Of each block, with its graph; the last is the logits."""
-    same: list[bool | None] = field(default_factory=list)
-    """In a first pass, whether each input but the first is the output before it, reshaped at most;
-    None if it is of another size."""
-    top: Tensor = field(default_factory=Tensor)
-    """The last hidden block's output, cut off; a leaf that may require a gradient."""
-    loss: Tensor = field(default_factory=Tensor)
-    """The scalar that :meth:`BlockLearner.backward` was given; its graph is needed by all roots."""
+    """Of each block; the last is the logits, cut off, and the others have their graphs."""
+    starts: list[Tensor] = field(default_factory=list)
+    """What else a gradient begins at; see :meth:`BlockLearner.starts`."""
+    wanted: list[Tensor] = field(default_factory=list)
+    """What the first of these are to be, for target propagation's inverses."""
+    top_gradient: Tensor = field(default_factory=Tensor)
+    """The gradient of the loss at what the last block takes in, if the learner needs it."""
     error: Tensor = field(default_factory=Tensor)
     """The gradient of the loss at the logits."""
     target: Tensor | None = None
     """The labels, if they were given."""
+    complete: bool = False
+    """Whether all blocks ran; what they do after it is no part of the pass."""
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Have what blocks do within be no part of the pass."""
+        before, self.complete = self.complete, True
+        try:
+            yield
+        finally:
+            self.complete = before
+
+
+class _PassBack(torch.autograd.Function):
+    """
+    Stands where the error leaves the last block or has not yet entered it, and sends each hidden
+    block what the learner says in its place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, learner: "BlockLearner", done: BlockPass, through: Tensor, *starts: Tensor
+    ) -> Tensor:
+        ctx.learner, ctx.done = learner, done
+        return through.clone()
+
+    @staticmethod
+    def backward(ctx: Any, arrived: Tensor) -> Any:
+        return None, None, *ctx.learner._pass_back(ctx.done, arrived)
 
 
 class BlockLearner(Learner):
@@ -51,9 +83,9 @@ class BlockLearner(Learner):
 
     In training, the outputs of all blocks but the last are cut from the graph; within a block, and
     from the loss to the last one's input, it is that of backpropagation (or of the layers' feedback
-    rules). One call of autograd passes all gradients back.
+    rules). One backward pass, of the loss, fills all gradients.
 
-    A subclass says in :meth:`roots` what arrives at the outputs of the hidden blocks.
+    A subclass says in :meth:`gradients` what arrives at the outputs of the hidden blocks.
 
     Args:
         model: whose last block gives the logits, (N, classes), of which a loss is computed.
@@ -68,7 +100,7 @@ class BlockLearner(Learner):
     """
 
     needs_top_gradient = False
-    """Whether :meth:`roots` asks for the gradient at what the last block takes in."""
+    """Whether :meth:`gradients` asks for the one at what the last block takes in."""
 
     def __init__(self, model: nn.Module, blocks: Iterable[Any] | None = None) -> None:
         super().__init__(model)
@@ -81,8 +113,9 @@ class BlockLearner(Learner):
         known = {module: name for name, module in names.items()}
         self.block_names = tuple(known.get(block[0], "?") for block in self.blocks)
         self._check_blocks()
-        self._trace: BlockPass | None = None
-        self._earlier: Tensor | None = None  # logits that no backward pass has come for
+        self._done: BlockPass | None = None
+        self._ends: list[Tensor] = []  # the logits and, if needed, what the last block took in
+        self._passing: BlockPass | None = None  # in backward
         self._begun = False
         self._in_place = [
             any(getattr(m, "inplace", False) for top in block for m in top.modules())
@@ -133,30 +166,15 @@ class BlockLearner(Learner):
         """
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        if self._trace is not None:
-            self._earlier = self._trace.outputs[-1]
-            self._trace = None
-        trace = BlockPass(args, kwargs)
-        with self._watch(trace):
+        done = BlockPass(args, kwargs)
+        with self._watch(done, cut=True):
             result = super().forward(*args, **kwargs)
-        if len(trace.outputs) < len(self.blocks):
+        if not done.complete:
             raise ValueError(
-                f"the forward pass did not run the block {self.block_names[len(trace.outputs)]!r}"
+                f"the forward pass did not run the block {self.block_names[len(done.outputs)]!r}"
             )
-        if not self._begun:
-            self._begun = True
-            self._check_first_pass(trace)
-        self._trace = trace
+        self._begun, self._done = True, done
         return result
-
-    def _check_first_pass(self, done: BlockPass) -> None:
-        for (below, above), same in zip(pairwise(self.block_names), done.same, strict=True):
-            if same is False:
-                logger.warning(
-                    "Between the blocks %r and %r something is computed that is in neither, and "
-                    "%s does not pass the error through it.",
-                    *(below, above, type(self).__name__),
-                )
 
     def backward(self, loss: Tensor, target: Tensor | None = None) -> None:
         """
@@ -171,43 +189,69 @@ class BlockLearner(Learner):
             RuntimeError: there was no forward pass of the learner in training before it, or the
                 loss is not of it alone.
         """
-        done = self._pass_of(loss, target)
-        earlier, self._trace, self._earlier = self._earlier, None, None
-        if earlier is not None and earlier.requires_grad:
-            (found,) = torch.autograd.grad(loss, earlier, retain_graph=True, allow_unused=True)
-            if found is not None:
-                raise RuntimeError(
-                    f"the loss is of several forward passes, and {type(self).__name__} passes back "
-                    "one at a time: call backward for each before the next"
-                )
-        with torch.autocast(loss.device.type, enabled=False):  # differences of targets are small
-            roots = [(tensor, g) for tensor, g in self.roots(done) if tensor.requires_grad]
-            torch.autograd.backward([t for t, _ in roots], [g for _, g in roots])
+        done = self._last_pass()
+        if not loss.requires_grad:
+            raise RuntimeError(_NOT_OF_IT)
+        done.target, self._passing = target, done
+        self._done, self._ends = None, []
+        try:  # in full precision, for differences of targets are small
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._passing = None
+        if done.error.dim() == 1:
+            raise RuntimeError(_NOT_OF_IT)
 
-    def _pass_of(self, loss: Tensor, target: Tensor | None) -> BlockPass:
-        if self._trace is None:
+    def _last_pass(self) -> BlockPass:
+        if self._done is None:
             raise RuntimeError(
                 f"{type(self).__name__}.backward needs a forward pass of the learner in training "
                 "before it: learner.train(); loss = loss_fn(learner(x), y)"
             )
-        logits = self._trace.outputs[-1]
-        error = None
-        if loss.requires_grad and logits.requires_grad:
-            (error,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
-        if error is None:
-            raise RuntimeError("the loss does not come from the learner's last forward pass")
-        return replace(self._trace, loss=loss, target=target, error=error)
+        return self._done
 
-    def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
+    def _pass_back(self, done: BlockPass, arrived: Tensor) -> list[Tensor | None]:
+        """The gradients of what :class:`_PassBack` was given."""
+        if self._passing is not None and self._passing is not done:
+            raise RuntimeError(
+                f"the loss is of several forward passes, and {type(self).__name__} passes back "
+                "one at a time: call backward for each before the next"
+            )
+        through: Tensor | None = arrived
+        if self.needs_top_gradient:
+            done.top_gradient, through = arrived, None
+        return [through, *self.gradients(done)]
+
+    def _pass_of(self, loss: Tensor, target: Tensor | None) -> BlockPass:
+        """The last forward pass, with what would arrive in it."""
+        done = self._last_pass()
+        found: Sequence[Tensor] = ()
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, self._ends, retain_graph=True, allow_unused=True)
+        if not found or any(gradient is None for gradient in found):
+            raise RuntimeError(_NOT_OF_IT)
+        error, *top = found
+        return replace(done, target=target, error=error, top_gradient=top[0] if top else error)
+
+    def gradients(self, done: BlockPass) -> list[Tensor | None]:
         """
-        Return what is passed backwards, with the gradient that each begins with (None for a
-        scalar's 1), scaled as the loss is: the loss itself for the last block, and the outputs of
-        the others.
+        Return what begins at the output of each hidden block, and at each of the
+        :meth:`starts`, scaled as the loss is.
 
         Args:
-            done: the forward pass.
+            done: the forward pass, and what has arrived.
         """
         raise NotImplementedError
+
+    def starts(self, done: BlockPass) -> list[Tensor]:
+        """
+        Return what else is to be passed back with the loss; by default nothing.
+
+        Args:
+            done: the forward pass as far as :meth:`gradients` needs it: to the logits, or to the
+                last hidden block if it needs the top gradient.
+        """
+        return []
 
     def reference_gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """
@@ -228,13 +272,11 @@ class BlockLearner(Learner):
         uncut = self._uncut(done)
         with torch.autocast(loss.device.type, enabled=False):
             expected = torch.autograd.grad(uncut.outputs[-1], uncut.outputs[:-1], done.error)
-            got = {output: g for output, g in self.roots(done) if g is not None}
+            got = self.gradients(done)
         return {
-            f"error_cosine/{name}": _cosine(got[output], gradient)
-            for name, output, gradient in zip(
-                self.block_names[:-1], done.outputs[:-1], expected, strict=True
-            )
-            if output in got
+            f"error_cosine/{name}": _cosine(gradient, other)
+            for name, gradient, other in zip(self.block_names[:-1], got, expected, strict=False)
+            if gradient is not None
         }
 
     def _uncut(self, done: BlockPass) -> BlockPass:
@@ -242,68 +284,119 @@ class BlockLearner(Learner):
         uncut = BlockPass()
         with (
             kept_buffers(self.model),
-            torch.random.fork_rng([done.loss.device] if done.loss.is_cuda else []),
-            self._watch(uncut, False),
+            torch.random.fork_rng([done.error.device] if done.error.is_cuda else []),
+            self._watch(uncut, cut=False),
         ):
             self.model(*done.args, **done.kwargs)
         return uncut
 
     def __getstate__(self) -> dict[str, Any]:
         # A forward pass is neither copied nor saved.
-        return {**self.__dict__, "_trace": None, "_earlier": None}
+        return {**self.__dict__, "_done": None, "_ends": []}
 
     @contextmanager
-    def _watch(self, trace: BlockPass, cut: bool = True) -> Iterator[None]:
+    def _watch(self, done: BlockPass, cut: bool) -> Iterator[None]:
         handles = []
         for index, block in enumerate(self.blocks):
-            enter, leave = partial(self._enter, trace, index), partial(self._leave, trace, index)
+            enter, leave = partial(self._enter, done, index), partial(self._leave, done, index, cut)
             handles.append(block[0].register_forward_pre_hook(enter))
-            handles.append(block[-1].register_forward_hook(partial(leave, cut)))
+            handles.append(block[-1].register_forward_hook(leave))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enter(
-        self, trace: BlockPass, index: int, module: nn.Module, args: tuple[Any, ...]
-    ) -> None:
-        if not (len(trace.inputs) == len(trace.outputs) == index):
+    def _enter(self, done: BlockPass, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if done.complete:
+            return
+        if not (len(done.inputs) == len(done.outputs) == index):
             raise ValueError(
                 f"the blocks must run once each and in their order: {self.block_names[index]!r} "
-                f"ran after {len(trace.outputs)} of them"
+                f"ran after {len(done.outputs)} of them"
             )
         taken = args[0] if args else None
+        if isinstance(taken, Tensor):
+            taken = taken.detach()
         if index and not self._begun:
-            given, same = trace.outputs[-1], None
+            given, same = done.outputs[-1], None
             if isinstance(taken, Tensor) and taken.numel() == given.numel():
                 same = torch.equal(taken.flatten(1), given.flatten(1))
-            trace.same.append(same)
-        trace.inputs.append(taken)
+            self.check_link(index, same)
+        done.inputs.append(taken)
+
+    def check_link(self, index: int, same: bool | None) -> None:
+        """
+        Look, in the first pass, at how a block is linked to the one below.
+
+        Args:
+            index: of the block.
+            same: whether what it takes in is what the other gave, reshaped at most; None if it is
+                of another size.
+        """
+        if same is False:
+            logger.warning(
+                "Between the blocks %r and %r something is computed that is in neither, and "
+                "%s does not pass the error through it.",
+                *(self.block_names[index - 1], self.block_names[index], type(self).__name__),
+            )
+
+    def check_block(self, index: int, x: Any, y: Tensor) -> None:
+        """
+        Look, in the first pass, at what a block computes.
+
+        Args:
+            index: of the block.
+            x, y: what it took in and gave.
+        """
 
     def _leave(
-        self, trace: BlockPass, index: int, cut: bool, module: nn.Module, args: Any, output: Any
-    ) -> Tensor:
+        self, done: BlockPass, index: int, cut: bool, module: nn.Module, args: Any, output: Any
+    ) -> Tensor | None:
+        if done.complete:
+            return None
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"the block {self.block_names[index]!r} gives a {type(output).__name__}; "
                 f"{type(self).__name__} needs blocks that give one tensor"
             )
+        if not self._begun:
+            with torch.no_grad(), done.apart():
+                self.check_block(index, done.inputs[index], output)
         last = len(self.blocks) - 1
         if not output.requires_grad and _learn(self.blocks[index]):
             raise ValueError(
                 f"the block {self.block_names[index]!r} ran without gradients: activations are "
                 "checkpointed with use_reentrant=False, and nothing of it runs under no_grad"
             )
-        trace.outputs.append(output)
-        if not cut or index == last:
-            return output
-        cut_off: Tensor = output.detach()
-        if index == last - 1 and (self.needs_top_gradient or not _learn(self.blocks[last])):
-            cut_off = trace.top = cut_off.requires_grad_()
-        # A copy where the next block may begin by changing it, and of a leaf, which would refuse.
-        copied = cut_off.requires_grad or self._in_place[index + 1]
-        return cut_off.clone() if copied else cut_off
+        if not cut:
+            done.outputs.append(output)
+            return None
+        if index < last:
+            done.outputs.append(output)
+            if index == last - 1 and self.needs_top_gradient:
+                top = self._join(done, output.detach().requires_grad_())
+                self._ends = [top]
+                return top
+            # The next block may begin by changing it.
+            return output.detach().clone() if self._in_place[index + 1] else output.detach()
+        done.outputs.append(output.detach())
+        done.complete = True
+        logits: Tensor = output
+        if self.needs_top_gradient:
+            self._ends = [logits, *self._ends]
+        else:
+            logits = self._join(done, logits)
+            self._ends = [logits]
+        logits.register_hook(partial(setattr, done, "error"))  # type: ignore[no-untyped-call]
+        return logits
+
+    def _join(self, done: BlockPass, through: Tensor) -> Tensor:
+        """Join what is passed back from there."""
+        done.starts = self.starts(done)
+        hidden = done.outputs[: len(self.blocks) - 1]
+        joined: Tensor = _PassBack.apply(self, done, through, *hidden, *done.starts)
+        return joined
 
 
 def _learn(block: Iterable[nn.Module]) -> bool:

@@ -75,7 +75,7 @@ class DirectFeedbackAlignment(BlockLearner):
         options = cfg.MODEL.LEARNER
         return cls(model, scale=options.SCALE, gain=options.GAIN, seed=feedback_seed(cfg))
 
-    def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
+    def gradients(self, done: BlockPass) -> list[Tensor | None]:
         *hidden, logits = done.outputs
         if logits.dim() != 2:
             raise ValueError(
@@ -83,14 +83,14 @@ class DirectFeedbackAlignment(BlockLearner):
                 f"{self.block_names[-1]!r} gives {tuple(logits.shape)}"
             )
         error = done.error
-        roots: list[tuple[Tensor, Tensor | None]] = [(done.loss, None)]
+        gradients: list[Tensor | None] = []
         for index, h in enumerate(hidden):
             feedback = self.feedback(index, h, logits)
             # In memory as the output is, locally connected layers' with the batch last.
             batch_last = h.stride(0) == 1
             gradient = (feedback @ error.t()).t() if batch_last else error @ feedback.t()
-            roots.append((h, gradient.to(h.dtype).view_as(h)))
-        return roots
+            gradients.append(gradient.to(h.dtype).view_as(h))
+        return gradients
 
     def feedback(self, index: int, output: Tensor, logits: Tensor) -> Tensor:
         """

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -151,7 +150,6 @@ class DifferenceTargetPropagation(BlockLearner):
 
     top_inverse = False
     """Whether the last block has an inverse as well."""
-    needs_top_gradient = True
     denoising = False
     """Whether the inverses are to give h_(l-1) without the noise that the block met."""
 
@@ -241,23 +239,40 @@ class DifferenceTargetPropagation(BlockLearner):
             return "both"
         return "model" if self._steps // self.period % 2 else "inverses"
 
-    def roots(self, done: BlockPass) -> list[tuple[Tensor, Tensor | None]]:
+    @property
+    def needs_top_gradient(self) -> bool:  # type: ignore[override]
+        """For the top target, where no inverse makes it."""
+        return not self.top_inverse and self.phase != "inverses"
+
+    def _hidden(self, done: BlockPass) -> list[Tensor]:
+        # Under autocast the activations are of another type.
+        hidden, dtype = done.outputs[: len(self.blocks) - 1], self._dtype
+        return [output.detach().to(dtype) for output in hidden]
+
+    def starts(self, done: BlockPass) -> list[Tensor]:
+        """Return the inverses' estimates, and in several processes what is idle."""
+        estimates: list[Tensor] = []
+        if self.phase != "model":
+            with torch.autocast(done.outputs[0].device.type, enabled=False), done.apart():
+                estimates, done.wanted = self.estimates(done, self._hidden(done))
+        return estimates + self._idle_starts()
+
+    def gradients(self, done: BlockPass) -> list[Tensor | None]:
         if not self._passes & (self._passes - 1):  # now and then, for a GPU has to wait
             _check_is_cross_entropy(done)
-        count = len(done.outputs[-1])
         scale = _loss_scale(done)
-        # Under autocast the activations are of another type.
-        h = [output.detach().to(self._dtype) for output in done.outputs[:-1]]
-        roots: list[tuple[Tensor, Tensor | None]] = []
-        if self.phase != "model" and len(self.inverses):
-            roots.append((torch.stack(self.inverse_losses(done, h)).sum(), scale))
+        factor = 2 / len(done.outputs[-1]) * scale  # of the mean over the batch of a square
+        gradients: list[Tensor | None] = [None] * (len(self.blocks) - 1)
         if self.phase != "inverses":
-            roots.append((done.loss, None))
-            steps = self.target_steps(done, h, scale)
-            for output, d in zip(done.outputs[:-1], steps, strict=True):
-                # The gradient of abs(output - (h + d))^2, the mean over the batch.
-                roots.append((output, (d * (-2 / count * scale)).to(output.dtype)))
-        return roots + self._idle_roots()
+            # Of abs(output - (h + d))^2.
+            gradients = [-factor * d for d in self.target_steps(done, self._hidden(done), scale)]
+        for estimate, wanted in zip(done.starts, done.wanted, strict=False):
+            gradients.append((estimate.detach() - wanted).mul_(factor))
+        return gradients + [torch.zeros_like(p) for p in done.starts[len(done.wanted) :]]
+
+    def _pass_back(self, done: BlockPass, arrived: Tensor) -> list[Tensor | None]:
+        through, *others = super()._pass_back(done, arrived)
+        return [None if self.phase == "inverses" else through, *others]
 
     @torch.no_grad()
     def target_steps(self, done: BlockPass, h: list[Tensor], scale: Tensor) -> list[Tensor]:
@@ -277,26 +292,34 @@ class DifferenceTargetPropagation(BlockLearner):
 
     def top_step(self, done: BlockPass, h: list[Tensor], scale: Tensor) -> Tensor:
         """Return d_(L-1); see :meth:`target_steps`."""
-        gradient: Tensor
-        (gradient,) = torch.autograd.grad(done.loss, done.top, retain_graph=True)
-        return gradient.to(self._dtype).view_as(h[-1]) * (-self.alpha * len(gradient)) / scale
+        gradient = done.top_gradient.to(h[-1].dtype).view_as(h[-1])
+        return gradient * (-self.alpha * len(gradient) / scale)
 
-    def inverse_losses(self, done: BlockPass, h: list[Tensor]) -> list[Tensor]:
-        """Return each inverse's loss, from the second block's up; see :meth:`target_steps`."""
-        losses = []
+    def estimates(self, done: BlockPass, h: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        Return what each inverse makes of its block's output for a noisy h, from the second block's
+        up, and what it is to make of it; see :meth:`target_steps`.
+        """
+        estimates, wanted = [], []
         for index, inverse in enumerate(self.inverses, start=1):
             below = h[index - 1]
-            noisy = below + self.noise * self._draw(below, index)
+            noisy = torch.add(below, self._draw(below, index), alpha=self.noise)
             with torch.no_grad():
                 with kept_buffers(*self.blocks[index]):
-                    output = noisy.clone().reshape(done.inputs[index].shape)
+                    output = noisy.clone() if self._in_place[index] else noisy
+                    output = output.reshape(done.inputs[index].shape)
                     for module in self.blocks[index]:
                         output = module(output)
                 if index == len(self.blocks) - 1:
                     output = self.top_code(output.softmax(1), noisy)
-            wanted = below if self.denoising else noisy
-            losses.append((inverse(output, below) - wanted).square().sum() / len(below))
-        return losses
+            estimates.append(inverse(output, below))
+            wanted.append(below if self.denoising else noisy)
+        return estimates, wanted
+
+    def inverse_losses(self, done: BlockPass, h: list[Tensor]) -> list[Tensor]:
+        """Return each inverse's loss, from the second block's up; see :meth:`estimates`."""
+        pairs = zip(*self.estimates(done, h), strict=True)
+        return [(r - wanted).square().sum() / len(wanted) for r, wanted in pairs]
 
     def top_code(self, p: Tensor, below: Tensor) -> Tensor:
         """
@@ -319,37 +342,35 @@ class DifferenceTargetPropagation(BlockLearner):
         drawn = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
         return drawn[rank::world]  # as samplers share out a batch
 
-    def _check_first_pass(self, done: BlockPass) -> None:
-        kind = type(self).__name__
-        for (below, above), same in zip(pairwise(self.block_names), done.same, strict=True):
-            if not same:
-                raise ValueError(
-                    f"{kind} needs a chain of blocks, and {above!r} does not take what {below!r} "
-                    "gives"
-                )
+    def check_link(self, index: int, same: bool | None) -> None:
+        if not same:
+            below, above = self.block_names[index - 1 : index + 1]
+            raise ValueError(
+                f"{type(self).__name__} needs a chain of blocks, and {above!r} does not take what "
+                f"{below!r} gives"
+            )
+
+    def check_block(self, index: int, x: Any, y: Tensor) -> None:
         if not self._own_inverses or not self.inverses:
             return
-        below = [done.inputs[0], *(h.detach() for h in done.outputs)]
-        for i, y in enumerate(done.outputs):
-            layer, functions = self._split(i)
-            x = below[i].reshape(done.inputs[i].shape)
-            expected = layer(x.flatten(1) if isinstance(layer, nn.Linear) else x)
-            for function in functions:
-                expected = function(expected)
-            if not torch.allclose(expected.reshape(y.shape), y, rtol=1e-2, atol=1e-3):
-                raise ValueError(
-                    f"no inverse follows from the block {self.block_names[i]!r}: its forward "
-                    "computes more than its layer and its nonlinearity; pass inverses=[...]"
-                )
+        layer, functions = self._split(index)
+        expected = layer(x.flatten(1) if isinstance(layer, nn.Linear) else x)
+        for function in functions:
+            expected = function(expected)
+        if not torch.allclose(expected.reshape(y.shape), y, rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"no inverse follows from the block {self.block_names[index]!r}: its forward "
+                "computes more than its layer and its nonlinearity; pass inverses=[...]"
+            )
 
-    def _idle_roots(self) -> list[tuple[Tensor, Tensor]]:
+    def _idle_starts(self) -> list[Tensor]:
         """
         In several processes, all parameters must come up in a backward pass: those that it does not
         update get a gradient of zero, which :meth:`backward` takes away again.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return []
-        return [(p, torch.zeros_like(p)) for p in self._idle()]
+        return [*self._idle()]
 
     def _idle(self) -> list[nn.Parameter]:
         if self.phase == "both":
@@ -370,7 +391,7 @@ class DifferenceTargetPropagation(BlockLearner):
         """
         found = super().measure(loss, target)
         done = self._pass_of(loss, target)
-        h = [output.detach().to(self._dtype) for output in done.outputs[:-1]]
+        h = self._hidden(done)
         with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
             steps = self.target_steps(done, h, _loss_scale(done))
             losses = self.inverse_losses(done, h)
@@ -417,7 +438,6 @@ class SimplifiedTargetPropagation(DifferenceTargetPropagation):
     name = "simplified_difference_target_propagation"
     short_name = "sdtp"
     top_inverse = True
-    needs_top_gradient = False
     denoising = True
 
     def __init__(

@@ -35,7 +35,9 @@ class Trainer:
 def test_no_thread_outlives_the_group(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     leave_group()  # of none
-    others = gloo_threads()  # of groups that torch keeps in caches: FSDP2's, and that of a first DDP
+    others = (
+        gloo_threads()
+    )  # of groups that torch keeps in caches: FSDP2's, and that of a first DDP
     for attempt in range(2):  # another group can follow
         dist.init_process_group("gloo", f"file://{tmp_path}/{attempt}", rank=0, world_size=1)
         comm.create_local_process_group(1)

@@ -160,7 +160,7 @@ def test_direct_feedback_is_drawn_from_seed_and_block(scale, bound):
     def drawn(seed):
         learner = DirectFeedbackAlignment(copy.deepcopy(model), scale=scale, seed=seed)
         learner(x)
-        outputs = learner._trace.outputs
+        outputs = learner._done.outputs
         return [learner.feedback(i, h, outputs[-1]) for i, h in enumerate(outputs[:-1])]
 
     first, again, other = drawn(0), drawn(0), drawn(1)
@@ -707,8 +707,8 @@ def test_multiply_adds_are_those_of_a_hand_count(kind, options, steps):
     expected = {"backpropagation": 2 * all_layers + middle + top}
     expected["direct_feedback"] = 2 * all_layers + sum(sizes[1:-1]) * sizes[-1]
     # Of an inverse: its input, itself, its gradient; twice for the target. DTP's top target is a
-    # gradient through the last layer, which the loss passes once more.
-    expected["difference_target_propagation"] = 2 * all_layers + 5 * middle + 2 * top
+    # gradient through the last layer.
+    expected["difference_target_propagation"] = 2 * all_layers + 5 * middle + top
     expected["simplified_difference_target_propagation"] = 2 * all_layers + 5 * (middle + top)
     # z is made for the inverse, and for the target twice, and is as wide at the inverse's input.
     wide = 7 * sizes[-2]
