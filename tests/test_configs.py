@@ -229,6 +229,9 @@ def test_published_settings(experiment):
         assert pytest.approx([255 * s for s in std]) == cfg.MODEL.PIXEL_STD
 
 
+LENET_RATES = {"bp": 0.03, "ss": 0.03, "kp": 0.01, "fa": 0.003, "dfa": 0.001}
+
+
 @pytest.mark.parametrize(
     "experiment, images, batch, decay, epochs, rates",
     [
@@ -237,15 +240,8 @@ def test_published_settings(experiment):
         ("cifar10_fc", 50_000, 128, 0, [100], {"bp": 3e-4}),
         ("cifar10_lc", 50_000, 128, 0, [100], {"bp": 3e-4}),
         ("imagenet_lc", 1_281_167, 256, 0, [50], {"bp": 3e-4}),
-        ("mnist_lenet", 60_000, 64, 1e-3, [50, 75, 100], {"fa": 3e-3, "kp": 3e-3, "dfa": 1e-3}),
-        (
-            "fashion_mnist_lenet",
-            60_000,
-            64,
-            1e-3,
-            [50, 75, 100],
-            {"fa": 3e-3, "kp": 3e-3, "dfa": 1e-3},
-        ),
+        ("mnist_lenet", 60_000, 64, 1e-3, [50, 75, 100], LENET_RATES),
+        ("fashion_mnist_lenet", 60_000, 64, 1e-3, [50, 75, 100], LENET_RATES),
         ("cifar10_lenet", 50_000, 128, 1e-4, [100, 150, 200, 250], {"fa": 1e-3, "dfa": 1e-4}),
         ("cifar10_resnet20", 50_000, 128, 1e-4, [100, 150, 200, 250], {"fa": 0.1, "dfa": 1e-3}),
     ],
