@@ -61,6 +61,8 @@ setup(
             "tqdm",
         ],
         "opencv": ["opencv-python"],
+        # TEST.COCO_API hotcoco.
+        "hotcoco": ["hotcoco>=1.3"],
         # DATALOADER.DECODER dali. For a torch with CUDA 12, install nvidia-dali-cuda120 instead.
         "dali": ["nvidia-dali-cuda130"],
     },

@@ -368,7 +368,8 @@ class Trainer(DefaultTrainer):
         kind = MetadataCatalog.get(dataset_name).evaluator_type
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         if kind == "coco":
-            return DetectionEvaluator(dataset_name, output_dir=folder)
+            api = choose(cfg, "TEST.COCO_API", "fastest", "hotcoco", "pycocotools")
+            return DetectionEvaluator(dataset_name, output_dir=folder, coco_api=api)
         if kind == "classification":
             return ClassificationEvaluator(
                 dataset_name, per_class=cfg.TEST.CLASSIFICATION.PER_CLASS, output_dir=folder
