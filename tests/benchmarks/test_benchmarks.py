@@ -6,10 +6,12 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from torch import nn
 
@@ -31,8 +33,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-rules, loader, optimizer, local, learners, timing = map(
-    load, ("rules", "loader", "optimizer", "local", "learners", "timing")
+rules, loader, optimizer, local, learners, reading, timing = map(
+    load, ("rules", "loader", "optimizer", "local", "learners", "reading", "timing")
 )
 
 
@@ -293,3 +295,26 @@ def test_learners_are_compared_with_backpropagation(monkeypatch, capsys):
     run(learners, monkeypatch, "--networks", "fc", "--batch", 2, "--turns", 2)
     table = capsys.readouterr().out
     assert all(f"| fc        | {name}" in table for name in ("bp", "dfa", "dtp, alternating"))
+
+
+def test_annotation_files_like_cocos_are_read(tmp_path, monkeypatch):
+    """By both; in this process, as a new one takes seconds to import."""
+
+    def in_this_process(words, env, **_):
+        *_, stage, name, folder = words
+        monkeypatch.setenv("FVCORE_CACHE", env["FVCORE_CACHE"])
+        return CompletedProcess(words, 0, json.dumps(reading.measure(stage, name, folder)))
+
+    monkeypatch.setattr(reading.subprocess, "run", in_this_process)
+    try:
+        found = reading.compare(40, 1, tmp_path)
+        file, images = tmp_path / "annotations.json", tmp_path / "images"
+        assert reading.read(str(file), str(images), True)[0] == str(images / reading.name_of(0))
+    finally:
+        DatasetCatalog.pop("coco")
+        MetadataCatalog.pop("coco")
+    content = json.loads(file.read_text())
+    assert found["images"] == len(content["images"]) == 40
+    assert found["objects"] == len(content["annotations"]) > 200
+    assert [row["ratio"] > 0 for row in found["rows"]] == [True] * 4
+    assert found["rows"][0]["ratio"] == 1
