@@ -32,7 +32,7 @@ class BlockPass:
     """Of the model."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     inputs: list[Any] = field(default_factory=list)
-    """The first argument of each block, cut off."""
+    """The first argument of each block, cut off; in a first pass, or if the learner needs it."""
     outputs: list[Tensor] = field(default_factory=list)
     """Of each block; the last is the logits, cut off, and the others have their graphs."""
     starts: list[Tensor] = field(default_factory=list)
@@ -101,6 +101,8 @@ class BlockLearner(Learner):
 
     needs_top_gradient = False
     """Whether :meth:`gradients` asks for the one at what the last block takes in."""
+    needs_inputs = False
+    """Whether it is to know what the blocks take in."""
 
     def __init__(self, model: nn.Module, blocks: Iterable[Any] | None = None) -> None:
         super().__init__(model)
@@ -297,9 +299,12 @@ class BlockLearner(Learner):
     @contextmanager
     def _watch(self, done: BlockPass, cut: bool) -> Iterator[None]:
         handles = []
+        inputs = self.needs_inputs or not self._begun
         for index, block in enumerate(self.blocks):
-            enter, leave = partial(self._enter, done, index), partial(self._leave, done, index, cut)
-            handles.append(block[0].register_forward_pre_hook(enter))
+            if inputs:
+                enter = partial(self._enter, done, index)
+                handles.append(block[0].register_forward_pre_hook(enter))
+            leave = partial(self._leave, done, index, cut)
             handles.append(block[-1].register_forward_hook(leave))
         try:
             yield
@@ -310,11 +315,7 @@ class BlockLearner(Learner):
     def _enter(self, done: BlockPass, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         if done.complete:
             return
-        if not (len(done.inputs) == len(done.outputs) == index):
-            raise ValueError(
-                f"the blocks must run once each and in their order: {self.block_names[index]!r} "
-                f"ran after {len(done.outputs)} of them"
-            )
+        self._check_order(done, index)
         taken = args[0] if args else None
         if isinstance(taken, Tensor):
             taken = taken.detach()
@@ -324,6 +325,13 @@ class BlockLearner(Learner):
                 same = torch.equal(taken.flatten(1), given.flatten(1))
             self.check_link(index, same)
         done.inputs.append(taken)
+
+    def _check_order(self, done: BlockPass, index: int) -> None:
+        if len(done.outputs) != index:
+            raise ValueError(
+                f"the blocks must run once each and in their order: {self.block_names[index]!r} "
+                f"ran after {len(done.outputs)} of them"
+            )
 
     def check_link(self, index: int, same: bool | None) -> None:
         """
@@ -355,6 +363,7 @@ class BlockLearner(Learner):
     ) -> Tensor | None:
         if done.complete:
             return None
+        self._check_order(done, index)
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"the block {self.block_names[index]!r} gives a {type(output).__name__}; "

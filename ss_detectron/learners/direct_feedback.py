@@ -1,5 +1,6 @@
 """Direct feedback alignment."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,13 +102,10 @@ class DirectFeedbackAlignment(BlockLearner):
             output: of it, (N, ...).
             logits: (N, classes).
         """
-        shape = output[0].numel(), logits.shape[1]
+        shape = math.prod(output.shape[1:]), logits.shape[1]
         made = self._feedback.get(index)
-        if made is None or (made.shape, made.dtype, made.device) != (
-            shape,
-            logits.dtype,
-            logits.device,
-        ):
+        is_like = made is not None and (made.dtype, made.device) == (logits.dtype, logits.device)
+        if made is None or made.shape != shape or not is_like:
             fans = Fans(fan_in=shape[1], fan_out=shape[0], is_linear=True)
             made = self._rules[index].draw(logits.new_empty(shape), fans)
             self._feedback[index] = made

@@ -148,6 +148,7 @@ class DifferenceTargetPropagation(BlockLearner):
     name = "difference_target_propagation"
     short_name = "dtp"
 
+    needs_inputs = True
     top_inverse = False
     """Whether the last block has an inverse as well."""
     denoising = False
