@@ -85,7 +85,7 @@ class BlockLearner(Learner):
     from the loss to the last one's input, it is that of backpropagation (or of the layers' feedback
     rules). One backward pass, of the loss, fills all gradients.
 
-    A subclass says in :meth:`gradients` what arrives at the outputs of the hidden blocks.
+    A subclass says in :meth:`errors` what arrives at the outputs of the hidden blocks.
 
     Args:
         model: whose last block gives the logits, (N, classes), of which a loss is computed.
@@ -100,7 +100,7 @@ class BlockLearner(Learner):
     """
 
     needs_top_gradient = False
-    """Whether :meth:`gradients` asks for the one at what the last block takes in."""
+    """Whether :meth:`errors` asks for the gradient at what the last block takes in."""
     needs_inputs = False
     """Whether it is to know what the blocks take in."""
 
@@ -233,25 +233,31 @@ class BlockLearner(Learner):
         if not found or any(gradient is None for gradient in found):
             raise RuntimeError(_NOT_OF_IT)
         error, *top = found
-        return replace(done, target=target, error=error, top_gradient=top[0] if top else error)
+        return replace(done, target=target, error=error, top_gradient=top[0] if top else Tensor())
 
-    def gradients(self, done: BlockPass) -> list[Tensor | None]:
+    def errors(self, done: BlockPass) -> list[Tensor]:
         """
-        Return what begins at the output of each hidden block, and at each of the
-        :meth:`starts`, scaled as the loss is.
+        Return the gradient that each hidden block learns from at its output, scaled as the loss is.
 
         Args:
             done: the forward pass, and what has arrived.
         """
         raise NotImplementedError
 
+    def gradients(self, done: BlockPass) -> list[Tensor | None]:
+        """
+        Return what begins, in this step, at the output of each hidden block and at each of the
+        :meth:`starts`; see :meth:`errors`.
+        """
+        return [*self.errors(done)]
+
     def starts(self, done: BlockPass) -> list[Tensor]:
         """
         Return what else is to be passed back with the loss; by default nothing.
 
         Args:
-            done: the forward pass as far as :meth:`gradients` needs it: to the logits, or to the
-                last hidden block if it needs the top gradient.
+            done: the forward pass as far as it has come: to the logits, or to the last hidden block
+                if the top gradient is needed.
         """
         return []
 
@@ -274,12 +280,16 @@ class BlockLearner(Learner):
         uncut = self._uncut(done)
         with torch.autocast(loss.device.type, enabled=False):
             expected = torch.autograd.grad(uncut.outputs[-1], uncut.outputs[:-1], done.error)
-            got = self.gradients(done)
-        return {
-            f"error_cosine/{name}": _cosine(gradient, other)
-            for name, gradient, other in zip(self.block_names[:-1], got, expected, strict=False)
-            if gradient is not None
-        }
+            done.top_gradient = expected[-1]
+            got = self.errors(done)
+            found = self._measure(done, got)
+        for name, gradient, other in zip(self.block_names[:-1], got, expected, strict=True):
+            found[f"error_cosine/{name}"] = _cosine(gradient, other)
+        return found
+
+    def _measure(self, done: BlockPass, errors: list[Tensor]) -> dict[str, float]:
+        """What else there is to know of a pass and its :meth:`errors`."""
+        return {}
 
     def _uncut(self, done: BlockPass) -> BlockPass:
         """A forward pass once more, but not cut."""

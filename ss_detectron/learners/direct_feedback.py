@@ -76,7 +76,7 @@ class DirectFeedbackAlignment(BlockLearner):
         options = cfg.MODEL.LEARNER
         return cls(model, scale=options.SCALE, gain=options.GAIN, seed=feedback_seed(cfg))
 
-    def gradients(self, done: BlockPass) -> list[Tensor | None]:
+    def errors(self, done: BlockPass) -> list[Tensor]:
         *hidden, logits = done.outputs
         if logits.dim() != 2:
             raise ValueError(
@@ -84,14 +84,14 @@ class DirectFeedbackAlignment(BlockLearner):
                 f"{self.block_names[-1]!r} gives {tuple(logits.shape)}"
             )
         error = done.error
-        gradients: list[Tensor | None] = []
+        errors = []
         for index, h in enumerate(hidden):
             feedback = self.feedback(index, h, logits)
             # In memory as the output is, locally connected layers' with the batch last.
             batch_last = h.stride(0) == 1
             gradient = (feedback @ error.t()).t() if batch_last else error @ feedback.t()
-            gradients.append(gradient.to(h.dtype).view_as(h))
-        return gradients
+            errors.append(gradient.to(h.dtype).view_as(h))
+        return errors
 
     def feedback(self, index: int, output: Tensor, logits: Tensor) -> Tensor:
         """

@@ -258,17 +258,21 @@ class DifferenceTargetPropagation(BlockLearner):
                 estimates, done.wanted = self.estimates(done, self._hidden(done))
         return estimates + self._idle_starts()
 
+    def errors(self, done: BlockPass) -> list[Tensor]:
+        scale = _loss_scale(done)
+        factor = _of_square(done, scale)
+        return [-factor * d for d in self.target_steps(done, self._hidden(done), scale)]
+
     def gradients(self, done: BlockPass) -> list[Tensor | None]:
         if not self._passes & (self._passes - 1):  # now and then, for a GPU has to wait
             _check_is_cross_entropy(done)
-        scale = _loss_scale(done)
-        factor = 2 / len(done.outputs[-1]) * scale  # of the mean over the batch of a square
         gradients: list[Tensor | None] = [None] * (len(self.blocks) - 1)
         if self.phase != "inverses":
-            # Of abs(output - (h + d))^2.
-            gradients = [-factor * d for d in self.target_steps(done, self._hidden(done), scale)]
-        for estimate, wanted in zip(done.starts, done.wanted, strict=False):
-            gradients.append((estimate.detach() - wanted).mul_(factor))
+            gradients = [*self.errors(done)]
+        if done.wanted:
+            factor = _of_square(done, _loss_scale(done))
+            for estimate, wanted in zip(done.starts, done.wanted, strict=False):
+                gradients.append((estimate.detach() - wanted).mul_(factor))
         return gradients + [torch.zeros_like(p) for p in done.starts[len(done.wanted) :]]
 
     def _pass_back(self, done: BlockPass, arrived: Tensor) -> list[Tensor | None]:
@@ -390,14 +394,16 @@ class DifferenceTargetPropagation(BlockLearner):
         Return, beside error_cosine, target_step/BLOCK, the norm of d over that of h, and
         inverse_loss/BLOCK.
         """
-        found = super().measure(loss, target)
-        done = self._pass_of(loss, target)
-        h = self._hidden(done)
-        with torch.no_grad(), torch.autocast(loss.device.type, enabled=False):
-            steps = self.target_steps(done, h, _loss_scale(done))
-            losses = self.inverse_losses(done, h)
-        for name, d, output in zip(self.block_names, steps, h, strict=False):
-            found[f"target_step/{name}"] = (d.norm() / output.norm()).item()
+        return super().measure(loss, target)
+
+    @torch.no_grad()
+    def _measure(self, done: BlockPass, errors: list[Tensor]) -> dict[str, float]:
+        factor, hidden = _of_square(done, _loss_scale(done)), self._hidden(done)
+        found = {
+            f"target_step/{name}": (error.norm() / factor / h.norm()).item()
+            for name, error, h in zip(self.block_names[:-1], errors, hidden, strict=True)
+        }
+        losses = self.inverse_losses(done, hidden)
         for name, value in zip(self.block_names[1:], losses, strict=False):
             found[f"inverse_loss/{name}"] = value.item()
         return found
@@ -527,6 +533,11 @@ def _loss_scale(done: BlockPass) -> Tensor:
         # Where all is fitted to the last bit there is nothing to learn, whatever the scale.
         scale = torch.where((found > 0) & found.isfinite(), found, scale)
     return scale.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _of_square(done: BlockPass, scale: Tensor) -> Tensor:
+    """The gradient of abs(a - b)^2 over a - b, of a mean over the batch."""
+    return 2 / len(done.outputs[-1]) * scale
 
 
 def _check_is_cross_entropy(done: BlockPass) -> None:
