@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ss_detectron import FEEDBACK_REGISTRY, FeedbackRule, convert_feedback
+from ss_detectron.layers.feedback import InformationAlignment
 
 RULES = [rule.short_name for _, rule in FEEDBACK_REGISTRY]
 each_rule = pytest.mark.parametrize("rule", RULES)
@@ -26,6 +27,15 @@ class Flipping(FeedbackRule):
 
     def feedback(self, weight, state, fans):
         return (-1) ** state * weight
+
+
+class FromInputs(InformationAlignment):
+    """Information alignment that learns from what the layer takes in."""
+
+    name = "information_alignment_from_inputs"
+    short_name = ""
+    needs_inputs = True
+    rate = 0.1
 
 
 def on_the(way: str) -> AbstractContextManager:

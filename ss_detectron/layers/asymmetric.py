@@ -382,6 +382,9 @@ class _ConvolutionForm(AsymmetricLayer):
 
 
 class _ConvForm(_ConvolutionForm):
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(cast(Any, self).groups, -1, math.prod(weight.shape[1:]))
+
     def linear_map(self, input: Tensor, weight: Tensor) -> Tensor:
         layer: Any = self
         return cast(Tensor, layer._conv_forward(input, weight, None))
@@ -407,7 +410,8 @@ class _ConvForm(_ConvolutionForm):
 
 class _ConvTransposeForm(_ConvolutionForm):
     def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1).t()  # a weight of it has the inputs first
+        # A weight of it has the inputs first.
+        return weight.reshape(cast(Any, self).groups, -1, math.prod(weight.shape[1:])).mT
 
     def linear_map(self, input: Tensor, weight: Tensor) -> Tensor:
         layer: Any = self

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from core_utils import assert_same
+from core_utils import FromInputs, assert_same
 from detectron2.config import get_cfg
 from detectron2.engine import hooks
 from detectron2.utils.events import JSONWriter
@@ -144,7 +144,7 @@ def test_of_the_gradients_those_that_the_optimiser_uses_count():
 
 @pytest.mark.parametrize("options", [{}, {"passes": 2}, {"mixed_precision": True}], ids=str)
 @pytest.mark.parametrize("how", ["pixel", "loss"])
-@pytest.mark.parametrize("rule", ["ss", "brsf", "kp", "ia"])
+@pytest.mark.parametrize("rule", ["ss", "brsf", "kp", FromInputs])
 def test_a_skipped_step_leaves_no_trace(rule, how, options):
     passes = options.get("passes", 1)
     good = batches(4 * passes)

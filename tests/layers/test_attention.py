@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from core_utils import RULES, assert_same
+from core_utils import assert_same, each_feedback_rule
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -210,14 +210,8 @@ def test_what_stock_refuses():
         assert errors[0] == errors[1]
 
 
-# Information alignment needs a layer of one input.
-each_rule_of_attention = pytest.mark.parametrize(
-    "rule", [r for r in RULES if r not in ("bp", "ia")]
-)
-
-
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 4, "vdim": 6}])
-@each_rule_of_attention
+@each_feedback_rule
 def test_state_keys_and_the_way_back(rule, sizes):
     torch.manual_seed(0)
     stock = nn.MultiheadAttention(8, 2, **sizes)
@@ -269,7 +263,7 @@ def _transformer(rule):
     return convert_feedback(nn.Transformer(8, 2, 1, 1, 16, dropout=0.2, batch_first=True), rule)
 
 
-@each_rule_of_attention
+@each_feedback_rule
 def test_a_transformer_trains_by_the_rule(rule):
     model, recomputed, stock = (_transformer(r) for r in (rule, rule, "bp"))
     x = torch.randn(2, 5, 8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from core_utils import RULES, assert_same, each_rule, stock_net
+from core_utils import RULES, FromInputs, assert_same, stock_net
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +14,8 @@ from ss_detectron.layers import AsymmetricLayer, advance_feedback, convert_feedb
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
+KINDS = {**{rule: rule for rule in RULES}, "from_inputs": FromInputs}
+each_rule = pytest.mark.parametrize("rule", KINDS)
 STEPS = 3
 BATCH = 4
 
@@ -62,9 +64,9 @@ def _worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     half = BATCH // 2
     results = {}
-    for rule in RULES:
+    for rule, kind in KINDS.items():
         # A seed for each rank, as in Detectron2.
-        model = convert_feedback(_net(seed=100 + rank), rule)
+        model = convert_feedback(_net(seed=100 + rank), kind)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         with pytest.raises(ValueError, match="wrapped in DistributedDataParallel"):
             convert_feedback(wrapped)
@@ -76,7 +78,7 @@ def _worker(rank, folder):
         torch.manual_seed(200 + rank)
         results[rule] = start, _train(wrapped, _images()[:, rank * half : (rank + 1) * half])
     # One of them takes in nothing.
-    layer = convert_feedback(_net()[-1], "ia")
+    layer = convert_feedback(_net()[-1], FromInputs)
     if rank == 0:
         layer(torch.ones(2, layer.in_features, dtype=torch.float64))
     advance_feedback(layer)
@@ -101,21 +103,21 @@ def test_feedback_is_the_same_on_both_processes(ranks, rule):
     first, last = record0[0][1], record0[STEPS - 1][1]
     assert bool(first) == (rule not in ("bp", "ss"))
     assert any(not torch.equal(first[n], last[n]) for n in first) == (
-        rule in ("brsf", "kp", "wm", "ia")
+        rule in ("brsf", "kp", "wm", "ia", "from_inputs")
     )
 
 
 @each_rule
 def test_two_processes_train_as_one(ranks, rule):
     start, two = ranks[0][rule]
-    model = convert_feedback(_net(), rule)
+    model = convert_feedback(_net(), KINDS[rule])
     model.load_state_dict(start)
     one = _train(model, _images())
     torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-10)
 
 
 def test_a_process_whose_layer_takes_in_nothing_learns_with_the_other(ranks):
-    layer = convert_feedback(_net()[-1], "ia")
+    layer = convert_feedback(_net()[-1], FromInputs)
     before = layer.feedback_weight.clone()
     layer(torch.ones(2, layer.in_features, dtype=torch.float64))
     advance_feedback(layer)

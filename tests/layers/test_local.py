@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from core_utils import assert_same, each_rule
+from core_utils import FromInputs, assert_same, each_rule
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -317,7 +317,7 @@ def test_feedback_changes_the_input_gradient_alone(rule):
         assert_same(model[2].feedback_weight.grad, model[2].weight.grad)
 
 
-@pytest.mark.parametrize("rule", ["wm", "ia"])
+@pytest.mark.parametrize("rule", ["wm", "ia", FromInputs])
 def test_feedback_that_learns_by_itself_moves_towards_the_weight(rule):
     layer = convert_feedback(nn.Sequential(build((2, 3, 3, 5, 2, "same"), bias=False)), rule)
     assert_same(layer[0].linear_map(images(layer[0]), layer[0].weight), layer(images(layer[0])))

@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from core_utils import assert_same
+from core_utils import FromInputs, assert_same
 from torch import nn
 
 from ss_detectron import advance_feedback, convert_feedback, feedback_report, weight_alignment
-from ss_detectron.layers import asymmetric
+from ss_detectron.layers import LocallyConnected2d, asymmetric, feedback
 from ss_detectron.layers.feedback import InformationAlignment, WeightMirror
 from ss_detectron.learners import Backpropagation
 
@@ -21,7 +21,8 @@ LAYERS = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), padding=1, dilation=2), (3, 3, 7, 6)),
     "circular": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), (3, 3, 7, 6)),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, output_padding=1), (2, 4, 4, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 4, 5)),
+    "local": (lambda: LocallyConnected2d(2, 3, 3, 4), (3, 2, 4, 4)),
 }
 
 
@@ -59,40 +60,64 @@ def test_weight_mirrors_of_a_linear_network_come_within_five_degrees():
     assert all(found.angle < 5 for found in weight_alignment(model).values())
 
 
-def _information(layer, x, b):
-    """The slope of its function of B, by hand and by autograd."""
+def _from_inputs(layer, x, b):
+    """The slope of information alignment's function of B."""
     rule, x = layer.rule, x / x.square().mean().sqrt()
     b = b.detach().requires_grad_()
     x = x.requires_grad_()
     y, back = layer.linear_map(x, layer.weight.detach()).detach(), layer.linear_map(x, b)
     (down,) = torch.autograd.grad(back, x, y, create_graph=True)
-    outputs = layer.as_matrix(layer.weight).shape[-2]
+    outputs = layer.weight.numel() / layer.as_matrix(layer.weight).shape[-1]
     energy = -rule.alpha * rule.gain * (back * y).sum() + rule.gamma / 2 * down.square().sum()
     energy = energy * outputs / y.numel() + rule.beta / 2 * b.square().sum()
     return torch.autograd.grad(energy, b)[0]
 
 
+def _from_noise(layer, x, b):
+    """The same, of noise."""
+    rule, w = layer.rule, layer.as_matrix(layer.weight.detach())
+    x = rule.noise(w, 1)
+    b = b.detach().requires_grad_()
+    down = layer.as_matrix(b).mT @ (w @ x)
+    energy = (rule.gamma / 2 * down - rule.alpha * rule.gain * x) * down
+    energy = energy.sum() / rule.samples + rule.beta / 2 * b.square().sum()
+    return torch.autograd.grad(energy, b)[0]
+
+
 @pytest.mark.parametrize("kind", LAYERS)
-def test_information_alignment_descends_its_function(kind):
-    layer, x = _layer(kind, InformationAlignment, gain=0.5)
+@pytest.mark.parametrize(
+    ("rule", "slope_of"), [(InformationAlignment, _from_noise), (FromInputs, _from_inputs)]
+)
+def test_information_alignment_descends_its_function(kind, rule, slope_of):
+    layer, x = _layer(kind, rule, gain=0.5)
     before = layer.feedback_weight.clone()
-    slope = _information(layer, x, before)
-    curvature = (_information(layer, x, before + slope) - slope).flatten() @ slope.flatten()
+    slope = slope_of(layer, x, before)
+    curvature = (slope_of(layer, x, before + slope) - slope).flatten() @ slope.flatten()
     curvature /= slope.square().sum()
     layer(x)
     layer(x[:0])  # counts for nothing
     advance_feedback(layer)
-    rate = InformationAlignment.rate
-    expected = before - rate / (1 + rate * curvature) * slope
+    expected = before - rule.rate / (1 + rule.rate * curvature) * slope
     torch.testing.assert_close(layer.feedback_weight, expected, rtol=0, atol=1e-12)
+
+
+def test_a_step_that_is_not_finite_is_not_made_and_warned_of_once(caplog):
+    feedback._warn_of_no_step.cache_clear()
+    layer = convert_feedback(nn.Sequential(nn.Linear(3, 2)), FromInputs)[0]
+    before = layer.feedback_weight.clone()
     advance_feedback(layer)  # without a forward pass before it
-    layer(x[:0])
+    layer(torch.ones(0, 3))
     advance_feedback(layer)
-    layer(input=math.inf * x)
-    advance_feedback(layer)
-    torch.testing.assert_close(layer.feedback_weight, expected, rtol=0, atol=1e-12)
+    assert not caplog.messages
+    for _ in range(2):
+        layer(input=torch.full((1, 3), math.inf))
+        advance_feedback(layer)
+    assert_same(layer.feedback_weight, before)
+    (warning,) = caplog.messages
+    assert warning.startswith("0: the weight or what the layer takes in is not finite")
 
 
+@pytest.mark.parametrize("rule", ["ia", FromInputs])
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
@@ -100,30 +125,36 @@ def test_information_alignment_descends_its_function(kind):
         (lambda: nn.Conv2d(32, 32, 3, padding=2, padding_mode="replicate"), (2, 32, 6, 6)),
     ],
 )
-def test_information_alignment_never_gets_out_of_hand(make, shape):
+def test_information_alignment_never_gets_out_of_hand(make, shape, rule):
     torch.manual_seed(0)
     layer = make()
     nn.init.normal_(layer.weight)  # a step of rate times the slope would be too large
-    convert_feedback(layer, "ia")
+    convert_feedback(layer, rule)
     for _ in range(20):
         layer(torch.randn(shape).relu())
         advance_feedback(layer)
     assert weight_alignment(layer)[""].norm_ratio < 1
 
 
-@pytest.mark.parametrize(("beta", "gamma"), [(1.0, 0.1), (0.1, 1.0)])
-def test_information_alignment_of_a_linear_network_comes_to_its_fixed_point(beta, gamma):
-    rule = type("Own", (InformationAlignment,), {"name": "own_ia", "beta": beta, "gamma": gamma})
-    rule.short_name, rule.rate = "", 0.1
+@pytest.mark.parametrize(
+    ("beta", "gamma", "needs_inputs", "steps"),
+    [(1.0, 0.1, True, 300), (0.1, 1.0, True, 1500), (1.0, 0.1, False, 100)],
+)
+def test_information_alignment_of_a_linear_network_comes_to_its_fixed_point(
+    beta, gamma, needs_inputs, steps
+):
+    rule = type("Own", (FromInputs,), {"name": "own_ia", "beta": beta, "gamma": gamma})
+    rule.needs_inputs, rule.samples = needs_inputs, 10_000
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)).double()
     convert_feedback(model, rule)
     x = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
-    for _ in range(1500):
+    for _ in range(steps):
         model(x)
         advance_feedback(model)
     for layer in model:
         s = x.t() @ x / len(x) / x.square().mean()
+        s = s if needs_inputs else torch.eye(len(s), dtype=s.dtype)
         w = layer.weight.detach()
         inverse = torch.linalg.inv(beta * torch.eye(len(w), dtype=w.dtype) + gamma * w @ s @ w.t())
         fixed = (s @ w.t() @ inverse).t()
@@ -131,7 +162,7 @@ def test_information_alignment_of_a_linear_network_comes_to_its_fixed_point(beta
         x = x @ w.t()
 
 
-@pytest.mark.parametrize("rule", [WeightMirror, InformationAlignment])
+@pytest.mark.parametrize("rule", [WeightMirror, InformationAlignment, FromInputs])
 def test_updates_follow_from_seed_and_number_and_are_resumed(rule):
     def make():
         torch.manual_seed(0)
@@ -173,7 +204,7 @@ def test_another_rule_takes_what_a_mirror_has_learned(rule):
 
 def test_inputs_are_kept_for_a_while_and_are_in_no_copy(caplog):
     asymmetric._warn_of_no_updates.cache_clear()
-    layer = convert_feedback(nn.Linear(3, 3), "ia")
+    layer = convert_feedback(nn.Linear(3, 3), FromInputs)
     for _ in range(18):
         layer(torch.ones(2, 3))
     assert len(vars(layer)["_feedback_inputs"]) == 16
@@ -189,12 +220,12 @@ def test_inputs_are_kept_for_a_while_and_are_in_no_copy(caplog):
 
 
 def test_going_back_leaves_no_hook_and_attention_is_told_to_have_no_linear_map():
-    model = convert_feedback(nn.Linear(3, 3), "ia")
+    model = convert_feedback(nn.Linear(3, 3), FromInputs)
     model(torch.ones(2, 3))
     convert_feedback(model, "bp")
     assert not model._forward_pre_hooks and type(model) is nn.Linear
     assert not [name for name in vars(model) if "feedback" in name and name != "feedback_reason"]
     attention = nn.MultiheadAttention(4, 2)
-    report = feedback_report(convert_feedback(attention, "ia"))
-    assert "information_alignment needs a linear map of MultiheadAttention" in report[0].reason
+    report = feedback_report(convert_feedback(attention, FromInputs))
+    assert "from_inputs needs a linear map of MultiheadAttention" in report[0].reason
     assert math.isclose(weight_alignment(attention)["out_proj"].norm_ratio, 1, abs_tol=0.9)

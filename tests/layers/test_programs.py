@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from core_utils import assert_same, each_feedback_rule, each_rule, stock_net
+from core_utils import FromInputs, assert_same, each_feedback_rule, each_rule, stock_net
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -205,7 +205,7 @@ def test_recording_in_training_mode_warns_that_the_program_learns_by_backpropaga
 
 
 def test_what_is_recorded_is_no_input_to_learn_from():
-    model = convert_feedback(stock_net(), "information_alignment")
+    model = convert_feedback(stock_net(), FromInputs)
     before = model[4].feedback_weight.clone()
     _exported(model, images())
     torch.jit.trace(model, images())
