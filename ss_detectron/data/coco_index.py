@@ -8,6 +8,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from iopath.common.file_io import file_lock, get_cache_dir
+from portalocker import LockException
 
 from .boxes import check_plausible
 from .coco_file import CATEGORY, IMAGE, LARGEST, mask_problem, problem, repaired_file
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 CACHED_FROM = 16 << 20  # bytes: a smaller file is read in a fraction of a second
 FORMAT = 1  # of what is cached
 CHUNK = 100  # annotations that are held at once: the garbage collector need not look at them
+ANEW = "What is known of '%s' cannot be cached, and every process will read it anew: %s"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _AFTER = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 
@@ -114,9 +117,13 @@ def _cached(file: str, masks: int) -> CocoIndex:
     """What another process, or one before, has found, or else build it and leave it to others."""
     real = os.path.realpath(file)
     folder = Path(get_cache_dir(), "ss_detectron")
-    folder.mkdir(parents=True, exist_ok=True)
     cache = folder / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.npz"
-    with file_lock(str(cache)):
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(str(cache)))
+        except (OSError, LockException) as error:
+            logger.warning(ANEW, file, error)
         # The last is of this machine's clock, and nobody can set it back.
         key = [FORMAT, real, *AnnotationFile.status(file), os.stat(file).st_ctime_ns]
         if (index := _load(cache, key, file)) and index.masks >= masks:
@@ -147,7 +154,7 @@ def _store(cache: Path, key: list, index: CocoIndex) -> None:
             np.savez(stream, about=text, images=index.images, objects=index.objects)
         os.replace(stream.name, cache)
     except OSError as error:
-        logger.warning("'%s' will be read again by every process: %s", index.path, error)
+        logger.warning(ANEW, index.path, error)
 
 
 # Reading -----------------------------------------------------------------------------------------

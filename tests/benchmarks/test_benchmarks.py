@@ -33,9 +33,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-rules, loader, optimizer, local, learners, reading, timing = map(
-    load, ("rules", "loader", "optimizer", "local", "learners", "reading", "timing")
-)
+names = ("rules", "loader", "optimizer", "local", "learners", "reading", "evaluation", "timing")
+rules, loader, optimizer, local, learners, reading, evaluation, timing = map(load, names)
 
 
 def run(module: ModuleType, monkeypatch, *words: object) -> None:
@@ -318,3 +317,13 @@ def test_annotation_files_like_cocos_are_read(tmp_path, monkeypatch):
     assert found["objects"] == len(content["annotations"]) > 200
     assert [row["ratio"] > 0 for row in found["rows"]] == [True] * 4
     assert found["rows"][0]["ratio"] == 1
+
+
+def test_evaluations_are_compared(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("hotcoco")
+    file = tmp_path / "figures.json"
+    run(evaluation, monkeypatch, "--images", 3, "--rounds", 1, "--json", file)
+    (found,) = json.loads(file.read_text())["sets"]
+    assert found["detections"] == 300
+    assert [row["difference"] <= 1e-9 for row in found["rows"]] == [True] * 3
+    assert "| hotcoco, and files |" in capsys.readouterr().out

@@ -276,15 +276,16 @@ def test_a_repaired_copy_is_not_cached(read, tmp_path):
     assert len(read) == 2 and not list(tmp_path.glob("cache/ss_detectron/*.npz"))
 
 
-def test_a_cache_that_cannot_be_written_is_said(read, monkeypatch, caplog):
+@pytest.mark.parametrize("where", ["np.savez", "file_lock"])
+def test_a_cache_that_cannot_be_written_is_said(where, read, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError("No space left on device")
 
     write()
-    monkeypatch.setattr(coco_index.np, "savez", full)
+    monkeypatch.setattr(f"ss_detectron.data.coco_index.{where}", full)
     assert read_index(FILE).names
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "read again by every process: No space left" in warning
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "every process will read it anew: No space left" in warnings[0]
 
 
 def _in_process(rank: int, ready, found, read) -> None:
