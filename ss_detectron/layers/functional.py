@@ -9,10 +9,10 @@ where the feedback weight B has W's shape (Lillicrap et al. 2016; Liao, Leibo an
 arXiv:1510.05067; Xiao et al. 2019, arXiv:1811.03567). The weight's gradient does not depend on
 which weight the backward pass is given, so there are two ways to the same gradients:
 
-* a convolution is the stock one, and of what autograd saved for its backward pass the weight alone
+* the operation is the stock one, and of what autograd saved for its backward pass the weight alone
   is exchanged for B. All of it runs in torch, autocast included; Python is asked only for B.
-* an autograd Function with B in the weight's place: for linear layers, and wherever the exchange
-  cannot be (in a graph being compiled, under hooks that others have for saved tensors).
+* an autograd Function with B in the weight's place: where the exchange cannot be (in a graph being
+  compiled, under hooks that others have for saved tensors).
 
 Where no backward pass can come, and in a program being recorded for stock tools (torch.export,
 torch.jit.trace, ONNX, fvcore's counting of operations), the operation is the stock one alone.
@@ -198,6 +198,9 @@ def asymmetric_linear(
     function, state = _feedback_source(feedback, state, weight)
     if stock_serves(input, weight, bias):
         return F.linear(input, _used(weight, part), bias)
+    if _exchangeable(input):
+        output = F.linear(input, _used(_tie(weight, state, function), part), bias)
+        return _exchange_weight(output, input, weight, state, function, part)
     dtype = _autocast_dtype(input)
     return cast(Tensor, _AsymmetricLinear.apply(input, weight, bias, state, function, dtype, part))
 
@@ -375,9 +378,10 @@ _hooks_of_others = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks
 
 
 def _exchangeable(input: Tensor) -> bool:
-    """Whether what autograd saves of a convolution of ``input`` may be exchanged."""
+    """Whether what autograd saves of an operation on ``input`` may be exchanged."""
     return (
         (input.is_cpu or input.is_cuda)
+        and not input.is_nested
         and not torch.compiler.is_compiling()
         # Checkpointing and offloading of activations: a saved tensor takes one pair of hooks.
         and _hooks_of_others is not None
@@ -386,25 +390,44 @@ def _exchangeable(input: Tensor) -> bool:
 
 
 def _exchange_weight(
-    output: Tensor, input: Tensor, weight: Tensor, state: Tensor | None, feedback: FeedbackFn
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    feedback: FeedbackFn,
+    part: tuple[slice, ...] | None = None,
 ) -> Tensor:
-    """``output`` of a stock convolution, with B in the place of the weight saved for backward."""
-    if output.requires_grad and input.requires_grad:
-        version = weight._version
+    """``output`` of a stock operation, with B in the place of the weight saved for backward."""
+    if not (output.requires_grad and input.requires_grad):
+        return output
+    version = weight._version
 
-        def unpack(dtype: torch.dtype) -> Tensor:
-            _refuse_second_derivative()
-            if weight._version != version:  # autograd's own check ends with the exchange
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: a weight of shape {tuple(weight.shape)}, between the "
-                    "forward and the backward pass"
-                )
-            return _feedback_weight(weight, state, feedback).to(dtype)
+    def current(dtype: torch.dtype) -> Tensor:
+        _refuse_second_derivative()
+        if weight._version != version:  # autograd's own check ends with the exchange
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a weight of shape {tuple(weight.shape)}, between the "
+                "forward and the backward pass"
+            )
+        given = _feedback_weight(weight, state, feedback)
+        if part is not None:
+            given = given[part]
+        return given if given.dtype == dtype else given.to(dtype)
 
-        # Of the weight, or its cast copy under autocast, the type alone is kept.
-        node: Any = output.grad_fn
-        node._raw_saved_weight.register_hooks(attrgetter("dtype"), unpack)
+    def transposed(saved: tuple[torch.dtype, torch.Size]) -> Tensor:
+        dtype, shape = saved
+        matrix = current(dtype).t()
+        return matrix if len(shape) == 2 else matrix.expand(shape)
+
+    # Of the weight, or its cast copy under autocast, type and shape alone are kept.
+    node: Any = output.grad_fn
+    if weight.dim() > 2:
+        node._raw_saved_weight.register_hooks(attrgetter("dtype"), current)
+        return output
+    while not hasattr(node, "_raw_saved_mat2"):  # behind a view, or what adds the bias
+        node = node.next_functions[0][0]
+    node._raw_saved_mat2.register_hooks(attrgetter("dtype", "shape"), transposed)
     return output
 
 
@@ -528,6 +551,8 @@ class _AsymmetricLinear(torch.autograd.Function):
         used = _used(weight, part)
         input, used, bias = _cast(dtype, input, used, bias)
         ctx.save_for_backward(input, weight, state)
+        # The input's gradient is then computed in columns, as torch does it: it rounds otherwise.
+        ctx.in_columns = _rows(input).t().is_contiguous()
         if used is not weight and not torch.compiler.is_compiling():
             # What torch multiplies, a matrix or a batch of them, depends on it.
             used = used.detach().requires_grad_(weight.requires_grad)
@@ -543,12 +568,13 @@ class _AsymmetricLinear(torch.autograd.Function):
         need_input, need_weight, need_bias, need_state = ctx.needs_input_grad[:4]
         grad_input = grad_weight = grad_bias = grad_state = None
         feedback = _feedback_in_backward(ctx, weight, state)
+        rows, input_rows = _rows(grad_output), _rows(input)
         if need_input:
-            used = feedback if ctx.part is None else feedback[ctx.part]
-            grad_input = grad_output @ used.to(input.dtype)
-        rows = _rows(grad_output)
+            used = (feedback if ctx.part is None else feedback[ctx.part]).to(input.dtype)
+            grad_rows = (used.t() @ rows.t()).t() if ctx.in_columns else rows @ used
+            grad_input = grad_rows.view(input.shape)
         if need_weight:
-            grad_weight = rows.t() @ _rows(input)
+            grad_weight = rows.t() @ input_rows
             if ctx.part is not None:
                 whole = grad_weight.new_zeros(weight.shape)
                 whole[ctx.part] = grad_weight
