@@ -35,7 +35,7 @@ ANEW = "What is known of '%s' cannot be cached, and every process will read it a
 _SPACE = re.compile(r"[ \t\n\r]*")
 _AFTER = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 
-_known: dict[str, tuple[tuple[int, int], "CocoIndex"]] = {}
+_known: dict[str, tuple[list, "CocoIndex"]] = {}
 
 
 @dataclass
@@ -94,14 +94,21 @@ def read_index(file: str, *, annotated: bool = False, masks: int = 0) -> CocoInd
         OSError: there is no such file.
         ValueError: see :func:`.repaired_file`.
     """
-    version = AnnotationFile.status(file)
+    key = _key(file)
     known, index = _known.get(file, (None, None))
-    if known != version or index.masks < masks:
-        index = _cached(file, masks) if version[0] >= CACHED_FROM else _build(file, masks)
-        _known[file] = version, index
+    if known != key or index.masks < masks:
+        large = os.path.getsize(file) >= CACHED_FROM
+        index = _cached(file, key, masks) if large else _build(file, masks)
+        _known[file] = key, index
     if annotated and not len(index.objects):
         repaired_file(file, annotated, masks)  # which says so
     return index
+
+
+def _key(file: str) -> list:
+    """What changes when a file does. The last is set by the system, and nobody can set it back."""
+    version = AnnotationFile.status(file)
+    return [FORMAT, os.path.realpath(file), *version, os.stat(file).st_ctime_ns]
 
 
 def _build(file: str, masks: int) -> CocoIndex:
@@ -113,19 +120,16 @@ def _build(file: str, masks: int) -> CocoIndex:
     raise ValueError(f"'{file}' is not in COCO's form")
 
 
-def _cached(file: str, masks: int) -> CocoIndex:
+def _cached(file: str, key: list, masks: int) -> CocoIndex:
     """What another process, or one before, has found, or else build it and leave it to others."""
-    real = os.path.realpath(file)
     folder = Path(get_cache_dir(), "ss_detectron")
-    cache = folder / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}.npz"
+    cache = folder / f"{hashlib.sha256(os.fsencode(key[1])).hexdigest()[:32]}.npz"
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(file_lock(str(cache)))
         except (OSError, LockException) as error:
             logger.warning(ANEW, file, error)
-        # The last is of this machine's clock, and nobody can set it back.
-        key = [FORMAT, real, *AnnotationFile.status(file), os.stat(file).st_ctime_ns]
         if (index := _load(cache, key, file)) and index.masks >= masks:
             return index
         index = _build(file, masks)

@@ -135,43 +135,27 @@ class _HotCoco:
 
 
 def _evaluate_by_hotcoco(
-    coco_gt: COCO,
-    coco_results: list[dict],
-    iou_type: str,
-    *,
-    cocoeval_fn: Any,
-    max_dets_per_image: list[int],
-    **options: Any,
+    coco_gt: COCO, coco_results: list[dict], iou_type: str, **options: Any
 ) -> Any:
     import hotcoco
 
     try:
-        if max_dets_per_image[2] != 100:
-            raise ValueError(f"there are {max_dets_per_image[2]} detections per image, not 100")
+        if (most := options["max_dets_per_image"][2]) != 100:
+            raise ValueError(f"there are {most} detections per image, not 100")
         keys = ("bbox", "keypoints")
         numbers = chain.from_iterable(r[key] for r in coco_results for key in keys if key in r)
         if not np.isfinite(np.fromiter(numbers, float)).all():
             raise ValueError("a detection is not finite")
-        found = _evaluate_by_pycocotools(
-            _HotCoco(coco_gt),
-            coco_results,
-            iou_type,
-            cocoeval_fn=lambda of, results, kind: hotcoco.COCOeval(of.api, results, kind),
-            max_dets_per_image=max_dets_per_image,
+        changed = {
             **options,
-        )
+            "cocoeval_fn": lambda of, results, kind: hotcoco.COCOeval(of.api, results, kind),
+        }
+        found = _evaluate_by_pycocotools(_HotCoco(coco_gt), coco_results, iou_type, **changed)
         logger.info("The figures are those of hotcoco %s.", hotcoco.__version__)
         return found
     except ValueError as error:  # of ids that are strings or negative, among others
         logger.warning("pycocotools evaluates in place of hotcoco: %s.", error)
-        return _evaluate_by_pycocotools(
-            coco_gt,
-            coco_results,
-            iou_type,
-            cocoeval_fn=cocoeval_fn,
-            max_dets_per_image=max_dets_per_image,
-            **options,
-        )
+        return _evaluate_by_pycocotools(coco_gt, coco_results, iou_type, **options)
 
 
 def _check_boxes(api: COCO, name: str) -> None:
