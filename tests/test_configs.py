@@ -229,7 +229,7 @@ def test_published_settings(experiment):
         assert pytest.approx([255 * s for s in std]) == cfg.MODEL.PIXEL_STD
 
 
-LENET_RATES = {"bp": 0.03, "ss": 0.03, "kp": 0.01, "fa": 0.003, "dfa": 0.001}
+LENET_RATES = {"bp": 0.03, "ss": 0.03, "kp": 0.003, "fa": 0.003, "dfa": 0.001}
 
 
 @pytest.mark.parametrize(
