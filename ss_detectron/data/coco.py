@@ -17,6 +17,7 @@ from ss_detectron.utils.text import abbreviate
 from .catalog import new_entries, where_to_put
 from .coco_index import CocoIndex, read_index
 from .images import skips_unreadable_images
+from .records import CocoRecords
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,13 @@ class CocoMetadata(Metadata):
     @property
     def json_file(self) -> str:
         """The file that Detectron2 and pycocotools are to read: itself or a repaired copy."""
-        return self.index.path
+        return self._index().path
 
-    @property
-    def index(self) -> CocoIndex:
-        """What is known of the file; read where it is not."""
+    def records(self) -> CocoRecords:
+        """Return the dataset dicts, which stay in the file, and learn their classes."""
+        return self._index().records(self.image_root, self.name)
+
+    def _index(self) -> CocoIndex:
         return read_index(PathManager.get_local_path(self.as_dict()["json_file"]))
 
 
@@ -57,7 +60,8 @@ def _register(name: str, json_file: str, image_root: str) -> None:
     metadata = CocoMetadata(
         name=name, evaluator_type="coco", json_file=json_file, image_root=image_root
     )
-    DatasetCatalog.register(name, lambda: metadata.index.records(image_root, name))
+    # A list, which others than this package's loaders may change.
+    DatasetCatalog.register(name, lambda: metadata.records()[:])
     MetadataCatalog[name] = metadata
 
 

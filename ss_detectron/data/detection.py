@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     DatasetMapper,
     MetadataCatalog,
     detection_utils,
@@ -142,7 +141,7 @@ def load_detection_dicts(
 
 def _load_records(names: list[str], *, filter_empty: bool, min_keypoints: int = 0) -> CocoRecords:
     # As get_detection_dataset_dicts does, which makes every dict.
-    records = CocoRecords.joined([DatasetCatalog.get(name) for name in names])
+    records = CocoRecords.joined([MetadataCatalog.get(name).records() for name in names])
     if filter_empty:
         records = _with_objects(records)
     if min_keypoints:

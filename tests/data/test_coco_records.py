@@ -9,6 +9,7 @@ import pickle
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 from coco_utils import SKY, coco_config, write_coco
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
@@ -20,6 +21,7 @@ from ss_detectron.data import check_datasets, coco_index, register_coco_from_con
 from ss_detectron.data.boxes import without_unusable_boxes
 from ss_detectron.data.coco_file import repaired_file
 from ss_detectron.data.coco_index import read_index
+from ss_detectron.data.detection import load_detection_dicts
 from ss_detectron.data.records import CocoRecords
 from ss_detectron.engine import Trainer
 
@@ -88,6 +90,10 @@ def config(*options, **sets):
     return cfg
 
 
+def records_of(name: str) -> CocoRecords:
+    return MetadataCatalog.get(name).records()
+
+
 def stock(name="own_stock") -> list[dict]:
     return load_coco_json("sky/labels.json", os.path.abspath("sky/images"), name)
 
@@ -100,8 +106,9 @@ def test_dicts_are_those_of_detectron2(written, caplog):
     change, options = WRITTEN[written]
     write(change, **options)
     config()
-    found = DatasetCatalog.get("own_sky")
+    found = records_of("own_sky")
     assert isinstance(found, CocoRecords) and len(found) == 4
+    assert DatasetCatalog.get("own_sky") == found[:]
     assert list(found) == found[:] == stock()
     types = [[type(v) for v in record.values()] for record in found]
     assert types == [[type(v) for v in record.values()] for record in stock()]
@@ -143,7 +150,7 @@ def test_what_is_left_out_is_what_detectron2_and_lists_leave_out(training):
         dicts = get_detection_dataset_dicts(
             ["own_sky"], filter_empty=training, min_keypoints=keypoints
         )
-        records = DatasetCatalog.get("own_sky")
+        records = records_of("own_sky")
         records = records.with_objects() if training else records
         records = records.with_keypoints(keypoints) if keypoints else records
         assert records[:] == dicts
@@ -160,6 +167,20 @@ SAMPLERS = {
     "RepeatFactorTrainingSampler": ["DATALOADER.REPEAT_THRESHOLD", 0.9],
     "WeightedTrainingSampler": [],
 }
+
+
+def test_proposals_are_added_to_the_dicts():
+    """In place, by Detectron2, of which nothing must be lost."""
+    write_coco()
+    proposals = {"ids": [2, 0, 1, 3], "bbox_mode": 0}
+    proposals["boxes"] = [np.array([[1.0, 2, 3, 4 + i]]) for i in proposals["ids"]]
+    proposals["objectness_logits"] = [np.zeros(1)] * 4
+    Path("proposals.pkl").write_bytes(pickle.dumps(proposals))
+    cfg = config("MODEL.LOAD_PROPOSALS", True)
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = cfg.DATASETS.PROPOSAL_FILES_TEST = ("proposals.pkl",)
+    for training in (True, False):
+        found = load_detection_dicts(cfg, ["own_sky"], training=training)
+        assert [record["proposal_boxes"][0, 3] for record in found] == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("grouped", [True, False])
@@ -317,7 +338,7 @@ def test_processes_read_it_once_together(read):
 def test_a_file_that_changes_in_use_is_named():
     write()
     config()
-    records = DatasetCatalog.get("own_sky")
+    records = records_of("own_sky")
     before = copy.deepcopy(records[0])
     os.rename(FILE, "sky/moved.json")
     Path(FILE).write_text("another")  # what is open remains
