@@ -198,8 +198,8 @@ def add_ss_config(cfg: CfgNode) -> None:
     # in full.
     _C.TEST.ALIGNMENT_PERIOD = 0
 
-    # Which package computes COCO's figures, which are the same: pycocotools, hotcoco in a hundredth
-    # to a tenth of the time (`pip install hotcoco`), or fastest for hotcoco where it is installed.
+    # Which package computes COCO's figures, which are the same: pycocotools, hotcoco in a fiftieth
+    # of the time (`pip install hotcoco`), or fastest for hotcoco where it is installed.
     _C.TEST.COCO_API = "fastest"
 
     # The evaluation of classifiers: images per batch and process, and whether each class's error
