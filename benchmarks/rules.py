@@ -7,18 +7,22 @@ backpropagation's, and the memory that stock does not take.
     benchmarks/rules.py --promise      what docs/performance.md has, with the limits of each rule
     benchmarks/rules.py --networks resnet50 retinanet_r18 --modes float32 bf16+channels_last
     benchmarks/rules.py --biotorch --batch 8 --size 128
+    benchmarks/rules.py --networks mlp --biotorch --threads 1 --pairs 300 --steps 3
 
-The networks are those of the shipped configs. Stock backpropagation, a second copy of it (the
-control) and the rules take turns; a ratio is that of two steps of the same turn. Where the
-control's median is beyond 1.02 the machine was busy with something else: the table is marked NOISY
-and counts for nothing. "State" is memory between steps (parameters, buffers, gradients, the
-optimiser's), "peak" all that there is at once within a step.
+The networks are those of the shipped configs; "mlp" and "torchvision_resnet18" are plain torch,
+all of their layers converted and trained by SGD with momentum. Stock backpropagation, a second copy
+of it (the control) and the rules take turns; a ratio is that of two steps of the same turn, the
+interval its median's with 95 % confidence. Where the control's median is beyond 1.02 the machine
+was busy with something else: the table is marked NOISY and counts for nothing. "State" is memory
+between steps (parameters, buffers, gradients, the optimiser's), "peak" all that there is at once
+within a step.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import statistics
 from collections.abc import Callable
@@ -34,23 +38,33 @@ import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from timing import CONTROL, STOCK, Ratio, interleave, print_table, ratio, write_json
+from timing import (
+    CONTROL,
+    STOCK,
+    Ratio,
+    interleave,
+    median_interval,
+    print_table,
+    ratio,
+    write_json,
+)
 from torch import Tensor, nn
 
 from ss_detectron.config import add_ss_config, merge_config_file
 from ss_detectron.engine.defaults import Trainer
 from ss_detectron.experiments.launch import hardware
-from ss_detectron.layers import convert_feedback, get_rule
+from ss_detectron.layers import AsymmetricLayer, advance_feedback, convert_feedback, get_rule
 from ss_detectron.solver.build import build_optimizer
 
 NETWORKS = {  # config, batch, height and width of the images in pixels
     "resnet18": ("imagenet_resnet18_bp.yaml", 16, 224),
     "resnet50": ("imagenet_resnet50_bp.yaml", 16, 224),
+    "mlp": ("imagenet_resnet18_bp.yaml", 128, 28),
     "alexnet": ("imagenet_alexnet_bp.yaml", 16, 224),
     "retinanet_r18": ("retinanet_R_18_bp.yaml", 2, 320),
     "retinanet_r50": ("retinanet_R_50_bp.yaml", 2, 320),
 }
-AGAINST_BIOTORCH = "torchvision_resnet18"  # every layer of it converted, as BioTorch does it
+PLAIN = ("mlp", "torchvision_resnet18")  # every layer of it converted, as BioTorch does it
 MODES = ("float32", "bf16", "channels_last", "compile")
 BIOTORCH = {"ss": "usf", "frsf": "frsf", "brsf": "brsf", "fa": "fa"}  # our short name -> BioTorch's
 BOXES = 7  # per image, as in COCO
@@ -109,14 +123,16 @@ class Contestant:
         cfg.MODEL.COMPILED = case.uses("compile")
         cfg.SOLVER.BASE_LR = 1e-20
         torch.manual_seed(0)
-        if case.network == AGAINST_BIOTORCH:
-            self.model = _TorchvisionClassifier(rule).to(case.device)
+        if case.network in PLAIN:
+            self.model = _PlainClassifier(case, rule).to(case.device)
         else:
             cfg.MODEL.FEEDBACK.RULE = get_rule(rule).name
             self.model = Trainer.build_model(cfg)
         self.model.train()
         self.optimizer = build_optimizer(cfg, self.model)
         self.batch = _batch(cfg, case)
+        layers = [m for m in self.model.modules() if isinstance(m, AsymmetricLayer)]
+        self.counts_updates = any(layer.rule.counts_updates for layer in layers)
         self.autocast = torch.autocast(
             torch.device(case.device).type, torch.bfloat16, enabled=case.uses("bf16")
         )
@@ -128,15 +144,24 @@ class Contestant:
             loss = sum(self.model(self.batch).values())
         loss.backward()
         self.optimizer.step()
+        if self.counts_updates:
+            advance_feedback(self.model)
         return loss.detach()
 
 
-class _TorchvisionClassifier(nn.Module):
-    """torchvision's ResNet-18, all layers converted, with normalisation and loss."""
+class _PlainClassifier(nn.Module):
+    """torchvision's ResNet-18, or five layers of 256 units for grey images, and the loss."""
 
-    def __init__(self, rule: str) -> None:
+    def __init__(self, case: Case, rule: str) -> None:
         super().__init__()
-        self.backbone = torchvision.models.resnet18()
+        self.is_mlp = case.network == "mlp"
+        if self.is_mlp:
+            sizes = [case.size**2, *5 * [256]]
+            pairs = [(nn.Linear(i, o), nn.Tanh()) for i, o in itertools.pairwise(sizes)]
+            layers = [module for pair in pairs for module in pair]
+            self.backbone = nn.Sequential(nn.Flatten(), *layers, nn.Linear(256, 10))
+        else:
+            self.backbone = torchvision.models.resnet18()
         if rule.startswith("biotorch"):
             from biotorch.module.biomodule import BioModule  # an extra
 
@@ -146,8 +171,11 @@ class _TorchvisionClassifier(nn.Module):
             convert_feedback(self.backbone, rule)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits = self.backbone((batch["image"].float() - 120) / 60)
-        return {"loss_cls": F.cross_entropy(logits, batch["label"])}
+        images, labels = batch["image"], batch["label"]
+        if self.is_mlp:
+            images, labels = images[:, :1], labels % 10
+        logits = self.backbone((images.float() - 120) / 60)
+        return {"loss_cls": F.cross_entropy(logits, labels)}
 
 
 def _batch(cfg: CfgNode, case: Case) -> Any:
@@ -227,7 +255,7 @@ def measure(case: Case, rules: list[str], args: argparse.Namespace) -> dict[str,
         beyond stock.
     """
     learns_by = {STOCK: "bp", CONTROL: "bp"} | {rule: rule for rule in rules}
-    if case.network == AGAINST_BIOTORCH:
+    if args.biotorch and case.network in PLAIN:
         learns_by |= {(b := f"biotorch {BIOTORCH[rule]}"): b for rule in rules if rule in BIOTORCH}
     contestants = {name: Contestant(case, rule) for name, rule in learns_by.items()}
     check_losses({name: contestant.step().item() for name, contestant in contestants.items()})
@@ -246,6 +274,7 @@ def measure(case: Case, rules: list[str], args: argparse.Namespace) -> dict[str,
         row = {
             "name": name,
             "ratio": ratio(seconds[name], seconds[STOCK]),
+            "interval": median_interval(seconds[name], seconds[STOCK]),
             "seconds": statistics.median(seconds[name]),
             "state": state,
             "peak": state + peak,
@@ -271,6 +300,7 @@ def report(case: Case, measured: dict[str, Any], limits: dict[str, float]) -> No
         shown = {
             "rule": row["name"],
             "time / stock": f"{spread.median:.3f}",
+            "interval": "{:.3f} - {:.3f}".format(*row["interval"]),
             "quartiles": f"{spread.low:.3f} - {spread.high:.3f}",
             "ms": f"{1e3 * row['seconds']:.1f}",
             "state, MiB": f"{(row['state'] - stock['state']) / 2**20:+.1f}",
@@ -298,14 +328,14 @@ def parse_args() -> argparse.Namespace:
     add("--rules", nargs="+", default=list(LIMITS), help=f"default: {' '.join(LIMITS)}")
     modes = f"of {', '.join(MODES)}, or several at once as in bf16+compile"
     add("--modes", nargs="+", default=["float32"], help=modes)
-    add("--batch", type=int, help="default: 16 for classifiers, 2 for RetinaNet")
-    add("--size", type=int, help="pixels; default: 224 for classifiers, else 320")
+    add("--batch", type=int, help="default: 16 for classifiers (mlp 128), 2 for RetinaNet")
+    add("--size", type=int, help="pixels; default: 224 for classifiers (mlp 28), else 320")
     add("--pairs", type=int, default=30, help="turns (default: 30)")
     add("--steps", type=int, default=1, help="steps in one turn (default: 1)")
     add("--warm-up", type=int, default=3, help="turns before (default: 3)")
     add("--threads", type=int, help="torch's CPU threads (default: torch's own)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--biotorch", action="store_true", help="BioTorch's layers take part")
+    add("--biotorch", action="store_true", help="BioTorch's layers take part, in plain networks")
     add("--json", type=Path, help="write the figures to this file as well")
     add("--quick", action="store_true", help="ResNet-18, batch 8 at 128, 20 pairs")
     add("--promise", action="store_true", help="the promised cases, with limits")
@@ -329,9 +359,9 @@ def parse_args() -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[tuple[Case, dict[str, float]]]:
     """Return what is measured: cases, each with its limits."""
     cases = promises(args.device) if args.promise else []
-    if args.biotorch:
+    if args.biotorch and "mlp" not in args.networks:
         sizes = [(args.batch, args.size)] if args.batch and args.size else [(16, 224), (8, 128)]
-        cases += [(Case(AGAINST_BIOTORCH, *size, device=args.device), {}) for size in sizes]
+        cases += [(Case(PLAIN[1], *size, device=args.device), {}) for size in sizes]
     if not cases:
         for network in args.networks:
             _, batch, size = NETWORKS[network]

@@ -5,6 +5,7 @@ steps that take turns can be compared to a per cent.
 """
 
 import json
+import math
 import random
 import statistics
 import time
@@ -79,6 +80,14 @@ def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
     ratios = [a / b for a, b in zip(times, reference, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Ratio(median, low, high)
+
+
+def median_interval(times: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
+    """Return where the median of the ratios lies with 95 % confidence, whatever they are spread
+    like: between two of them, about sqrt(n) ranks from the middle (two turns at least)."""
+    ratios = sorted(a / b for a, b in zip(times, reference, strict=True))
+    beside = max(0, math.floor((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))
+    return ratios[beside], ratios[-1 - beside]
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

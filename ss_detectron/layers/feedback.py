@@ -207,11 +207,14 @@ class FeedbackRule:
         """Return s, a scalar tensor: gain times the scale; 0 of a weight without elements."""
         if not weight.numel():
             return _constant(weight, 0.0)
-        return FEEDBACK_SCALES[self.scale].magnitude(weight, fans) * self.gain
+        magnitude = FEEDBACK_SCALES[self.scale].magnitude(weight, fans)
+        return magnitude if self.gain == 1 else magnitude * self.gain
 
     def sign(self, weight: Tensor, fans: Fans) -> Tensor:
         """Return s sign(W). A weight that is exactly zero gets no feedback."""
-        return torch.sign(weight).mul_(self.magnitude(weight, fans))
+        # First, so that the signs have the memory that it has just used: new memory costs more.
+        magnitude = self.magnitude(weight, fans)
+        return torch.sign(weight).mul_(magnitude)
 
     def draw(self, weight: Tensor, fans: Fans) -> Tensor:
         """

@@ -219,9 +219,8 @@ def stock_serves(*tensors: Tensor | None) -> bool:
     """Whether the stock operation is enough: for a recorded program, or without a backward pass."""
     if is_recording():
         return True
-    given = [t for t in tensors if t is not None]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    if not torch.compiler.is_compiling() and _other_derivative_wanted(given):
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.compiler.is_compiling() and _other_derivative_wanted(tensors):
         raise RuntimeError(
             "asymmetric feedback works in .backward() and torch.autograd.grad, not in torch.func "
             "or in forward-mode derivatives. Where no gradient is wanted, use torch.no_grad(); "
@@ -230,9 +229,12 @@ def stock_serves(*tensors: Tensor | None) -> bool:
     return not wanted
 
 
-def _other_derivative_wanted(tensors: list[Tensor]) -> bool:
+def _other_derivative_wanted(given: Sequence[Tensor | None]) -> bool:
     """Whether one is wanted in forward mode, or within transforms of torch.func."""
     transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and forward_ad._current_level < 0:
+        return False
+    tensors = [t for t in given if t is not None]
     if forward_ad._current_level >= 0:
         unpack: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual
         return transformed or any(unpack(t).tangent is not None for t in tensors)
@@ -402,7 +404,8 @@ def _exchange_weight(
         return output
     version = weight._version
 
-    def current(dtype: torch.dtype) -> Tensor:
+    def unpack(saved: tuple[torch.dtype, torch.Size]) -> Tensor:
+        dtype, shape = saved
         _refuse_second_derivative()
         if weight._version != version:  # autograd's own check ends with the exchange
             raise RuntimeError(
@@ -413,22 +416,25 @@ def _exchange_weight(
         given = _feedback_weight(weight, state, feedback)
         if part is not None:
             given = given[part]
-        return given if given.dtype == dtype else given.to(dtype)
-
-    def transposed(saved: tuple[torch.dtype, torch.Size]) -> Tensor:
-        dtype, shape = saved
-        matrix = current(dtype).t()
-        return matrix if len(shape) == 2 else matrix.expand(shape)
+        # Every operation on it costs a small network some per mille of a step.
+        if given.dtype != dtype:
+            given = given.to(dtype)
+        if weight.dim() == 2:
+            given = given.t()
+        return given if len(shape) == given.dim() else given.expand(shape)
 
     # Of the weight, or its cast copy under autocast, type and shape alone are kept.
     node: Any = output.grad_fn
     if weight.dim() > 2:
-        node._raw_saved_weight.register_hooks(attrgetter("dtype"), current)
+        node._raw_saved_weight.register_hooks(_type_and_shape, unpack)
         return output
     while not hasattr(node, "_raw_saved_mat2"):  # behind a view, or what adds the bias
         node = node.next_functions[0][0]
-    node._raw_saved_mat2.register_hooks(attrgetter("dtype", "shape"), transposed)
+    node._raw_saved_mat2.register_hooks(_type_and_shape, unpack)
     return output
+
+
+_type_and_shape = attrgetter("dtype", "shape")
 
 
 def _tie(weight: Tensor, state: Tensor | None, feedback: FeedbackFn) -> Tensor:

@@ -57,6 +57,14 @@ def test_a_ratio_is_that_of_the_same_turn():
     assert found.is_noise and not timing.Ratio(1.02, 0, 9).is_noise
 
 
+def test_the_interval_of_a_median_narrows_with_the_number_of_turns():
+    few, many = ([1 + i / n for i in range(n + 1)] for n in (2, 400))
+    assert timing.median_interval(few, [1.0] * 3) == (1, 2)
+    low, high = timing.median_interval(many, [1.0] * 401)
+    # Of 401, sqrt(401) times 1.96 / 2 ranks to either side: 19 or 20.
+    assert 1.45 <= low <= 1.4525 and 1.5475 <= high <= 1.55
+
+
 def test_steps_take_turns():
     ticks = itertools.count()  # one second between any two looks at the clock
     ran = []
@@ -154,7 +162,8 @@ def test_memory_is_what_a_rule_must_keep():
 
 
 @pytest.mark.parametrize(
-    ("network", "batch", "size"), [("retinanet_r18", 1, 64), ("torchvision_resnet18", 2, 32)]
+    ("network", "batch", "size"),
+    [("retinanet_r18", 1, 64), ("torchvision_resnet18", 2, 32), ("mlp", 2, 6)],
 )
 def test_all_contestants_compute_the_same(network, batch, size):
     losses = {}
