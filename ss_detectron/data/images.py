@@ -15,7 +15,6 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import v2
 
 from ss_detectron.config import choose
 from ss_detectron.utils.text import printable
@@ -123,6 +122,8 @@ class RandomResizedCrop:
     """
 
     def __init__(self, size: int, reduced_decoding: bool) -> None:
+        from torchvision.transforms import v2
+
         self.crop = v2.RandomResizedCrop(size)
         self.size = size
         self.reduced_decoding = reduced_decoding
@@ -150,11 +151,14 @@ class RandomResizedCrop:
         return part.resize((self.size, self.size), Image.Resampling.BILINEAR, box)
 
 
-FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip}
+FLIPS = {"horizontal": "RandomHorizontalFlip", "vertical": "RandomVerticalFlip"}
+"""INPUT.RANDOM_FLIP -> torchvision's transform of that name."""
 
 
 def _build_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image], Image.Image]:
     """Build what makes of an image of :func:`open_image` one of 8-bit RGB, SIZE x SIZE."""
+    from torchvision.transforms import v2  # detectors need none of it
+
     options, size = cfg.INPUT.CLASSIFICATION, cfg.INPUT.CLASSIFICATION.SIZE
     kind = choose(cfg, "INPUT.CLASSIFICATION.TRANSFORM", "resized_crop", "pad_crop", "resize")
     flip = choose(cfg, "INPUT.RANDOM_FLIP", *FLIPS, "none")
@@ -178,7 +182,7 @@ def _build_transform(cfg: CfgNode, training: bool) -> Callable[[Image.Image], Im
             )
         steps = [decode, v2.Resize(options.RESIZE), v2.CenterCrop(size)]
     if training and flip != "none":
-        steps.append(FLIPS[flip]())
+        steps.append(getattr(v2, FLIPS[flip])())
     return v2.Compose(steps)
 
 

@@ -26,7 +26,6 @@ import torch.distributed as dist
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.distributed import is_torchelastic_launched
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from ss_detectron.utils.comm import leave_group, set_collective_timeout
 
@@ -105,6 +104,8 @@ def launch(main: Main, args: argparse.Namespace) -> None:
         KeyboardInterrupt: a second Ctrl-C. The other processes are killed.
     """
     if is_torchelastic_launched():
+        from torch.distributed.elastic.multiprocessing.errors import record  # slow, and torchrun's
+
         with rank_signals():
             # Leaves the traceback to torchrun, which prints that of the first process to fail.
             record(_run)(main, args, int(os.environ["LOCAL_RANK"]), init_method="env://")

@@ -12,10 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from PIL import Image
 from torch import nn
 
 from ss_detectron import convert_feedback
+from ss_detectron.data import generate_shapes
 from ss_detectron.layers import AsymmetricLayer
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -33,8 +35,18 @@ def load(name: str) -> ModuleType:
     return module
 
 
-names = ("rules", "loader", "optimizer", "local", "learners", "reading", "evaluation", "timing")
-rules, loader, optimizer, local, learners, reading, evaluation, timing = map(load, names)
+names = (
+    "rules",
+    "loader",
+    "optimizer",
+    "local",
+    "learners",
+    "reading",
+    "evaluation",
+    "trainer",
+    "timing",
+)
+rules, loader, optimizer, local, learners, reading, evaluation, trainer, timing = map(load, names)
 
 
 def run(module: ModuleType, monkeypatch, *words: object) -> None:
@@ -336,3 +348,46 @@ def test_evaluations_are_compared(monkeypatch, tmp_path, capsys):
     assert found["detections"] == 300
     assert [row["difference"] <= 1e-9 for row in found["rows"]] == [True] * 3
     assert "| hotcoco, and files |" in capsys.readouterr().out
+
+
+TINY = ["--keys", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2]
+TINY += ["MODEL.RETINANET.NUM_CONVS", 1]
+
+
+@pytest.fixture
+def few_shapes(tmp_path, monkeypatch):
+    generate_shapes(tmp_path, train=8, val=3, size=64)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_steps_of_trainers_are_compared(few_shapes, monkeypatch, tmp_path):
+    file = tmp_path / "times.json"
+    run(trainer, monkeypatch, "step", "--turns", 2, "--json", file, *TINY)
+    seconds = json.loads(file.read_text())
+    assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(seconds, 2)
+    assert set(seconds) == {timing.STOCK, timing.CONTROL, trainer.OURS}
+    assert min(map(min, seconds.values())) > 0
+
+
+def test_trainers_are_compared_on_the_same_model(few_shapes, tmp_path):
+    def weights(cfg):
+        return {name: weight.shape for name, weight in build_model(cfg).state_dict().items()}
+
+    ours, stock = trainer.configs(str(tmp_path), list(map(str, TINY[1:])))
+    assert weights(ours) == weights(stock)
+    assert ours.SOLVER.BASE_LR == stock.SOLVER.BASE_LR and "FEEDBACK" not in stock.MODEL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["start", "processes"])
+def test_starts_and_processes_are_timed(few_shapes, monkeypatch, tmp_path, what):
+    file = tmp_path / "times.json"
+    run(trainer, monkeypatch, what, "--turns", 2, "--json", file, *TINY)
+    found = json.loads(file.read_text())
+    if what == "start":
+        assert {len(times) for parts in found.values() for times in parts.values()} == {2}
+        assert all("first step" in parts for parts in found.values())
+    else:
+        assert [len(steps) for steps in found.values()] == [2, 2]
+        assert set(found["2"][0]) == {"step", *trainer.EXCHANGES}
