@@ -5,10 +5,9 @@ import json
 import logging
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -122,18 +121,21 @@ def _build(file: str, masks: int) -> CocoIndex:
 
 def _cached(file: str, key: list, masks: int) -> CocoIndex:
     """What another process, or one before, has found, or else build it and leave it to others."""
-    folder = Path(get_cache_dir(), "ss_detectron")
-    cache = folder / f"{hashlib.sha256(os.fsencode(key[1])).hexdigest()[:32]}.npz"
+    name = f"{hashlib.sha256(os.fsencode(key[1])).hexdigest()[:32]}.npz"
+    cache = Path(get_cache_dir(), "ss_detectron", name)
+    unlocked = None
     with ExitStack() as stack:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(file_lock(str(cache)))
         except (OSError, LockException) as error:
-            logger.warning(ANEW, file, error)
+            unlocked = error
         if (index := _load(cache, key, file)) and index.masks >= masks:
             return index
+        if unlocked:
+            logger.warning(ANEW, file, unlocked)
         index = _build(file, masks)
-        if index.path == file and [*index.version] == key[2:4]:
+        if not unlocked and index.path == file and [*index.version] == key[2:4]:
             _store(cache, key, index)
         return index
 
@@ -153,12 +155,15 @@ def _load(cache: Path, key: list, file: str) -> CocoIndex | None:
 def _store(cache: Path, key: list, index: CocoIndex) -> None:
     about = {"key": key, **{of: getattr(index, of) for of in ("masks", "categories", "names")}}
     text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    part = cache.with_suffix(".part")  # the lock's: what was cut short is written over
     try:
-        with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as stream:
+        with open(part, "wb") as stream:
             np.savez(stream, about=text, images=index.images, objects=index.objects)
-        os.replace(stream.name, cache)
+        os.replace(part, cache)
     except OSError as error:
         logger.warning(ANEW, index.path, error)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 # Reading -----------------------------------------------------------------------------------------

@@ -299,16 +299,32 @@ def test_a_repaired_copy_is_not_cached(read, tmp_path):
     assert len(read) == 2 and not list(tmp_path.glob("cache/ss_detectron/*.npz"))
 
 
-@pytest.mark.parametrize("where", ["np.savez", "file_lock"])
-def test_a_cache_that_cannot_be_written_is_said(where, read, monkeypatch, caplog):
-    def full(*_, **__):
-        raise OSError("No space left on device")
+def raises(error: Exception):
+    def fail(*_, **__):
+        raise error
 
+    return fail
+
+
+@pytest.mark.parametrize("where", ["np.savez", "file_lock"])
+def test_a_cache_that_cannot_be_written_is_said(where, read, monkeypatch, tmp_path, caplog):
     write()
+    full = raises(OSError("No space left on device"))
     monkeypatch.setattr(f"ss_detectron.data.coco_index.{where}", full)
     assert read_index(FILE).names
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "every process will read it anew: No space left" in warnings[0]
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "every process will read it anew: No space left" in warning
+    assert {file.suffix for file in tmp_path.glob("cache/ss_detectron/*")} <= {".lock"}
+
+
+def test_others_may_read_the_cache_who_may_not_write_it(read, monkeypatch, tmp_path, caplog):
+    write()
+    read_index(FILE)
+    (cache,) = tmp_path.glob("cache/ss_detectron/*.npz")
+    assert cache.stat().st_mode == Path(FILE).stat().st_mode
+    forget()
+    monkeypatch.setattr(coco_index, "file_lock", raises(PermissionError("not yours")))
+    assert read_index(FILE).names and len(read) == 1 and "not yours" not in caplog.text
 
 
 def _in_process(rank: int, ready, found, read) -> None:
