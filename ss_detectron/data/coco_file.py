@@ -81,9 +81,10 @@ _folder_of_copies = cache(partial(tempfile.TemporaryDirectory, prefix="ss_detect
 def repair(content: Any) -> list[str]:
     """Write in place, as COCO's files do, what is meant clearly and written in another way.
 
-    Annotations without iscrowd are of single objects, those without area have their box's, and
-    where ids are not different numbers from 1 they are numbered anew: COCO's evaluation marks a
-    detection by the id of the object that it finds, and 0 is none.
+    Annotations without iscrowd are of single objects, those without area have their box's, those
+    without num_keypoints as many as are labelled, and where ids are not different numbers from 1
+    they are numbered anew: COCO's evaluation marks a detection by the id of the object that it
+    finds, and 0 is none.
 
     Returns:
         in words, what Detectron2 would not have read, or have read as something else.
@@ -115,6 +116,8 @@ def repair(content: Any) -> list[str]:
         annotation.setdefault("iscrowd", 0)
         if "area" not in annotation and _is_box(box := annotation.get("bbox")):
             annotation["area"] = max(box[2], 0) * max(box[3], 0)
+        if isinstance(points := annotation.get("keypoints"), list):
+            annotation.setdefault("num_keypoints", sum(map(bool, points[2::3])))
     ids = [annotation.get("id") for annotation in annotations]
     if missing := len(ids) - len(set(filter(_is_id, ids))):
         odd["annotations have no id, or that of another"] = missing

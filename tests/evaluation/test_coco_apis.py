@@ -187,6 +187,7 @@ TAKEN = {
     "an annotation of no image": (of_no_image, {}),
     "another order": (shuffled, {}),
     "some of the images": (nothing, {"img_ids": [2, 1]}),
+    "no num_keypoints": (without("num_keypoints"), {"task": "keypoints"}),
 }
 
 
@@ -195,7 +196,7 @@ TAKEN = {
 def test_other_forms_are_taken_or_repaired(kind, tmp_path, caplog):
     change, options = TAKEN[kind]
     for seed in range(2):
-        content, results = random_set(seed, "bbox", 12)
+        content, results = random_set(seed, options.get("task", "bbox"), 12)
         change(content, results)
         check(content, results, tmp_path, **options)
     assert "in place of hotcoco" not in caplog.text
