@@ -137,9 +137,9 @@ class _HotCoco:
 def _evaluate_by_hotcoco(
     coco_gt: COCO, coco_results: list[dict], iou_type: str, **options: Any
 ) -> Any:
-    import hotcoco
-
     try:
+        import hotcoco
+
         if (most := options["max_dets_per_image"][2]) != 100:
             raise ValueError(f"there are {most} detections per image, not 100")
         keys = ("bbox", "keypoints")
@@ -153,7 +153,7 @@ def _evaluate_by_hotcoco(
         found = _evaluate_by_pycocotools(_HotCoco(coco_gt), coco_results, iou_type, **changed)
         logger.info("The figures are those of hotcoco %s.", hotcoco.__version__)
         return found
-    except ValueError as error:  # of ids that are strings or negative, among others
+    except Exception as error:  # ids that are strings or negative, another version of it, or others
         logger.warning("pycocotools evaluates in place of hotcoco: %s.", error)
         return _evaluate_by_pycocotools(coco_gt, coco_results, iou_type, **options)
 

@@ -1,8 +1,10 @@
 """hotcoco in the place of pycocotools: the same figures, wherever both take the input."""
 
 import copy
+import importlib.machinery
 import json
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +221,20 @@ def test_what_it_does_not_take_is_pycocotools(kind, tmp_path, caplog):
     check(content, results, tmp_path, **options)
     (said,) = [r for r in caplog.records if "in place of hotcoco" in r.getMessage()]
     assert said.levelno == logging.WARNING and message in said.getMessage()
+
+
+@pytest.mark.parametrize("error", [ImportError("a library is missing"), TypeError("no dict")])
+def test_another_hotcoco_ends_no_evaluation(error, monkeypatch, tmp_path, caplog):
+    class Broken:
+        __spec__ = importlib.machinery.ModuleSpec("hotcoco", None)
+
+        def __getattr__(self, name):
+            raise error
+
+    content, results = random_set(0, "bbox", 12)
+    monkeypatch.setitem(sys.modules, "hotcoco", Broken())
+    check(content, results, tmp_path)
+    assert f"pycocotools evaluates in place of hotcoco: {error}." in caplog.text
 
 
 def test_which_is_used(monkeypatch, tmp_path, caplog):
