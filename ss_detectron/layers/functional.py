@@ -385,10 +385,13 @@ def _exchangeable(input: Tensor) -> bool:
         (input.is_cpu or input.is_cuda)
         and not input.is_nested
         and not torch.compiler.is_compiling()
-        # Checkpointing and offloading of activations: a saved tensor takes one pair of hooks.
-        and _hooks_of_others is not None
-        and _hooks_of_others(False) is None
+        and not is_saving_hooked()  # a saved tensor takes one pair of hooks
     )
+
+
+def is_saving_hooked() -> bool:
+    """Whether what autograd saves goes through hooks: activations are checkpointed, offloaded."""
+    return _hooks_of_others is None or _hooks_of_others(False) is not None
 
 
 def _exchange_weight(

@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from ss_detectron.alignment import backpropagation_gradients, compiled_parts
+from ss_detectron.layers.functional import is_saving_hooked
 
 from .learner import Learner
 
@@ -72,6 +75,7 @@ class _PassBack(torch.autograd.Function):
         return through.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, arrived: Tensor) -> Any:
         return None, None, *ctx.learner._pass_back(ctx.done, arrived)
 
@@ -401,21 +405,29 @@ class BlockLearner(Learner):
             return output.detach().clone() if self._in_place[index + 1] else output.detach()
         done.outputs.append(output.detach())
         done.complete = True
-        logits: Tensor = output
+        # The model may go on by changing them, and what is kept is to stay.
         if self.needs_top_gradient:
+            logits = output.clone()
             self._ends = [logits, *self._ends]
         else:
-            logits = self._join(done, logits)
+            logits = self._join(done, output)
             self._ends = [logits]
         logits.register_hook(partial(setattr, done, "error"))  # type: ignore[no-untyped-call]
         return logits
 
     def _join(self, done: BlockPass, through: Tensor) -> Tensor:
         """Join what is passed back from there."""
-        done.starts = self.starts(done)
+        # A block that is checkpointed is computed once more without this.
+        apart = saved_tensors_hooks(_same, _same) if is_saving_hooked() else nullcontext()
+        with apart:
+            done.starts = self.starts(done)
         hidden = done.outputs[: len(self.blocks) - 1]
         joined: Tensor = _PassBack.apply(self, done, through, *hidden, *done.starts)
         return joined
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _learn(block: Iterable[nn.Module]) -> bool:

@@ -266,6 +266,7 @@ class DifferenceTargetPropagation(BlockLearner):
     def gradients(self, done: BlockPass) -> list[Tensor | None]:
         if not self._passes & (self._passes - 1):  # now and then, for a GPU has to wait
             _check_is_cross_entropy(done)
+        self._passes += 1
         gradients: list[Tensor | None] = [None] * (len(self.blocks) - 1)
         if self.phase != "inverses":
             gradients = [*self.errors(done)]
@@ -385,7 +386,6 @@ class DifferenceTargetPropagation(BlockLearner):
 
     def backward(self, loss: Tensor, target: Tensor | None = None) -> None:
         super().backward(loss, target)
-        self._passes += 1
         for parameter in self._idle():
             parameter.grad = None
 

@@ -458,6 +458,29 @@ def test_an_evaluation_between_forward_and_backward_and_a_copy_change_nothing(ki
     assert_same({n: p.grad for n, p in learner.named_parameters()}, expected)
 
 
+@pytest.mark.parametrize("kind", LEARNERS[:2])
+def test_the_losss_own_backward_does_the_same_and_refuses_a_second_derivative(kind):
+    x, y = _batch()
+    first, second = kind(_model()), kind(_model())
+    for _ in range(2):  # target propagation draws its noise anew
+        first.zero_grad()
+        first.backward(F.cross_entropy(first(x), y))
+        second.zero_grad()
+        F.cross_entropy(second(x), y).backward()
+        assert_same(*({n: p.grad for n, p in k.named_parameters()} for k in (first, second)))
+    loss = F.cross_entropy(second(x), y)
+    gradients = torch.autograd.grad(loss, [*second.parameters()], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(g.square().sum() for g in gradients).backward()
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, h):
+        for module in self:
+            h = checkpoint(module, h, use_reentrant=False)
+        return h
+
+
 @each_learner
 def test_probabilities_compiled_models_and_reentrant_checkpoints_are_refused(kind):
     x, y = _batch()
@@ -475,7 +498,10 @@ def test_probabilities_compiled_models_and_reentrant_checkpoints_are_refused(kin
         model[3].forward = lambda h: function(inner, h)
         return kind(model)
 
-    assert_same(_gradients(checkpointed(False), x, y), _gradients(kind(_model()), x, y))
+    expected = _gradients(kind(_model()), x, y)
+    assert_same(_gradients(checkpointed(False), x, y), expected)
+    whole = kind(Checkpointed(*_model()))
+    assert_same(_gradients(whole, x.clone().requires_grad_(), y), expected)
     with pytest.raises(ValueError, match="'3' ran without gradients.*use_reentrant=False"):
         _gradients(checkpointed(True), x, y)
 
@@ -563,6 +589,7 @@ def test_blocks_with_batch_norm_and_functions_in_place_are_as_those_without(kind
     [
         lambda logits, y: F.cross_entropy(logits, y, label_smoothing=0.1),
         lambda logits, y: F.cross_entropy(logits, y, torch.tensor([1.0, 2, 3]).double()),
+        lambda logits, y: F.cross_entropy(logits.div_(2), y),  # nor of logits that were changed
         lambda logits, y: F.mse_loss(logits, F.one_hot(y, CLASSES).double()),
     ],
 )
