@@ -80,10 +80,12 @@ def test_runs_become_rows(tmp_path, caplog):
             tmp_path / "fa1", [7.0] * 50, rule="feedback_alignment", config="mnist_fc_fa.yaml"
         ),
         write_run(tmp_path / "other", [{"iteration": 0}]),
+        write_launched(tmp_path / "none", [float("nan")], **few),
     ]
     file = tmp_path / "mine.json"
     TOOL["write_summaries"](runs, file)
     assert "other is no run of tools/compare_rules.py" in caplog.text
+    assert "none has classification/top1_error nan alone" in caplog.text
     assert str(tmp_path) not in file.read_text()
     found = read_summaries(tmp_path)
     assert [(run["last"], run["best"], run["best_at"]) for run in found[:2]] == [

@@ -72,7 +72,7 @@ def summarise(folder: Path) -> Summary:
     it was trained, and the angles that were measured last.
 
     Raises:
-        FileNotFoundError, ValueError: it is no run of tools/compare_rules.py, or not evaluated yet.
+        FileNotFoundError, ValueError: it is no run of tools/compare_rules.py, or has no figure yet.
     """
     run, launches = read_run(folder), read_launches(folder)
     if not launches:
@@ -83,6 +83,8 @@ def summarise(folder: Path) -> Summary:
         raise ValueError(f"{folder} has no evaluation yet")
     metric = min(found, key=lambda key: not key.startswith(test + "/"))
     iterations, values = run.series(metric)
+    if np.isnan(values).all():
+        raise ValueError(f"{folder} has {metric} nan alone, as where nothing is found")
     best = int(np.nanargmin(values) if metric.endswith("error") else np.nanargmax(values))
     # Passes over the training images where the schedule is in them, else iterations.
     epochs = bool(run.config.get("SOLVER.EPOCHS"))
