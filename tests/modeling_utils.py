@@ -127,10 +127,10 @@ def weight_uses(model: nn.Module, losses: dict[str, torch.Tensor]) -> dict[str, 
     }
     uses = defaultdict(list)
     for node in _nodes(losses):
-        if node.name() == TIE:
+        if node.name() in BETWEEN:
             continue
         for following, _ in node.next_functions:
-            if following is not None and following.name() == TIE:
+            while following is not None and following.name() in BETWEEN:
                 following = following.next_functions[0][0]
             name = names.get(getattr(following, "variable", None))
             if name is not None:
@@ -138,8 +138,9 @@ def weight_uses(model: nn.Module, losses: dict[str, torch.Tensor]) -> dict[str, 
     return uses
 
 
-TIE = "_TieBackward"
-"""Between a weight and its use: a learned feedback weight receives the gradient as well."""
+BETWEEN = "_TieBackward", "TBackward0"
+"""Between a weight and its use: a learned feedback weight receives the gradient as well, and a
+linear layer takes the transpose."""
 
 
 @torch.no_grad()  # a saved weight is unpacked as in a backward pass
@@ -149,6 +150,8 @@ def stock_layers(model: nn.Module, uses: dict[str, list]) -> set[str]:
     def is_stock(node, weight):
         if node.name() == "ConvolutionBackward0":
             return torch.equal(node._saved_weight, weight)
+        if node.name() in ("AddmmBackward0", "MmBackward0"):
+            return torch.equal(node._saved_mat2, weight.t())
         return not node.name().startswith("_Asymmetric")
 
     return {

@@ -17,8 +17,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
-from iopath.common.file_io import file_lock, get_cache_dir
-from portalocker import LockException
+from iopath.common.file_io import file_lock, get_cache_dir, portalocker
 
 from .boxes import check_plausible
 from .coco_file import CATEGORY, IMAGE, LARGEST, mask_problem, problem, repaired_file
@@ -128,7 +127,7 @@ def _cached(file: str, key: list, masks: int) -> CocoIndex:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(file_lock(str(cache)))
-        except (OSError, LockException) as error:
+        except (OSError, portalocker.LockException) as error:
             unlocked = error
         if (index := _load(cache, key, file)) and index.masks >= masks:
             return index

@@ -350,8 +350,8 @@ def test_evaluations_are_compared(monkeypatch, tmp_path, capsys):
     assert "| hotcoco, and files |" in capsys.readouterr().out
 
 
-TINY = ["--keys", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2]
-TINY += ["MODEL.RETINANET.NUM_CONVS", 1]
+SMALL_SHAPES = ["--keys", "INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", 2]
+SMALL_SHAPES += ["MODEL.RETINANET.NUM_CONVS", 1]
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def few_shapes(tmp_path, monkeypatch):
 
 def test_steps_of_trainers_are_compared(few_shapes, monkeypatch, tmp_path):
     file = tmp_path / "times.json"
-    run(trainer, monkeypatch, "step", "--turns", 2, "--json", file, *TINY)
+    run(trainer, monkeypatch, "step", "--turns", 2, "--json", file, *SMALL_SHAPES)
     seconds = json.loads(file.read_text())
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(seconds, 2)
     assert set(seconds) == {timing.STOCK, timing.CONTROL, trainer.OURS}
@@ -374,7 +374,7 @@ def test_trainers_are_compared_on_the_same_model(few_shapes, tmp_path):
     def weights(cfg):
         return {name: weight.shape for name, weight in build_model(cfg).state_dict().items()}
 
-    ours, stock = trainer.configs(str(tmp_path), list(map(str, TINY[1:])))
+    ours, stock = trainer.configs(str(tmp_path), list(map(str, SMALL_SHAPES[1:])))
     assert weights(ours) == weights(stock)
     assert ours.SOLVER.BASE_LR == stock.SOLVER.BASE_LR and "FEEDBACK" not in stock.MODEL
 
@@ -383,7 +383,7 @@ def test_trainers_are_compared_on_the_same_model(few_shapes, tmp_path):
 @pytest.mark.parametrize("what", ["start", "processes"])
 def test_starts_and_processes_are_timed(few_shapes, monkeypatch, tmp_path, what):
     file = tmp_path / "times.json"
-    run(trainer, monkeypatch, what, "--turns", 2, "--json", file, *TINY)
+    run(trainer, monkeypatch, what, "--turns", 2, "--json", file, *SMALL_SHAPES)
     found = json.loads(file.read_text())
     if what == "start":
         assert {len(times) for parts in found.values() for times in parts.values()} == {2}
