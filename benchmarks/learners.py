@@ -51,10 +51,10 @@ def lc() -> nn.Sequential:
     )
 
 
-def step(learner: Learner, x: Tensor, y: Tensor, count: int) -> Callable[[], None]:
-    # The configs': Adam without decay, by the fused kernel.
-    groups = learner.parameter_groups()
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, weight_decay=0, fused=True)
+def step(
+    learner: Learner, x: Tensor, y: Tensor, count: int, fused: bool = False
+) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(learner.parameter_groups(), lr=1e-4, fused=fused)
 
     def run() -> None:
         for _ in range(count):
@@ -75,6 +75,7 @@ def main() -> None:
     add("--batch", type=int, default=128)
     add("--turns", type=int, default=40, help="default 40; 2 at least")
     add("--threads", type=int, default=1, help="torch's CPU threads (default 1)")
+    add("--fused", action="store_true", help="Adam by its fused kernel, as the configs have it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -87,7 +88,7 @@ def main() -> None:
         for name, (learner, options, count) in CASES.items():
             model = {"fc": fc, "lc": lc}[network]().to(args.device)
             made = LEARNER_REGISTRY.get(learner)(model, **options).to(args.device)
-            steps[name] = step(made, x, y, count)
+            steps[name] = step(made, x, y, count, args.fused)
         seconds = interleave(steps, args.turns, device=args.device)
         for name, times in seconds.items():
             spread = ratio(times, seconds[STOCK])
