@@ -48,6 +48,8 @@ class BlockPass:
     """The gradient of the loss at the logits."""
     target: Tensor | None = None
     """The labels, if they were given."""
+    phase: str = ""
+    """Of the learner, when the pass was made."""
     complete: bool = False
     """Whether all blocks ran; what they do after it is no part of the pass."""
 
@@ -107,6 +109,8 @@ class BlockLearner(Learner):
     """Whether :meth:`errors` asks for the gradient at what the last block takes in."""
     needs_inputs = False
     """Whether it is to know what the blocks take in."""
+    phase = ""
+    """Which of its phases a learner is in, if it has any."""
 
     def __init__(self, model: nn.Module, blocks: Iterable[Any] | None = None) -> None:
         super().__init__(model)
@@ -172,7 +176,7 @@ class BlockLearner(Learner):
         """
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        done = BlockPass(args, kwargs)
+        done = BlockPass(args, kwargs, phase=self.phase)
         with self._watch(done, cut=True):
             result = super().forward(*args, **kwargs)
         if not done.complete:
@@ -222,6 +226,11 @@ class BlockLearner(Learner):
             raise RuntimeError(
                 f"the loss is of several forward passes, and {type(self).__name__} passes back "
                 "one at a time: call backward for each before the next"
+            )
+        if done.phase != self.phase:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() came between a forward pass and its backward pass, "
+                "at a change of phase: call it after the optimiser's step"
             )
         through: Tensor | None = arrived
         if self.needs_top_gradient:

@@ -234,7 +234,7 @@ class DifferenceTargetPropagation(BlockLearner):
         return next(self.model.parameters()).dtype
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> str:  # type: ignore[override]
         """What the next step updates: "both", "inverses" or "model"."""
         if self.schedule == "parallel":
             return "both"

@@ -444,6 +444,20 @@ def test_the_loss_is_of_one_forward_pass(kind):
     assert_same(_gradients(learner, x, y), expected)
 
 
+@each_target_learner
+def test_a_step_before_the_backward_pass_is_refused_where_it_changes_the_phase(kind):
+    x, y = _batch()
+    for options in ({"schedule": "alternating", "period": 1}, {}):
+        learner = kind(_model(), **options)
+        loss = F.cross_entropy(learner(x), y)
+        learner.step()
+        if options:
+            with pytest.raises(RuntimeError, match=r"step\(\) came between a forward pass and its"):
+                learner.backward(loss, target=y)
+        else:
+            learner.backward(loss, target=y)
+
+
 @each_learner
 def test_an_evaluation_between_forward_and_backward_and_a_copy_change_nothing(kind):
     x, y = _batch()
