@@ -16,17 +16,15 @@ import contextlib
 import io
 import json
 import statistics
-import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from timing import print_table, write_json
+from timing import compare_sets, print_table
 
 from ss_detectron.evaluation import DetectionEvaluator
-from ss_detectron.experiments.launch import hardware
 
 STOCK, FAST, WRITING = "pycocotools", "hotcoco", "hotcoco, and files"
 PER_IMAGE, CLASSES = 100, 80
@@ -149,13 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--images 1 and --rounds 1 at least")
     if find_spec("hotcoco") is None:
         parser.error("hotcoco is not there: pip install hotcoco")
-    print(f"{hardware()}; medians of {args.rounds} rounds")
-    results = []
-    for images in args.images:
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(compare(images, args.rounds, Path(folder)))
-        report(results[-1])
-    write_json(args.json, {"hardware": hardware(), "rounds": args.rounds, "sets": results})
+    compare_sets(args.images, args.rounds, compare, report, args.json)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,12 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from timing import CONTROL, STOCK, print_table, write_json
-
-from ss_detectron.experiments.launch import hardware
+from timing import CONTROL, STOCK, compare_sets, print_table
 
 COCO = 118_287  # images of COCO's train2017, with 860,001 objects
 OBJECTS = 860_001 / COCO
@@ -189,13 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         args.images, args.rounds = [10_000], 1
     if min(args.images) < 16 or args.rounds < 1:
         parser.error("--images 16 and --rounds 1 at least")
-    print(f"{hardware()}; medians of {args.rounds} rounds")
-    results = []
-    for images in args.images:
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(compare(images, args.rounds, Path(folder)))
-        report(results[-1])
-    write_json(args.json, {"hardware": hardware(), "rounds": args.rounds, "sets": results})
+    compare_sets(args.images, args.rounds, compare, report, args.json)
 
 
 if __name__ == "__main__":

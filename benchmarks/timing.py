@@ -8,6 +8,7 @@ import json
 import math
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,25 @@ def median_interval(times: Sequence[float], reference: Sequence[float]) -> tuple
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     table = tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
     print(f"\n{table}", flush=True)
+
+
+def compare_sets(
+    sizes: Sequence[int],
+    rounds: int,
+    compare: Callable[[int, int, Path], dict],
+    report: Callable[[dict], None],
+    file: Path | None,
+) -> None:
+    """Compare on generated data sets of several sizes, each in a folder of its own, and report."""
+    from ss_detectron.experiments.launch import hardware  # others' benchmarks need torch alone
+
+    print(f"{hardware()}; medians of {rounds} rounds")
+    results = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(compare(size, rounds, Path(folder)))
+        report(results[-1])
+    write_json(file, {"hardware": hardware(), "rounds": rounds, "sets": results})
 
 
 def write_json(file: Path | None, results: Any) -> None:

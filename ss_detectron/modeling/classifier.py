@@ -9,7 +9,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, ResNet, build_backbone
 from torch import Tensor, nn
 
-from ss_detectron.config import choose
 from ss_detectron.layers import check_exclude, convert_part
 
 from .feedback import common_options, feedback_config
@@ -76,6 +75,8 @@ class ImageClassifier(nn.Module):
         self.in_feature = in_feature
         self.num_classes = num_classes
         self.linear = nn.Linear(shapes[in_feature].channels, num_classes)
+        if init not in ("torch", "xavier"):
+            raise ValueError(f"MODEL.IMAGE_CLASSIFIER.INIT is {init!r}; choose 'torch' or 'xavier'")
         if init == "xavier":
             nn.init.xavier_uniform_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
@@ -94,7 +95,7 @@ class ImageClassifier(nn.Module):
             "backbone": build_backbone(cfg),
             "num_classes": cfg.MODEL.IMAGE_CLASSIFIER.NUM_CLASSES,
             "in_feature": cfg.MODEL.IMAGE_CLASSIFIER.IN_FEATURE,
-            "init": choose(cfg, "MODEL.IMAGE_CLASSIFIER.INIT", "torch", "xavier"),
+            "init": cfg.MODEL.IMAGE_CLASSIFIER.INIT,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "last_layer_rule": feedback.LAST_LAYER_RULE,

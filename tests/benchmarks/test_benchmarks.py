@@ -311,8 +311,9 @@ def test_the_optimizer_is_measured():
     assert float(row["ours / stock"]) > 0
 
 
-def test_learners_are_compared_with_backpropagation(monkeypatch, capsys):
-    run(learners, monkeypatch, "--networks", "fc", "--batch", 2, "--turns", 2)
+@pytest.mark.parametrize("options", [(), ("--fused",)])
+def test_learners_are_compared_with_backpropagation(monkeypatch, capsys, options):
+    run(learners, monkeypatch, "--networks", "fc", "--batch", 2, "--turns", 2, *options)
     table = capsys.readouterr().out
     assert all(f"| fc        | {name}" in table for name in ("bp", "dfa", "dtp, alternating"))
 
