@@ -35,7 +35,7 @@ class BlockPass:
     """Of the model."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     inputs: list[Any] = field(default_factory=list)
-    """The first argument of each block, cut off; in a first pass, or if the learner needs it."""
+    """The first argument of each block, cut off; in a first pass."""
     outputs: list[Tensor] = field(default_factory=list)
     """Of each block; the last is the logits, cut off, and the others have their graphs."""
     starts: list[Tensor] = field(default_factory=list)
@@ -107,8 +107,6 @@ class BlockLearner(Learner):
 
     needs_top_gradient = False
     """Whether :meth:`errors` asks for the gradient at what the last block takes in."""
-    needs_inputs = False
-    """Whether it is to know what the blocks take in."""
     phase = ""
     """Which of its phases a learner is in, if it has any."""
 
@@ -127,6 +125,7 @@ class BlockLearner(Learner):
         self._ends: list[Tensor] = []  # the logits and, if needed, what the last block took in
         self._passing: BlockPass | None = None  # in backward
         self._begun = False
+        self._reshaped: list[torch.Size | None] = [None] * len(self.blocks)
         self._in_place = [
             any(getattr(m, "inplace", False) for top in block for m in top.modules())
             for block in self.blocks
@@ -322,9 +321,8 @@ class BlockLearner(Learner):
     @contextmanager
     def _watch(self, done: BlockPass, cut: bool) -> Iterator[None]:
         handles = []
-        inputs = self.needs_inputs or not self._begun
         for index, block in enumerate(self.blocks):
-            if inputs:
+            if not self._begun:
                 enter = partial(self._enter, done, index)
                 handles.append(block[0].register_forward_pre_hook(enter))
             leave = partial(self._leave, done, index, cut)
@@ -342,12 +340,30 @@ class BlockLearner(Learner):
         taken = args[0] if args else None
         if isinstance(taken, Tensor):
             taken = taken.detach()
-        if index and not self._begun:
+        if index:
             given, same = done.outputs[-1], None
             if isinstance(taken, Tensor) and taken.numel() == given.numel():
                 same = torch.equal(taken.flatten(1), given.flatten(1))
+                self._reshaped[index] = None if taken.shape == given.shape else taken.shape[1:]
             self.check_link(index, same)
         done.inputs.append(taken)
+
+    def run_block(self, index: int, below: Tensor) -> Tensor:
+        """
+        Return what a block gives for another output of the one below. Buffers stay as they are.
+
+        Args:
+            index: of the block, not the first.
+            below: in the place of that output, of its shape; it is kept.
+        """
+        shape = self._reshaped[index]
+        output = below if shape is None else below.reshape(len(below), *shape)
+        if self._in_place[index]:
+            output = output.clone()
+        with kept_buffers(*self.blocks[index]):
+            for module in self.blocks[index]:
+                output = module(output)
+        return output
 
     def _check_order(self, done: BlockPass, index: int) -> None:
         if len(done.outputs) != index:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ss_detectron.layers import LocallyConnected2d, LocallyConnectedTranspose2d
 from ss_detectron.layers.feedback import seed_of
 
-from .blocks import BlockLearner, BlockPass, kept_buffers
+from .blocks import BlockLearner, BlockPass
 from .learner import LEARNER_REGISTRY, feedback_seed
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _SCHEDULES = "parallel", "alternating"
+_LEAST = 1e-20  # what is divided by
 
 
 class Inverse(nn.Module):
@@ -148,7 +149,6 @@ class DifferenceTargetPropagation(BlockLearner):
     name = "difference_target_propagation"
     short_name = "dtp"
 
-    needs_inputs = True
     top_inverse = False
     """Whether the last block has an inverse as well."""
     denoising = False
@@ -211,7 +211,8 @@ class DifferenceTargetPropagation(BlockLearner):
         _, activations = self._split(index - 1)
         generator = torch.Generator().manual_seed(seed_of(f"{self.seed}/inverse/{index}"))
         inputs = self._top_inputs(layer) if index == len(self.blocks) - 1 else None
-        return Inverse(layer, nn.Sequential(*activations), inputs, generator)
+        activation = activations[0] if len(activations) == 1 else nn.Sequential(*activations)
+        return Inverse(layer, activation, inputs, generator)
 
     def _top_inputs(self, layer: Any) -> int | None:
         return None  # the last layer's outputs
@@ -259,19 +260,22 @@ class DifferenceTargetPropagation(BlockLearner):
         return estimates + self._idle_starts()
 
     def errors(self, done: BlockPass) -> list[Tensor]:
-        scale = _loss_scale(done)
-        factor = _of_square(done, scale)
-        return [-factor * d for d in self.target_steps(done, self._hidden(done), scale)]
+        return self._errors(done, _loss_scale(done))
+
+    def _errors(self, done: BlockPass, scale: Tensor) -> list[Tensor]:
+        factor = -_of_square(done, scale)
+        return [factor * d for d in self.target_steps(done, self._hidden(done), scale)]
 
     def gradients(self, done: BlockPass) -> list[Tensor | None]:
+        scale = _loss_scale(done)
         if not self._passes & (self._passes - 1):  # now and then, for a GPU has to wait
-            _check_is_cross_entropy(done)
+            _check_is_cross_entropy(done, scale)
         self._passes += 1
         gradients: list[Tensor | None] = [None] * (len(self.blocks) - 1)
         if self.phase != "inverses":
-            gradients = [*self.errors(done)]
+            gradients = [*self._errors(done, scale)]
         if done.wanted:
-            factor = _of_square(done, _loss_scale(done))
+            factor = _of_square(done, scale)
             for estimate, wanted in zip(done.starts, done.wanted, strict=False):
                 gradients.append((estimate.detach() - wanted).mul_(factor))
         return gradients + [torch.zeros_like(p) for p in done.starts[len(done.wanted) :]]
@@ -307,15 +311,12 @@ class DifferenceTargetPropagation(BlockLearner):
         up, and what it is to make of it; see :meth:`target_steps`.
         """
         estimates, wanted = [], []
-        for index, inverse in enumerate(self.inverses, start=1):
+        noises = self._draw(h[: len(self.inverses)])
+        for index, (inverse, noise) in enumerate(zip(self.inverses, noises, strict=True), start=1):
             below = h[index - 1]
-            noisy = torch.add(below, self._draw(below, index), alpha=self.noise)
+            noisy = torch.add(below, noise, alpha=self.noise)
             with torch.no_grad():
-                with kept_buffers(*self.blocks[index]):
-                    output = noisy.clone() if self._in_place[index] else noisy
-                    output = output.reshape(done.inputs[index].shape)
-                    for module in self.blocks[index]:
-                        output = module(output)
+                output = self.run_block(index, noisy)
                 if index == len(self.blocks) - 1:
                     output = self.top_code(output.softmax(1), noisy)
             estimates.append(inverse(output, below))
@@ -337,16 +338,24 @@ class DifferenceTargetPropagation(BlockLearner):
         """
         return p
 
-    def _draw(self, like: Tensor, index: int) -> Tensor:
-        """Noise N(0, 1) that does not depend on how many processes share a batch."""
+    def _draw(self, h: list[Tensor]) -> Iterator[Tensor]:
+        """
+        Noise N(0, 1) for each h, that does not depend on how many processes share a batch: the
+        first of as many numbers as the largest takes, for no inverse sees another's noise, and
+        numbers cost as much as layers do.
+        """
+        if not h:
+            return
         rank, world = 0, 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        generator = torch.Generator(like.device)
-        generator.manual_seed(seed_of(f"{self.seed}/noise/{self._passes}/{index}"))
-        shape = (world * len(like), *like.shape[1:])
-        drawn = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-        return drawn[rank::world]  # as samplers share out a batch
+        generator = torch.Generator(h[0].device)
+        generator.manual_seed(seed_of(f"{self.seed}/noise/{self._passes}"))
+        count = world * max(each.numel() for each in h)
+        drawn = h[0].new_empty(count).normal_(generator=generator)
+        for each in h:
+            # as samplers share out a batch
+            yield drawn[: world * each.numel()].view(-1, *each.shape[1:])[rank::world]
 
     def check_link(self, index: int, same: bool | None) -> None:
         if not same:
@@ -519,20 +528,22 @@ class AuxiliaryOutputTargetPropagation(SimplifiedTargetPropagation):
 
 
 def _cross_entropys_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """N times the gradient of the mean cross entropy at the logits: p - y."""
-    return logits.detach().double().softmax(1) - F.one_hot(labels, logits.shape[1])
+    """N times the gradient of the mean cross entropy at the logits, p - y, in float32 or better."""
+    p = logits.detach().softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return p.scatter_(1, labels[:, None], -1.0, reduce="add")
 
 
 def _loss_scale(done: BlockPass) -> Tensor:
     """How many times the mean cross entropy the loss is, by its gradient; 1 without labels."""
     logits = done.outputs[-1]
-    scale = torch.ones((), dtype=torch.float64, device=logits.device)
-    if done.target is not None:
-        expected = _cross_entropys_error(logits, done.target)
-        found = (done.error * expected).sum() * len(logits) / expected.square().sum()
-        # Where all is fitted to the last bit there is nothing to learn, whatever the scale.
-        scale = torch.where((found > 0) & found.isfinite(), found, scale)
-    return scale.to(torch.promote_types(logits.dtype, torch.float32))
+    if done.target is None:
+        kept = torch.promote_types(logits.dtype, torch.float32)
+        return torch.ones((), dtype=kept, device=logits.device)
+    expected = _cross_entropys_error(logits, done.target).flatten()
+    error = done.error.flatten().to(expected.dtype)
+    # Where all is fitted to the last bit there is nothing to learn, whatever the scale.
+    found = error.dot(expected) / expected.dot(expected).clamp_min(_LEAST)
+    return (found * len(logits)).clamp_min(_LEAST)
 
 
 def _of_square(done: BlockPass, scale: Tensor) -> Tensor:
@@ -540,12 +551,12 @@ def _of_square(done: BlockPass, scale: Tensor) -> Tensor:
     return 2 / len(done.outputs[-1]) * scale
 
 
-def _check_is_cross_entropy(done: BlockPass) -> None:
+def _check_is_cross_entropy(done: BlockPass, scale: Tensor) -> None:
     if done.target is None:
         return
     logits, count = done.outputs[-1], len(done.outputs[-1])
     expected = _cross_entropys_error(logits, done.target)
-    missed = (done.error * count - expected * _loss_scale(done)).norm()
+    missed = (done.error * count - expected * scale).norm()
     # A batch that is almost fitted says little.
     if expected.norm() > 1e-3 * count**0.5 and missed > 0.03 * (done.error * count).norm():
         raise ValueError(
