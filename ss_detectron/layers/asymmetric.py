@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .feedback import Fans, FeedbackRule, get_rule
+from .feedback import Fans, FeedbackRule, FoldedKolenPollack, KolenPollack, get_rule
 from .functional import (
     asymmetric_conv1d,
     asymmetric_conv2d,
@@ -49,6 +49,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _UPDATES = "feedback_updates"
+_FACTOR = "feedback_factor"
 _INPUTS = "_feedback_inputs"
 # As many as a step may well have; without steps, they must not become more and more.
 _MOST_INPUTS = 16
@@ -87,9 +88,13 @@ class AsymmetricLayer(nn.Module):
     weight: Tensor
     rule: FeedbackRule
     feedback_updates: Tensor
+    feedback_factor: Tensor
 
     bypass_feedback: bool = False
     """True while backward passes are to run on backpropagation for a moment."""
+    feedback_suspended: bool = False
+    """Whether the gradient that waits for a step comes from such passes; or, within them, whether
+    there was a step already."""
 
     def __init__(
         self,
@@ -123,13 +128,16 @@ class AsymmetricLayer(nn.Module):
         weights = [cast(Tensor, getattr(layer, name)) for name in cls.weight_names(layer)]
         return weights[0] if len(weights) == 1 else torch.cat(weights, 1)
 
-    def set_rule(self, rule: FeedbackRule, state: Tensor | None = None) -> None:
+    def set_rule(
+        self, rule: FeedbackRule, state: Tensor | None = None, factor: Tensor | None = None
+    ) -> None:
         """
         Make ``rule`` this layer's, and its state.
 
         Args:
             rule: an instance for this layer alone.
             state: what ``rule.initial_state`` gives for the weight; it is asked if this is None.
+            factor: of a rule that has one, (1,); 1 if this is None.
         """
         if state is None:
             state = rule.initial_state(self.weight.detach(), self.fans())
@@ -147,6 +155,12 @@ class AsymmetricLayer(nn.Module):
             self._backward_passes = 0
         if state is None or rule.state_name is None:
             return
+        if rule.has_factor:
+            # In float32 at least: in 16 bits, 1 less a weight decay is 1.
+            wide = torch.promote_types(state.dtype, torch.float32)
+            made = torch.ones(1, dtype=wide, device=state.device)
+            self.register_buffer(_FACTOR, made if factor is None else factor)
+            self._backward_passes = 0
         if rule.learned:
             learns = any(getattr(self, name).requires_grad for name in self.weight_names(self))
             # Layers that share their weight share a parameter.
@@ -161,11 +175,17 @@ class AsymmetricLayer(nn.Module):
         rule = getattr(self, "rule", None)
         if rule is not None and rule.state_name is not None:
             delattr(self, rule.state_name)
+        self._buffers.pop(_FACTOR, None)
         self.__dict__.pop(_UPDATES, None)
         self.__dict__.pop("_backward_passes", None)
         self.__dict__.pop(_INPUTS, None)
         if hook := self.__dict__.pop("_keeps_inputs", None):
             hook.remove()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the weight has a gradient now."""
+        return any(getattr(self, name).grad is not None for name in self.weight_names(self))
 
     @property
     def feedback_state(self) -> Tensor | None:
@@ -196,6 +216,21 @@ class AsymmetricLayer(nn.Module):
             self.forget_inputs()
             updates, state = int(self.feedback_updates), cast(Tensor, self.feedback_state)
             self.rule.update(self, gather(self.weight.detach()), state, updates, inputs)
+
+    @torch.no_grad()
+    def keep_feedback(self, before: Tensor) -> None:
+        """
+        Have B as it was, of a rule that has it as an offset from W.
+
+        Args:
+            before: W at that time.
+        """
+        if self.rule.has_factor and not torch.equal(before, self.weight):
+            state = cast(Tensor, self.feedback_state)
+            if not self.feedback_factor:
+                state.zero_()
+                self.feedback_factor.fill_(1)
+            state.add_((before - self.weight) / self.feedback_factor)
 
     def forget_inputs(self) -> None:
         """Let go of what the layer took in, which its rule is then not told of."""
@@ -229,6 +264,8 @@ class AsymmetricLayer(nn.Module):
                 self.set_rule(self.rule, made)
             else:
                 state.copy_(made)
+        if self.rule.has_factor:
+            self.feedback_factor.fill_(1)
         if self.rule.counts_updates:
             self.feedback_updates.zero_()
 
@@ -250,6 +287,13 @@ class AsymmetricLayer(nn.Module):
         if not isinstance(self, AsymmetricLayer) or self.bypass_feedback:
             return weight
         rule, fans = self.rule, self.fans()
+        if rule.has_factor:
+            given: Any = self.feedback_state if state is None else state, self.feedback_factor
+            if not torch.compiler.is_compiling():
+                self._backward_passes += 1
+                if self._backward_passes == _PATIENCE:
+                    _warn_of_no_optimizer()
+            return rule.feedback(weight, given, fans)
         if torch.compiler.is_compiling():
             if rule.state_is_count or not rule.traced:
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
@@ -273,6 +317,8 @@ class AsymmetricLayer(nn.Module):
             destination[prefix + _UPDATES] = self.feedback_updates[0].clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if isinstance(self.rule, KolenPollack):
+            self._translate(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         _, _, missing_keys, unexpected_keys, _ = args
         brings_weight = all(prefix + name in state_dict for name in self.weight_names(self))
@@ -296,6 +342,24 @@ class AsymmetricLayer(nn.Module):
             self.rule.state_name,
             self.rule.name,
         )
+
+    def _translate(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Have B of a state dict in the form that the layer has it in."""
+        learned, offset, factor = (
+            prefix + name
+            for name in (KolenPollack.state_name, FoldedKolenPollack.state_name, _FACTOR)
+        )
+        names = [prefix + name for name in self.weight_names(self)]
+        if not all(name in state_dict for name in names):
+            return
+        weights = [state_dict[name].to(self.weight.device) for name in names]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights, 1)
+        if self.rule.has_factor and learned in state_dict:
+            state_dict[offset] = state_dict.pop(learned).to(weight.device) - weight
+            state_dict[factor] = torch.ones_like(self.feedback_factor)
+        elif self.rule.learned and offset in state_dict:
+            share = state_dict.pop(factor).to(weight.device)
+            state_dict[learned] = weight + share * state_dict.pop(offset).to(weight.device)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule.name}".removeprefix(", ")
@@ -331,6 +395,16 @@ def _warn_of_no_updates(rule: str, passes: str) -> None:
         "optimiser.",
         rule,
         passes,
+    )
+
+
+@functools.cache
+def _warn_of_no_optimizer() -> None:
+    logger.warning(
+        "kolen_pollack: no optimiser moved the folded feedback in %d backward passes of a layer, "
+        "which stays behind so. Call ss_detectron.solver.fold_kolen_pollack(model, optimizer) for "
+        "the optimiser that the weights are in.",
+        _PATIENCE,
     )
 
 

@@ -309,6 +309,7 @@ def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
         for layer in model.modules()
         if isinstance(layer, AsymmetricLayer) and not layer.bypass_feedback
     ]
+    before = {layer: layer.has_gradient for layer in layers}
     for layer in layers:
         layer.bypass_feedback = True
     try:
@@ -316,7 +317,10 @@ def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in layers:
             # Unless the layer was converted back meanwhile.
-            layer.__dict__.pop("bypass_feedback", None)
+            if layer.__dict__.pop("bypass_feedback", None):
+                stepped = layer.__dict__.pop("feedback_suspended", False)
+                if layer.has_gradient and not (before[layer] or stepped):
+                    layer.feedback_suspended = True
 
 
 def check_exclude(model: nn.Module, exclude: str | Iterable[str]) -> None:

@@ -136,6 +136,9 @@ class FeedbackRule:
     counts_updates: ClassVar[bool] = False
     """Whether the layer counts how often W has been updated
     (:func:`~ss_detectron.layers.advance_feedback`): the state of a rule that has no other."""
+    has_factor: ClassVar[bool] = False
+    """Whether the layer keeps a number beside the state, the buffer feedback_factor, which is 1 at
+    first; :meth:`feedback` then takes both as its state."""
     needs_inputs: ClassVar[bool] = False
     """Whether :meth:`update` is to have what the layer took in."""
     traced: ClassVar[bool] = True
@@ -176,7 +179,8 @@ class FeedbackRule:
         Args:
             weight: W.
             state: what :meth:`initial_state` made, as it is now; for a rule that
-                ``counts_updates``, how often W has been updated.
+                ``counts_updates``, how often W has been updated; for one that ``has_factor``,
+                (state, factor).
             fans: of the layer.
         """
         raise NotImplementedError(f"rule {self.name!r} does not say what its feedback is")
@@ -411,6 +415,26 @@ class KolenPollack(FeedbackAlignment):
     name = "kolen_pollack"
     short_name = "kp"
     learned = True
+
+
+class FoldedKolenPollack(KolenPollack):
+    """
+    The same feedback as a fixed offset from W and one number: B = W + c (B_0 - W_0). What W and B
+    receive alike cancels in their difference, and weight decay is all that is left of it: c follows
+    the optimiser as a parameter does whose gradient is always zero
+    (:func:`ss_detectron.solver.fold_kolen_pollack` sees to that). The name is that of the rule.
+    """
+
+    learned = False
+    state_name = "feedback_offset"
+    has_factor = True
+
+    def feedback(self, weight: Tensor, state: Any, fans: Fans) -> Tensor:
+        offset, factor = state
+        return torch.addcmul(weight, offset, factor)
+
+    def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
+        return self.draw(weight, fans).sub_(weight)
 
 
 @FEEDBACK_REGISTRY.register()

@@ -1,6 +1,7 @@
 """The authors' optimiser options and parameter groups; :mod:`.build` reads a config."""
 
 from .groups import match_feedback_groups
+from .kolen_pollack import fold_kolen_pollack
 from .sgd import SGD
 
-__all__ = ["SGD", "match_feedback_groups"]
+__all__ = ["SGD", "fold_kolen_pollack", "match_feedback_groups"]

@@ -1,18 +1,20 @@
 """Optimisers from a config: which parameter has which settings."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import (
+    _create_gradient_clipper,
     get_default_optimizer_params,
-    maybe_add_gradient_clipping,
     reduce_param_groups,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from .groups import match_feedback_groups
+from .kolen_pollack import fold_kolen_pollack, why_not_folded
 from .sgd import SGD
 
 __all__ = ["build_optimizer"]
@@ -28,7 +30,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     the last layers those of SOLVER.LAST_LAYER, and gradient clipping as SOLVER.CLIP_GRADIENTS has
     it. Without any option, its steps are those of Detectron2's optimiser, by torch's fused kernel,
     which takes a third of the time on a CPU. Learned feedback weights have the settings of their
-    weights (:func:`match_feedback_groups`).
+    weights (:func:`match_feedback_groups`), and are folded where they can be
+    (:func:`fold_kolen_pollack`).
 
     Args:
         cfg: with this package's keys.
@@ -46,7 +49,23 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(groups, fused=True, **settings)
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    if reason := why_not_folded(model, optimizer):
+        logger.info("Kolen-Pollack's feedback is a parameter in this run: %s.", reason)
+    else:
+        fold_kolen_pollack(model, optimizer)
+    if solver.CLIP_GRADIENTS.ENABLED:
+        clip = _create_gradient_clipper(solver.CLIP_GRADIENTS)
+        optimizer.register_step_pre_hook(lambda *_: _clip_gradients(optimizer, clip))
+    return optimizer
+
+
+def _clip_gradients(optimizer: torch.optim.Optimizer, clip: Callable[[Tensor], None]) -> None:
+    # Detectron2's optimisers clip a parameter without a gradient as well, and torch refuses that
+    # of values.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                clip(parameter)
 
 
 def _parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:

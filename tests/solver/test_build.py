@@ -44,6 +44,9 @@ def train(model, optimizer, steps=4) -> None:
 
 def settings_by_name(optimizer, model) -> dict[str, dict]:
     names = {p: name for name, p in model.named_parameters()}
+    # What stands for learned feedback where that is folded.
+    factors = [(n, b) for n, b in model.named_buffers() if n.endswith("feedback_factor")]
+    names |= {b: name.replace("feedback_factor", "feedback_weight") for name, b in factors}
     return {
         names[p]: {k: v for k, v in group.items() if k != "params"}
         for group in optimizer.param_groups
@@ -70,8 +73,12 @@ def test_without_options_it_is_detectron2s_optimizer(solver):
         assert settings[name].items() >= (setting | {"foreach": None}).items(), name
     train(model, ours)
     train(other, theirs)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    expected = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-7)
+    for a, b in zip(model.children(), other.children(), strict=True):
+        if hasattr(a, "feedback_factor"):
+            torch.testing.assert_close(a.current_feedback(), b.feedback_weight)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -172,15 +179,16 @@ def test_feedback_approaches_its_weight_by_the_closed_form(solver):
     model = make_model("kp").double()
     optimizer = build_optimizer(make_cfg(MOMENTUM=0.0, WEIGHT_DECAY=0.25, **solver), model)
     layers = {"conv": 0.25, "hidden": 0.25, "score": solver.get("LAST_LAYER_BASE_LR", 0.25)}
-    apart = {n: getattr(model, n).weight - getattr(model, n).feedback_weight for n in layers}
-    before = {n: getattr(model, n).feedback_weight.detach().clone() for n in layers}
+    before = {n: getattr(model, n).current_feedback() for n in layers}
+    apart = {n: getattr(model, n).weight - before[n] for n in layers}
     frozen = model.frozen.feedback_weight.clone()
     steps = 5
     train(model, optimizer, steps)
     for name, lr in layers.items():
         layer = getattr(model, name)
         expected = apart[name] * (1 - lr * 0.25) ** steps
-        torch.testing.assert_close(layer.weight - layer.feedback_weight, expected)
+        feedback = layer.current_feedback()
+        torch.testing.assert_close(layer.weight - feedback, expected)
         # And not by weight decay alone: the gradient moves it too.
-        assert (layer.feedback_weight - before[name] * (1 - lr * 0.25) ** steps).abs().max() > 1e-4
+        assert (feedback - before[name] * (1 - lr * 0.25) ** steps).abs().max() > 1e-4
     assert torch.equal(model.frozen.feedback_weight, frozen)

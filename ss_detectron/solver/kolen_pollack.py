@@ -1,0 +1,182 @@
+"""Kolen-Pollack at the price of fixed feedback."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ss_detectron.layers import AsymmetricLayer
+from ss_detectron.layers.feedback import FoldedKolenPollack, KolenPollack
+from ss_detectron.layers.sharded import is_sharded
+
+from .sgd import SGD
+
+__all__ = ["fold_kolen_pollack", "why_not_folded"]
+
+logger = logging.getLogger(__name__)
+
+_RULES = KolenPollack, FoldedKolenPollack
+_SUITED = SGD, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+
+def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """
+    Keep Kolen-Pollack's feedback as a fixed offset from the weight and one number per layer,
+    instead of a parameter that has a gradient and a state of the optimiser.
+
+    W and B receive equal gradients, so with one learning rate and weight decay their difference
+    only decays (Akrout et al. 2019, arXiv:1904.05391): B = W + c (B_0 - W_0). c stands in B's place
+    in the optimiser, which is told before each step that its gradient is zero, or that there is
+    none where the weight has none: so c decays as the optimiser decays, through momentum and
+    whatever becomes of the learning rate. Training differs from that with a parameter by rounding::
+
+        model = convert_feedback(model, "kp")
+        groups = match_feedback_groups([{"params": model.parameters()}], model)
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-4)
+        fold_kolen_pollack(model, optimizer)
+
+    To be called when the model is where it stays, before it is wrapped for several processes and
+    before a checkpoint is loaded. A checkpoint without folding is converted, but for what its
+    optimiser kept of B. The norm of all gradients (clip_grad_norm_) has no part of B's any more.
+    Another optimiser of the same weights needs another call.
+
+    Args:
+        model: some of whose layers learn by kolen_pollack; none is fine.
+        optimizer: that of their weights.
+
+    Returns:
+        how many layers are folded.
+
+    Raises:
+        ValueError: it cannot be (:func:`why_not_folded`).
+    """
+    if reason := why_not_folded(model, optimizer):
+        raise ValueError(f"Kolen-Pollack's feedback cannot be folded: {reason}")
+    groups = _groups(optimizer)
+    folded = [layer for layer in _layers(model) if _weights(layer)[0] in groups]
+    shared: dict[Tensor, tuple[Tensor | None, Tensor]] = {}  # by layers that share their weight
+    for layer in folded:
+        state, rule = layer.feedback_state, layer.rule
+        assert state is not None
+        if rule.has_factor:
+            if layer.feedback_factor not in groups:
+                groups[layer.feedback_factor] = group = groups[_weights(layer)[0]]
+                group["params"].append(layer.feedback_factor)
+            continue
+        made = FoldedKolenPollack(rule.scale, rule.gain, rule.seed, rule.layer_name)
+        if state in shared:
+            layer.set_rule(made, *shared[state])
+            continue
+        layer.set_rule(made, (state - layer.weight).detach())
+        shared[state] = layer.feedback_state, layer.feedback_factor
+        members = groups[state]["params"]
+        members[next(i for i, p in enumerate(members) if p is state)] = layer.feedback_factor
+    if folded:
+        factors: dict[Tensor, list[AsymmetricLayer]] = {}
+        for layer in folded:
+            factors.setdefault(layer.feedback_factor, []).append(layer)
+        suspended: dict[AsymmetricLayer, Tensor] = {}
+        optimizer.register_step_pre_hook(lambda *_: _before_step(factors, suspended))
+        optimizer.register_step_post_hook(lambda *_: _after_step(suspended))
+        optimizer.register_load_state_dict_post_hook(lambda own: _drop_others(own, factors))
+    return len(folded)
+
+
+def why_not_folded(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """
+    Return why the feedback of a model has to stay a parameter, or "".
+
+    Because an optimiser looks at a weight itself (no-sign-change, weight decay within Adam's
+    gradient) or may do so (any but SGD, Adam and AdamW), has begun already or has other settings
+    for B than for W; or because the model is wrapped or sharded.
+    """
+    groups = _groups(optimizer)
+    layers = [layer for layer in _layers(model) if _weights(layer)[0] in groups]
+    if not layers:
+        return ""
+    kind = type(optimizer)
+    if kind not in _SUITED:
+        return f"{kind.__name__} may treat W and B differently"
+    if is_sharded(model):
+        return "the model is sharded"
+    if any(isinstance(m, DataParallel | DistributedDataParallel) for m in model.modules()):
+        return "the model is wrapped already"
+    for layer in layers:
+        weights, state = _weights(layer), layer.feedback_state
+        group = groups[weights[0]]
+        if group.get("no_sign_change"):
+            return "no-sign-change looks at the weight itself"
+        decoupled = kind is not torch.optim.Adam or group.get("decoupled_weight_decay")
+        if group["weight_decay"] and not decoupled:
+            return "Adam divides the weight decay, too, by the size of the gradients: use AdamW"
+        learned = [] if layer.rule.has_factor else [state]
+        if any(groups.get(p) is not group for p in [*weights, *learned]):
+            return "W and B are in different parameter groups: match_feedback_groups"
+        if any(optimizer.state.get(p) for p in learned):
+            return "the optimiser has begun"
+    return ""
+
+
+def _layers(model: nn.Module) -> Iterator[AsymmetricLayer]:
+    for module in model.modules():
+        if isinstance(module, AsymmetricLayer) and type(module.rule) in _RULES:
+            yield module
+
+
+def _weights(layer: AsymmetricLayer) -> list[nn.Parameter]:
+    return [layer.get_parameter(name) for name in layer.weight_names(layer)]
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    return {p: group for group in optimizer.param_groups for p in group["params"]}
+
+
+def _before_step(
+    factors: dict[Tensor, list[AsymmetricLayer]], suspended: dict[AsymmetricLayer, Tensor]
+) -> None:
+    """
+    Give c a gradient of zero where B would receive one. Where only W does, by passes within
+    backpropagation(model), keep W.
+    """
+    for factor, layers in factors.items():
+        factor.grad = None
+        # Those whose rule is another now do not count.
+        layers = [layer for layer in layers if layer.rule.has_factor]
+        if any(layer.feedback_factor is not factor for layer in layers):
+            raise RuntimeError(
+                "the model was moved or converted after fold_kolen_pollack, whose optimiser no "
+                "longer has its feedback: build the optimiser, and fold, when it is where it stays"
+            )
+        if any(layer.bypass_feedback or layer.feedback_suspended for layer in layers):
+            suspended[layers[0]] = layers[0].weight.detach().clone()
+        elif any(layer.has_gradient for layer in layers):
+            factor.grad = torch.zeros_like(factor)
+        for layer in layers:
+            layer._backward_passes = 0
+            layer.feedback_suspended = layer.bypass_feedback
+
+
+def _after_step(suspended: dict[AsymmetricLayer, Tensor]) -> None:
+    while suspended:
+        layer, before = suspended.popitem()
+        layer.keep_feedback(before)
+
+
+def _drop_others(optimizer: torch.optim.Optimizer, factors: Iterable[Tensor]) -> None:
+    """After loading: what a checkpoint without folding has of B in the place of c."""
+    dropped = 0
+    for factor in factors:
+        state = optimizer.state.get(factor, {})
+        if any(isinstance(value, Tensor) and value.numel() > 1 for value in state.values()):
+            del optimizer.state[factor]
+            dropped += 1
+    if dropped:
+        logger.warning(
+            "The checkpoint has the feedback of Kolen-Pollack as parameters. It is folded now "
+            "(B = W + c (B_0 - W_0)), without what the optimiser kept of %d of them: the run goes "
+            "on, but not bit for bit.",
+            dropped,
+        )
