@@ -240,3 +240,11 @@ def test_layers_of_other_rules_and_frozen_ones_are_left():
     assert fold_kolen_pollack(model, optimizer) == 1
     assert hasattr(model.last, "feedback_weight") and not hasattr(model.conv, "feedback_factor")
     assert fold_kolen_pollack(nn.Linear(1, 1), optimizer) == 0
+
+
+@pytest.mark.slow
+def test_it_is_compiled():
+    plain, compiled = _start("momentum", True), _start("momentum", True)
+    _steps(*plain, range(6))
+    _steps(torch.compile(compiled[0], backend="aot_eager"), compiled[1], range(6))
+    torch.testing.assert_close(_learned(compiled[0]), _learned(plain[0]), **CLOSE)
