@@ -8,14 +8,15 @@ backpropagation's, and the memory that stock does not take.
     benchmarks/rules.py --networks resnet50 retinanet_r18 --modes float32 bf16+channels_last
     benchmarks/rules.py --biotorch --batch 8 --size 128
     benchmarks/rules.py --networks mlp --biotorch --threads 1 --pairs 300 --steps 3
+    benchmarks/rules.py --networks mlp_5x64 mlp_5x1024 mlp_20x256 --threads 1 --pairs 100
 
-The networks are those of the shipped configs; "mlp" and "torchvision_resnet18" are plain torch,
-all of their layers converted and trained by SGD with momentum. Stock backpropagation, a second copy
-of it (the control) and the rules take turns; a ratio is that of two steps of the same turn, the
-interval its median's with 95 % confidence. Where the control's median is beyond 1.02 the machine
-was busy with something else: the table is marked NOISY and counts for nothing. "State" is memory
-between steps (parameters, buffers, gradients, the optimiser's), "peak" all that there is at once
-within a step.
+The networks are those of the shipped configs; "mlp" (five layers of 256 units; others as the names
+say) and "torchvision_resnet18" are plain torch, all of their layers converted and trained by SGD
+with momentum. Stock backpropagation, a second copy of it (the control) and the rules take turns; a
+ratio is that of two steps of the same turn, the interval its median's with 95 % confidence. Where
+the control's median is beyond 1.02 the machine was busy with something else: the table is marked
+NOISY and counts for nothing. "State" is memory between steps (parameters, buffers, gradients, the
+optimiser's), "peak" all that there is at once within a step.
 """
 
 import argparse
@@ -59,12 +60,13 @@ from ss_detectron.solver.build import build_optimizer
 NETWORKS = {  # config, batch, height and width of the images in pixels
     "resnet18": ("imagenet_resnet18_bp.yaml", 16, 224),
     "resnet50": ("imagenet_resnet50_bp.yaml", 16, 224),
-    "mlp": ("imagenet_resnet18_bp.yaml", 128, 28),
     "alexnet": ("imagenet_alexnet_bp.yaml", 16, 224),
     "retinanet_r18": ("retinanet_R_18_bp.yaml", 2, 320),
     "retinanet_r50": ("retinanet_R_50_bp.yaml", 2, 320),
 }
-PLAIN = ("mlp", "torchvision_resnet18")  # every layer of it converted, as BioTorch does it
+MLPS = {"mlp": (5, 256), "mlp_5x64": (5, 64), "mlp_5x1024": (5, 1024), "mlp_20x256": (20, 256)}
+NETWORKS |= dict.fromkeys(MLPS, ("imagenet_resnet18_bp.yaml", 128, 28))
+PLAIN = (*MLPS, "torchvision_resnet18")  # every layer of it converted, as BioTorch does it
 MODES = ("float32", "bf16", "channels_last", "compile")
 BIOTORCH = {"ss": "usf", "frsf": "frsf", "brsf": "brsf", "fa": "fa"}  # our short name -> BioTorch's
 BOXES = 7  # per image, as in COCO
@@ -150,16 +152,17 @@ class Contestant:
 
 
 class _PlainClassifier(nn.Module):
-    """torchvision's ResNet-18, or five layers of 256 units for grey images, and the loss."""
+    """torchvision's ResNet-18, or layers of tanh units for grey images, and the loss."""
 
     def __init__(self, case: Case, rule: str) -> None:
         super().__init__()
-        self.is_mlp = case.network == "mlp"
+        self.is_mlp = case.network in MLPS
         if self.is_mlp:
-            sizes = [case.size**2, *5 * [256]]
+            depth, width = MLPS[case.network]
+            sizes = [case.size**2, *depth * [width]]
             pairs = [(nn.Linear(i, o), nn.Tanh()) for i, o in itertools.pairwise(sizes)]
             layers = [module for pair in pairs for module in pair]
-            self.backbone = nn.Sequential(nn.Flatten(), *layers, nn.Linear(256, 10))
+            self.backbone = nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, 10))
         else:
             self.backbone = torchvision.models.resnet18()
         if rule.startswith("biotorch"):
@@ -328,8 +331,8 @@ def parse_args() -> argparse.Namespace:
     add("--rules", nargs="+", default=list(LIMITS), help=f"default: {' '.join(LIMITS)}")
     modes = f"of {', '.join(MODES)}, or several at once as in bf16+compile"
     add("--modes", nargs="+", default=["float32"], help=modes)
-    add("--batch", type=int, help="default: 16 for classifiers (mlp 128), 2 for RetinaNet")
-    add("--size", type=int, help="pixels; default: 224 for classifiers (mlp 28), else 320")
+    add("--batch", type=int, help="default: 16 for classifiers (perceptrons 128), 2 for RetinaNet")
+    add("--size", type=int, help="pixels; default: 224 for classifiers (perceptrons 28), else 320")
     add("--pairs", type=int, default=30, help="turns (default: 30)")
     add("--steps", type=int, default=1, help="steps in one turn (default: 1)")
     add("--warm-up", type=int, default=3, help="turns before (default: 3)")
@@ -359,9 +362,9 @@ def parse_args() -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[tuple[Case, dict[str, float]]]:
     """Return what is measured: cases, each with its limits."""
     cases = promises(args.device) if args.promise else []
-    if args.biotorch and "mlp" not in args.networks:
+    if args.biotorch and not MLPS.keys() & args.networks:
         sizes = [(args.batch, args.size)] if args.batch and args.size else [(16, 224), (8, 128)]
-        cases += [(Case(PLAIN[1], *size, device=args.device), {}) for size in sizes]
+        cases += [(Case(PLAIN[-1], *size, device=args.device), {}) for size in sizes]
     if not cases:
         for network in args.networks:
             _, batch, size = NETWORKS[network]

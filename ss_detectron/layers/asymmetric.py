@@ -290,8 +290,8 @@ class AsymmetricLayer(nn.Module):
         if rule.has_factor:
             given: Any = self.feedback_state if state is None else state, self.feedback_factor
             if not torch.compiler.is_compiling():
-                self._backward_passes += 1
-                if self._backward_passes == _PATIENCE:
+                passes = self.__dict__["_backward_passes"] = self._backward_passes + 1
+                if passes == _PATIENCE:
                     _warn_of_no_optimizer()
             return rule.feedback(weight, given, fans)
         if torch.compiler.is_compiling():

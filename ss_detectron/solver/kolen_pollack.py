@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,13 +75,17 @@ def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> in
         members = groups[state]["params"]
         members[next(i for i, p in enumerate(members) if p is state)] = layer.feedback_factor
     if folded:
-        factors: dict[Tensor, list[AsymmetricLayer]] = {}
+        sharing: dict[Tensor, list[AsymmetricLayer]] = {}
         for layer in folded:
-            factors.setdefault(layer.feedback_factor, []).append(layer)
+            sharing.setdefault(layer.feedback_factor, []).append(layer)
+        entries = [
+            _Entry(factor, torch.zeros_like(factor), _weights(layers[0]), layers)
+            for factor, layers in sharing.items()
+        ]
         suspended: dict[AsymmetricLayer, Tensor] = {}
-        optimizer.register_step_pre_hook(lambda *_: _before_step(factors, suspended))
+        optimizer.register_step_pre_hook(lambda *_: _before_step(entries, suspended))
         optimizer.register_step_post_hook(lambda *_: _after_step(suspended))
-        optimizer.register_load_state_dict_post_hook(lambda own: _drop_others(own, factors))
+        optimizer.register_load_state_dict_post_hook(lambda own: _drop_others(own, [*sharing]))
     return len(folded)
 
 
@@ -134,29 +138,37 @@ def _groups(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
     return {p: group for group in optimizer.param_groups for p in group["params"]}
 
 
-def _before_step(
-    factors: dict[Tensor, list[AsymmetricLayer]], suspended: dict[AsymmetricLayer, Tensor]
-) -> None:
+class _Entry(NamedTuple):
+    factor: Tensor
+    zero: Tensor
+    weights: list[nn.Parameter]
+    layers: list[AsymmetricLayer]
+    """Those that share the weights."""
+
+
+def _before_step(entries: list[_Entry], suspended: dict[AsymmetricLayer, Tensor]) -> None:
     """
     Give c a gradient of zero where B would receive one. Where only W does, by passes within
     backpropagation(model), keep W.
     """
-    for factor, layers in factors.items():
-        factor.grad = None
-        # Those whose rule is another now do not count.
-        layers = [layer for layer in layers if layer.rule.has_factor]
-        if any(layer.feedback_factor is not factor for layer in layers):
-            raise RuntimeError(
-                "the model was moved or converted after fold_kolen_pollack, whose optimiser no "
-                "longer has its feedback: build the optimiser, and fold, when it is where it stays"
-            )
-        if any(layer.bypass_feedback or layer.feedback_suspended for layer in layers):
-            suspended[layers[0]] = layers[0].weight.detach().clone()
-        elif any(layer.has_gradient for layer in layers):
-            factor.grad = torch.zeros_like(factor)
+    for factor, zero, weights, layers in entries:
+        stands = False
         for layer in layers:
-            layer._backward_passes = 0
-            layer.feedback_suspended = layer.bypass_feedback
+            # Not through the module, whose ways of attributes cost a small network a per cent.
+            own = layer.__dict__
+            if own["_buffers"].get("feedback_factor") is not factor and layer.rule.has_factor:
+                raise RuntimeError(
+                    "the model was moved or converted after fold_kolen_pollack, whose optimiser no "
+                    "longer has its feedback: build the optimiser, and fold, when it is where it "
+                    "stays"
+                )
+            bypassed = layer.bypass_feedback
+            stands = stands or bypassed or layer.feedback_suspended
+            own["_backward_passes"], own["feedback_suspended"] = 0, bypassed
+        learns = any(weight.grad is not None for weight in weights)
+        factor.grad = zero if learns and not stands else None
+        if stands and layers[0].rule.has_factor:
+            suspended[layers[0]] = layers[0].weight.detach().clone()
 
 
 def _after_step(suspended: dict[AsymmetricLayer, Tensor]) -> None:
