@@ -88,6 +88,8 @@ def test_runs_become_rows(tmp_path, caplog):
     assert "none has classification/top1_error nan alone" in caplog.text
     assert str(tmp_path) not in file.read_text()
     found = read_summaries(tmp_path)
+    TOOL["write_summaries"](runs[1:2], file)
+    assert read_summaries(tmp_path) == found  # the others stay
     assert [(run["last"], run["best"], run["best_at"]) for run in found[:2]] == [
         (2, 2, 2),
         (2.5, 1.5, 1),

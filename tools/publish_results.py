@@ -128,10 +128,15 @@ def summarise(folder: Path) -> Summary:
 
 def write_summaries(folders: Iterable[Path], file: Path, count: bool = False) -> None:
     """
-    Writes the summaries of runs, one a line; what is no run with a figure is said and left out.
-    With ``count``, they have the multiply-adds per image of a training step.
+    Writes the summaries of runs, one a line, into a file whose other runs stay; what is no run with
+    a figure is said and left out. With ``count``, they have the multiply-adds per image of a
+    training step.
     """
-    lines, counts = [], {}
+    runs: dict[str, Summary] = {}
+    counts: dict[str, float] = {}
+    if file.exists():
+        runs = {_identity(run): run for run in json.loads(file.read_text())}
+    found = False
     for folder in folders:
         try:
             run = summarise(folder)
@@ -143,10 +148,16 @@ def write_summaries(folders: Iterable[Path], file: Path, count: bool = False) ->
             if start not in counts:
                 counts[start] = multiply_adds(merged_config(str(folder / "config.yaml")))
             run["multiply_adds"] = counts[start]
-        lines.append(json.dumps(run))
-    if not lines:
+        runs[_identity(run)] = run
+        found = True
+    if not found:
         raise ValueError(f"there is nothing for {file}")
-    file.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    file.write_text("[\n" + ",\n".join(map(json.dumps, runs.values())) + "\n]\n")
+
+
+def _identity(run: Summary) -> str:
+    """What two summaries of one run have in common."""
+    return json.dumps([run[key] for key in ("config", "rule", "overrides", "goal", "seed")])
 
 
 def read_summaries(folder: Path = RESULTS) -> list[Summary]:
@@ -420,7 +431,7 @@ def main(words: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs; none: only the tables")
-    add("--name", help="of the file in docs/results, which is replaced")
+    add("--name", help="of the file in docs/results; other runs in it stay")
     count = "of a training step, too: takes the data sets, and a minute a rule"
     add("--count", action="store_true", help=f"the multiply-adds {count}")
     add("--figure", metavar="TABLE", help="draw docs/results/TABLE.png: what steps cost")
