@@ -10,7 +10,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
 import torch
@@ -92,9 +92,6 @@ class AsymmetricLayer(nn.Module):
 
     bypass_feedback: bool = False
     """True while backward passes are to run on backpropagation for a moment."""
-    feedback_suspended: bool = False
-    """Whether the gradient that waits for a step comes from such passes; or, within them, whether
-    there was a step already."""
 
     def __init__(
         self,
@@ -182,10 +179,11 @@ class AsymmetricLayer(nn.Module):
         if hook := self.__dict__.pop("_keeps_inputs", None):
             hook.remove()
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the weight has a gradient now."""
-        return any(getattr(self, name).grad is not None for name in self.weight_names(self))
+    def gradients(self) -> Iterator[Tensor]:
+        """Return the gradients that the weight has now: one at most, if it is one parameter."""
+        for name in self.weight_names(self):
+            if (gradient := getattr(self, name).grad) is not None:
+                yield gradient
 
     @property
     def feedback_state(self) -> Tensor | None:
@@ -227,7 +225,7 @@ class AsymmetricLayer(nn.Module):
         """
         if self.rule.has_factor and not torch.equal(before, self.weight):
             state = cast(Tensor, self.feedback_state)
-            if not self.feedback_factor:
+            if self.feedback_factor.abs() < torch.finfo(self.feedback_factor.dtype).tiny:
                 state.zero_()
                 self.feedback_factor.fill_(1)
             state.add_((before - self.weight) / self.feedback_factor)
@@ -317,7 +315,7 @@ class AsymmetricLayer(nn.Module):
             destination[prefix + _UPDATES] = self.feedback_updates[0].clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if isinstance(self.rule, KolenPollack):
+        if self.rule.has_factor or self.rule.state_name == KolenPollack.state_name:
             self._translate(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         _, _, missing_keys, unexpected_keys, _ = args
@@ -332,8 +330,9 @@ class AsymmetricLayer(nn.Module):
         key = prefix + self.rule.state_name
         if key in state_dict or not brings_weight:
             return
-        if key in missing_keys:
-            missing_keys.remove(key)
+        for name in (key, prefix + _FACTOR):
+            if name in missing_keys:
+                missing_keys.remove(name)
         self.reset_feedback()
         logger.info(
             "%s: the checkpoint brings the weight without its %s; derived again from the loaded "
@@ -351,15 +350,24 @@ class AsymmetricLayer(nn.Module):
         )
         names = [prefix + name for name in self.weight_names(self)]
         if not all(name in state_dict for name in names):
+            if offset not in state_dict:  # which the factor says nothing without
+                state_dict.pop(factor, None)
             return
-        weights = [state_dict[name].to(self.weight.device) for name in names]
+        place = state_dict[names[0]].device if self.weight.is_meta else self.weight.device
+        weights = [state_dict[name].to(place) for name in names]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights, 1)
-        if self.rule.has_factor and learned in state_dict:
-            state_dict[offset] = state_dict.pop(learned).to(weight.device) - weight
-            state_dict[factor] = torch.ones_like(self.feedback_factor)
-        elif self.rule.learned and offset in state_dict:
-            share = state_dict.pop(factor).to(weight.device)
-            state_dict[learned] = weight + share * state_dict.pop(offset).to(weight.device)
+        if not self.rule.has_factor:
+            if offset in state_dict and learned not in state_dict:
+                share = state_dict.pop(factor, torch.ones(1)).to(place)
+                state_dict[learned] = weight + share * state_dict.pop(offset).to(place)
+            return
+        if learned in state_dict:
+            state_dict[offset] = state_dict.pop(learned).to(place) - weight
+            state_dict.pop(factor, None)
+        if offset in state_dict:
+            state_dict.setdefault(factor, torch.ones(1, dtype=self.feedback_factor.dtype))
+        else:
+            state_dict.pop(factor, None)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rule={self.rule.name}".removeprefix(", ")

@@ -215,7 +215,7 @@ def _share_learned(part: nn.Module, changes: list[_Change]) -> None:
             users.setdefault(parameter, {})[module] = name
     shared: dict[tuple[Tensor, ...], tuple[FeedbackRule, Tensor]] = {}
     for layer, rule in rules.items():
-        if rule is None or not rule.learned:
+        if rule is None or not (rule.learned or rule.has_factor):
             continue
         weights = tuple(getattr(layer, name) for name in _form(layer).weight_names(layer))
         uses = {user: name for w in weights for user, name in users.get(w, {}).items()}
@@ -229,6 +229,7 @@ def _share_learned(part: nn.Module, changes: list[_Change]) -> None:
                 raise ValueError(f"{uses[layer]} cannot keep its rule: {reason}")
             changes[places[layer]] = _Change(layer, reason=reason)
         elif layer not in places:
+            # Of a folded one, nothing new can share the feedback: it has another rule.
             shared[weights] = rule, cast(Tensor, layer.feedback_state)
         elif len(uses) > 1:
             own = rule, nn.Parameter(cast(Tensor, changes[places[layer]].state))
@@ -309,7 +310,7 @@ def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
         for layer in model.modules()
         if isinstance(layer, AsymmetricLayer) and not layer.bypass_feedback
     ]
-    before = {layer: layer.has_gradient for layer in layers}
+    before = {layer: [*layer.gradients()] for layer in layers}
     for layer in layers:
         layer.bypass_feedback = True
     try:
@@ -317,10 +318,9 @@ def backpropagation(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in layers:
             # Unless the layer was converted back meanwhile.
-            if layer.__dict__.pop("bypass_feedback", None):
-                stepped = layer.__dict__.pop("feedback_suspended", False)
-                if layer.has_gradient and not (before[layer] or stepped):
-                    layer.feedback_suspended = True
+            if layer.__dict__.pop("bypass_feedback", None) and not before[layer]:
+                for gradient in layer.gradients():
+                    gradient.suspends_feedback = True  # type: ignore[attr-defined]
 
 
 def check_exclude(model: nn.Module, exclude: str | Iterable[str]) -> None:

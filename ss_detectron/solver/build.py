@@ -14,6 +14,7 @@ from detectron2.solver.build import (
 from torch import Tensor, nn
 
 from .groups import match_feedback_groups
+from .hooks import before_update, check_state_shapes
 from .kolen_pollack import fold_kolen_pollack, why_not_folded
 from .sgd import SGD
 
@@ -47,6 +48,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **settings)
     elif solver.OPTIMIZER == "AdamW":
         optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        optimizer.register_load_state_dict_post_hook(check_state_shapes)
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; choose 'SGD' or 'AdamW'")
     if reason := why_not_folded(model, optimizer):
@@ -55,7 +57,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         fold_kolen_pollack(model, optimizer)
     if solver.CLIP_GRADIENTS.ENABLED:
         clip = _create_gradient_clipper(solver.CLIP_GRADIENTS)
-        optimizer.register_step_pre_hook(lambda *_: _clip_gradients(optimizer, clip))
+        before_update(optimizer, lambda: _clip_gradients(optimizer, clip))
     return optimizer
 
 

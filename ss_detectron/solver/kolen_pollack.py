@@ -1,23 +1,28 @@
 """Kolen-Pollack at the price of fixed feedback."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
+from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from ss_detectron.layers import AsymmetricLayer
 from ss_detectron.layers.feedback import FoldedKolenPollack, KolenPollack
 from ss_detectron.layers.sharded import is_sharded
 
+from .hooks import before_update
 from .sgd import SGD
 
 __all__ = ["fold_kolen_pollack", "why_not_folded"]
 
 logger = logging.getLogger(__name__)
 
+_HANDLES: MutableMapping[torch.optim.Optimizer, tuple[RemovableHandle, ...]] = WeakKeyDictionary()
 _RULES = KolenPollack, FoldedKolenPollack
 _SUITED = SGD, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
@@ -31,7 +36,10 @@ def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     only decays (Akrout et al. 2019, arXiv:1904.05391): B = W + c (B_0 - W_0). c stands in B's place
     in the optimiser, which is told before each step that its gradient is zero, or that there is
     none where the weight has none: so c decays as the optimiser decays, through momentum and
-    whatever becomes of the learning rate. Training differs from that with a parameter by rounding::
+    whatever becomes of the learning rate. Training differs from that with a parameter by rounding
+    alone, as long as the optimiser is all that moves W: B = W + c (B_0 - W_0) follows what else
+    happens to W (a penalty in the loss, clamping), and, after steps within backpropagation(model),
+    their momentum::
 
         model = convert_feedback(model, "kp")
         groups = match_feedback_groups([{"params": model.parameters()}], model)
@@ -41,7 +49,8 @@ def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> in
     To be called when the model is where it stays, before it is wrapped for several processes and
     before a checkpoint is loaded. A checkpoint without folding is converted, but for what its
     optimiser kept of B. The norm of all gradients (clip_grad_norm_) has no part of B's any more.
-    Another optimiser of the same weights needs another call.
+    Another optimiser of the same weights needs another call, and so does a copy: torch's optimisers
+    lose their hooks where they are copied or pickled.
 
     Args:
         model: some of whose layers learn by kolen_pollack; none is fine.
@@ -63,8 +72,8 @@ def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> in
         assert state is not None
         if rule.has_factor:
             if layer.feedback_factor not in groups:
-                groups[layer.feedback_factor] = group = groups[_weights(layer)[0]]
-                group["params"].append(layer.feedback_factor)
+                groups[layer.feedback_factor] = groups[_weights(layer)[0]]
+                _insert(groups[layer.feedback_factor], layer)
             continue
         made = FoldedKolenPollack(rule.scale, rule.gain, rule.seed, rule.layer_name)
         if state in shared:
@@ -83,9 +92,14 @@ def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> in
             for factor, layers in sharing.items()
         ]
         suspended: dict[AsymmetricLayer, Tensor] = {}
-        optimizer.register_step_pre_hook(lambda *_: _before_step(entries, suspended))
-        optimizer.register_step_post_hook(lambda *_: _after_step(suspended))
-        optimizer.register_load_state_dict_post_hook(lambda own: _drop_others(own, [*sharing]))
+        for handle in _HANDLES.pop(optimizer, ()):  # of an earlier call
+            handle.remove()
+        drop = partial(_drop_others, factors=[*sharing])
+        _HANDLES[optimizer] = (
+            before_update(optimizer, partial(_before_update, entries, suspended)),
+            optimizer.register_step_post_hook(lambda *_: _after_step(entries, suspended)),
+            optimizer.register_load_state_dict_post_hook(drop, prepend=True),
+        )
     return len(folded)
 
 
@@ -146,35 +160,51 @@ class _Entry(NamedTuple):
     """Those that share the weights."""
 
 
-def _before_step(entries: list[_Entry], suspended: dict[AsymmetricLayer, Tensor]) -> None:
+def _before_update(entries: list[_Entry], suspended: dict[AsymmetricLayer, Tensor]) -> None:
     """
     Give c a gradient of zero where B would receive one. Where only W does, by passes within
     backpropagation(model), keep W.
     """
     for factor, zero, weights, layers in entries:
         stands = False
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for gradient in gradients:
+            stands = stands or gradient.__dict__.pop("suspends_feedback", False)
+        offsets = {}
         for layer in layers:
             # Not through the module, whose ways of attributes cost a small network a per cent.
-            own = layer.__dict__
-            if own["_buffers"].get("feedback_factor") is not factor and layer.rule.has_factor:
+            kept = layer.__dict__["_buffers"]
+            if (own := kept.get("feedback_factor")) is None:  # the rule is another now
+                continue
+            if own is not factor:
                 raise RuntimeError(
                     "the model was moved or converted after fold_kolen_pollack, whose optimiser no "
                     "longer has its feedback: build the optimiser, and fold, when it is where it "
                     "stays"
                 )
-            bypassed = layer.bypass_feedback
-            stands = stands or bypassed or layer.feedback_suspended
-            own["_backward_passes"], own["feedback_suspended"] = 0, bypassed
-        learns = any(weight.grad is not None for weight in weights)
-        factor.grad = zero if learns and not stands else None
-        if stands and layers[0].rule.has_factor:
-            suspended[layers[0]] = layers[0].weight.detach().clone()
+            stands = stands or layer.bypass_feedback
+            layer.__dict__["_backward_passes"] = 0
+            offsets[kept["feedback_offset"]] = layer
+        factor.grad = zero if gradients and offsets and not stands else None
+        if stands:
+            suspended.update((layer, layer.weight.detach().clone()) for layer in offsets.values())
 
 
-def _after_step(suspended: dict[AsymmetricLayer, Tensor]) -> None:
+def _after_step(entries: list[_Entry], suspended: dict[AsymmetricLayer, Tensor]) -> None:
+    for entry in entries:
+        entry.factor.grad = None  # nobody is to add to it
     while suspended:
         layer, before = suspended.popitem()
         layer.keep_feedback(before)
+
+
+def _insert(group: dict[str, Any], layer: AsymmetricLayer) -> None:
+    """Put c where B would stand, after the parameters of its layer."""
+    own = {*layer.parameters(recurse=False)}
+    place = 1 + max(i for i, p in enumerate(group["params"]) if p in own)
+    group["params"].insert(place, layer.feedback_factor)
+    if "param_names" in group:
+        group["param_names"].insert(place, f"{group['param_names'][place - 1]}.feedback_factor")
 
 
 def _drop_others(optimizer: torch.optim.Optimizer, factors: Iterable[Tensor]) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from .hooks import check_state_shapes
+
 __all__ = ["SGD"]
 
 _SETTINGS = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize")
@@ -54,6 +56,7 @@ class SGD(torch.optim.SGD):
         maximize: bool = False,
     ) -> None:
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        self.register_load_state_dict_post_hook(check_state_shapes)
         options = {"batch_manhattan": batch_manhattan, "no_sign_change": no_sign_change}
         self.defaults.update(options)
         for group in self.param_groups:

@@ -64,18 +64,24 @@ def _start(optimizer, fold):
     return model, built
 
 
+def _backward(model, number):
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (4,), generator=generator)
+    loss = nn.functional.cross_entropy(model(x, whole=number % 3 != 0), y)
+    loss.backward()
+    return loss
+
+
 def _steps(model, optimizer, numbers, within=nullcontext):
     """Steps whose backward passes, or that as a whole, are within a context."""
     for number in numbers:
-        generator = torch.Generator().manual_seed(number)
-        x = torch.randn(4, 2, 4, 4, generator=generator, dtype=torch.float64)
-        y = torch.randint(3, (4,), generator=generator)
         if number == 12:
             for group in optimizer.param_groups:
                 group["lr"] *= 0.1
         optimizer.zero_grad()
         with within(model):
-            nn.functional.cross_entropy(model(x, whole=number % 3 != 0), y).backward()
+            _backward(model, number)
             if number % 2:
                 optimizer.step()
         if not number % 2:
@@ -119,6 +125,34 @@ def test_it_stands_still_where_the_parameter_does():
         _assert_alike(folded[0], plain[0])
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_closures_and_discarded_gradients_change_nothing(optimizer):
+    plain, folded = _start(optimizer, False), _start(optimizer, True)
+    for model, built in plain, folded:
+
+        def closure(model=model, built=built):
+            built.zero_grad()
+            return _backward(model, 3)
+
+        _steps(model, built, range(3))
+        built.step(closure)
+        with backpropagation(model):  # to look at
+            _backward(model, 50)
+        _steps(model, built, range(4, 8))
+    _assert_alike(folded[0], plain[0])
+
+
+def test_a_second_call_and_another_memory_format_change_nothing():
+    plain, folded = _start("sgd", False), _start("sgd", True)
+    fold_kolen_pollack(*folded)
+    for model, built in plain, folded:
+        model.to(memory_format=torch.channels_last)
+        _steps(model, built, range(4))
+        _steps(model, built, range(4, 6), backpropagation)
+        _steps(model, built, range(6, 8))
+    _assert_alike(folded[0], plain[0])
+
+
 def test_it_keeps_one_copy_of_the_weight():
     model, optimizer = _start("momentum", True)
     _steps(model, optimizer, range(2))
@@ -130,13 +164,12 @@ def test_it_keeps_one_copy_of_the_weight():
     assert model.first.feedback_offset is model.second.feedback_offset
 
 
-def test_a_measurement_leaves_it_as_it_is():
+@pytest.mark.parametrize("rule", ["bp", "fa"])
+def test_a_folded_model_is_converted_and_trained_on(rule):
     model, optimizer = _start("momentum", True)
     _steps(model, optimizer, range(3))
-    before = copy.deepcopy(model.state_dict())
-    with backpropagation(model):
-        model(torch.randn(1, 2, 4, 4, dtype=torch.float64)).sum().backward()
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    convert_feedback(model, rule)
+    _steps(model, optimizer, range(3, 6))
 
 
 def test_it_is_resumed_bit_for_bit():
@@ -167,6 +200,31 @@ def test_a_state_dict_of_the_other_form_is_converted(folds, caplog):
             resumed.load_state_dict(optimizer.state_dict())
         assert "of 4 of them: the run goes on, but not bit for bit" in caplog.text
         _steps(model, resumed, range(5, 8))
+
+
+def test_weights_without_feedback_and_parts_load():
+    model, optimizer = _start("momentum", True)
+    start = model.last.current_feedback()
+    stock = Net().double().state_dict()
+    _steps(model, optimizer, range(5))
+    assert model.load_state_dict(stock) == ([], [])
+    assert (model.last.feedback_factor == 1).all()
+    saved = _start("momentum", True)
+    _steps(*saved, range(5))
+    other = convert_feedback(Net().double(), "fa")
+    assert other.load_state_dict(saved[0].state_dict()) == ([], [])
+    torch.testing.assert_close(other.last.feedback_weight, saved[0].last.current_feedback())
+    part = {n: t for n, t in saved[0].state_dict().items() if t.shape != (3, 12)}
+    fresh, _ = _start("momentum", True)
+    fresh.load_state_dict(part, strict=False)
+    assert torch.equal(fresh.last.current_feedback(), start)
+
+
+def test_an_optimizers_state_of_another_form_is_refused():
+    saved, plain = _start("momentum", True), _start("momentum", False)
+    _steps(*saved, range(2))
+    with pytest.raises(ValueError, match="momentum_buffer that was loaded has shape .*folded"):
+        plain[1].load_state_dict(saved[1].state_dict())
 
 
 def test_a_second_optimizer_takes_it_over():
