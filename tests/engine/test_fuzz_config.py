@@ -135,7 +135,7 @@ def assert_clear(error: BaseException, changes: dict[str, Any]) -> None:
     ), message
 
 
-@pytest.mark.parametrize("examples, most", [(15, 1), pytest.param(200, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples, most", [(8, 1), pytest.param(200, 2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", TASKS)
 def test_values_are_refused_by_name_or_train(config, examples, most):
     counts = Counter()

@@ -317,6 +317,7 @@ def test_evaluation_has_the_keys_as_well(network, compiler):
         torch.testing.assert_close(one["instances"].scores, other["instances"].scores)
 
 
+@pytest.mark.slow
 def test_images_of_many_sizes_compile_a_part_twice(compiler):
     model = Trainer.build_model(config("detector", *COMPILED))
     graphs = []

@@ -33,7 +33,7 @@ def test_real_digits_are_learned_and_the_best_checkpoint_is_that_of_the_least_er
         "INPUT.RANDOM_FLIP": "none",
         "MODEL.FEEDBACK.SCALE": "mean_abs",
         "MODEL.IMAGE_CLASSIFIER.NUM_CLASSES": 10,
-        "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+        "MODEL.RESNETS.OUT_FEATURES": ["res3"],
         "OUTPUT_DIR": "out",
         "SEED": 1,
         "SOLVER.OPTIMIZER": "AdamW",
