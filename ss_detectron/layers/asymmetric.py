@@ -286,12 +286,12 @@ class AsymmetricLayer(nn.Module):
             return weight
         rule, fans = self.rule, self.fans()
         if rule.has_factor:
-            given: Any = self.feedback_state if state is None else state, self.feedback_factor
             if not torch.compiler.is_compiling():
+                state = state if rule is forward_rule else self.feedback_state
                 passes = self.__dict__["_backward_passes"] = self._backward_passes + 1
                 if passes == _PATIENCE:
                     _warn_of_no_optimizer()
-            return rule.feedback(weight, given, fans)
+            return rule.feedback(weight, (state, self.feedback_factor), fans)
         if torch.compiler.is_compiling():
             if rule.state_is_count or not rule.traced:
                 options = rule.name, rule.scale, rule.gain, rule.seed, rule.layer_name
@@ -365,7 +365,8 @@ class AsymmetricLayer(nn.Module):
             state_dict[offset] = state_dict.pop(learned).to(place) - weight
             state_dict.pop(factor, None)
         if offset in state_dict:
-            state_dict.setdefault(factor, torch.ones(1, dtype=self.feedback_factor.dtype))
+            ones = torch.ones(1, dtype=self.feedback_factor.dtype, device=place)
+            state_dict.setdefault(factor, ones)
         else:
             state_dict.pop(factor, None)
 

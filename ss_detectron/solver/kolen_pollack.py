@@ -100,6 +100,7 @@ def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> in
             optimizer.register_step_post_hook(lambda *_: _after_step(entries, suspended)),
             optimizer.register_load_state_dict_post_hook(drop, prepend=True),
         )
+        logger.info("Kolen-Pollack's feedback of %d layers is folded.", len(folded))
     return len(folded)
 
 

@@ -240,6 +240,21 @@ def test_a_second_optimizer_takes_it_over():
     _assert_alike(*reversed(models))
 
 
+def test_a_fold_between_the_passes_counts_in_the_backward_pass():
+    gradients = []
+    for folds in (False, True):
+        model, optimizer = _start("sgd", False)
+        _steps(model, optimizer, range(2))
+        x = torch.ones(2, 2, 4, 4, dtype=torch.float64)
+        loss = model(x).square().sum()
+        if folds:
+            fold_kolen_pollack(model, optimizer)
+        optimizer.zero_grad()
+        loss.backward()
+        gradients.append(model.conv.weight.grad)
+    torch.testing.assert_close(*gradients, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("reason", "make"),
     [
