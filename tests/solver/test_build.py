@@ -192,3 +192,18 @@ def test_feedback_approaches_its_weight_by_the_closed_form(solver):
         # And not by weight decay alone: the gradient moves it too.
         assert (feedback - before[name] * (1 - lr * 0.25) ** steps).abs().max() > 1e-4
     assert torch.equal(model.frozen.feedback_weight, frozen)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_state_of_other_shapes_is_refused(optimizer):
+    model = make_model()
+    built = build_optimizer(make_cfg(OPTIMIZER=optimizer), model)
+    train(model, built)
+    state = built.state_dict()
+    of_first = state["state"][0]
+    name = next(key for key, value in of_first.items() if value.dim())
+    of_first[name] = torch.zeros(1)
+    with pytest.raises(
+        ValueError, match=rf"{name} that was loaded has shape \(1,\), its parameter"
+    ):
+        built.load_state_dict(state)
