@@ -38,6 +38,7 @@ from .layers import (
     backpropagation,
     convert_feedback,
     feedback_report,
+    mirror_feedback,
     register_layer,
     reset_feedback,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "gradient_angles",
     "layers",
     "learners",
+    "mirror_feedback",
     "register_layer",
     "reset_feedback",
     "solver",

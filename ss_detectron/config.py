@@ -77,6 +77,10 @@ def add_ss_config(cfg: CfgNode) -> None:
     # Determines all random feedback, together with the layers' names. -1 stands for SEED, or where
     # that is -1 too, for a number that is drawn for the run and stands in its checkpoints.
     _C.MODEL.FEEDBACK.SEED = -1
+    # Before the first step of a run, feedback that is random at first (fa, kp, wm, ia) learns what
+    # the weights are from noise through each layer: this many times as many inputs of noise as a
+    # layer has inputs (ss_detectron.mirror_feedback). 0 for none.
+    _C.MODEL.FEEDBACK.MIRROR_SAMPLES = 0
     # Layers that stay on backpropagation: shell-style patterns of module names in the whole model,
     # such as "backbone.fpn_*".
     _C.MODEL.FEEDBACK.EXCLUDE = []

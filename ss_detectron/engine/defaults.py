@@ -30,7 +30,7 @@ from ss_detectron.data import (
 from ss_detectron.data.catalog import class_names
 from ss_detectron.evaluation.classification import ClassificationEvaluator
 from ss_detectron.evaluation.coco import DetectionEvaluator
-from ss_detectron.layers import feedback_report, reset_feedback
+from ss_detectron.layers import feedback_report, mirror_feedback, reset_feedback
 from ss_detectron.learners import Learner, build_learner
 from ss_detectron.modeling.compilation import compile_parts
 from ss_detectron.solver.build import build_optimizer
@@ -137,7 +137,8 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """
         Go on from the last checkpoint in OUTPUT_DIR, if ``resume`` and there is one, as if the run
-        had not been interrupted; else load MODEL.WEIGHTS and nothing else.
+        had not been interrupted; else load MODEL.WEIGHTS and nothing else, and have feedback learn
+        from noise, by MODEL.FEEDBACK.MIRROR_SAMPLES.
 
         Raises:
             OSError, ValueError: there is a checkpoint, and none that a run like this one can go on
@@ -146,6 +147,9 @@ class Trainer(DefaultTrainer):
         resume = resume and self.checkpointer.has_checkpoint()
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if not resume:
+            if samples := self.cfg.MODEL.FEEDBACK.MIRROR_SAMPLES:
+                layers = mirror_feedback(self.model, samples)
+                logger.info("The feedback of %d layers has learned from noise.", layers)
             return
         if not self.start_iter:
             raise ValueError(

@@ -18,6 +18,7 @@ from .convert import (
     check_exclude,
     convert_feedback,
     convert_part,
+    mirror_feedback,
     reset_feedback,
 )
 from .feedback import (
@@ -79,5 +80,6 @@ __all__ = [
     "feedback_report",
     "get_rule",
     "register_layer",
+    "mirror_feedback",
     "reset_feedback",
 ]

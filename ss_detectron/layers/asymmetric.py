@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .feedback import Fans, FeedbackRule, FoldedKolenPollack, KolenPollack, get_rule
+from .feedback import (
+    Fans,
+    FeedbackAlignment,
+    FeedbackRule,
+    FoldedKolenPollack,
+    KolenPollack,
+    get_rule,
+)
 from .functional import (
     asymmetric_conv1d,
     asymmetric_conv2d,
@@ -253,19 +260,39 @@ class AsymmetricLayer(nn.Module):
     def reset_feedback(self) -> None:
         """Derive the state again from the weight as it is; what is drawn stays the same draw."""
         self.forget_inputs()
-        state = self.feedback_state
-        if state is not None:
-            made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
-            made = shard_as(state, cast(Tensor, made))
-            if state.device != self.weight.device:
-                # A model on the meta device was given its weights: load_state_dict(assign=True).
-                self.set_rule(self.rule, made)
-            else:
-                state.copy_(made)
-        if self.rule.has_factor:
-            self.feedback_factor.fill_(1)
+        made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
+        if made is not None:
+            self._set_state(made)
         if self.rule.counts_updates:
             self.feedback_updates.zero_()
+
+    @torch.no_grad()
+    def mirror_feedback(self, samples: int) -> bool:
+        """
+        Have B learn from noise, so many times as many inputs of it as the layer has, where it is
+        random at first; return whether it is.
+        """
+        if not isinstance(self.rule, FeedbackAlignment):
+            return False
+        weight = gather(self.weight.detach()).contiguous()
+        matrix = self.as_matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        feedback = torch.empty_like(weight)
+        found = self.rule.mirrored(matrix, samples)
+        self.as_matrix(feedback).copy_(found)
+        self._set_state(self.rule.state_of(feedback, weight))
+        return True
+
+    def _set_state(self, made: Tensor) -> None:
+        """Have a state of the whole weight instead, sharded as this one is."""
+        state = cast(Tensor, self.feedback_state)
+        made = shard_as(state, made)
+        if state.device != self.weight.device:
+            # A model on the meta device was given its weights: load_state_dict(assign=True).
+            self.set_rule(self.rule, made)
+        else:
+            state.copy_(made)
+        if self.rule.has_factor:
+            self.feedback_factor.fill_(1)
 
     def feedback_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that make an asymmetric operation use this layer's rule."""

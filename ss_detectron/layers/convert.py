@@ -26,6 +26,7 @@ __all__ = [
     "check_exclude",
     "convert_feedback",
     "convert_part",
+    "mirror_feedback",
     "reset_feedback",
 ]
 
@@ -295,6 +296,39 @@ def reset_feedback(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, AsymmetricLayer):
             module.reset_feedback()
+
+
+def mirror_feedback(model: nn.Module, samples: int = 10) -> int:
+    """
+    Let feedback that starts at random learn what the weights are, from noise sent through each
+    layer: one phase of the weight mirrors of Akrout et al. (2019, arXiv:1904.05391), for every
+    rule with such feedback (fa, fasi, kp, wm, ia). B becomes the gain times the mean of y x^T over
+    inputs x ~ N(0, 1), where y = W x without bias and nonlinearity; its angle to W is about
+    atan(samples^-1/2), 18 degrees for 10.
+
+    Kolen-Pollack, whose B learns as W does, keeps what such a phase gives, and need not wait until
+    what W has learned outweighs its start::
+
+        model = convert_feedback(resnet18(), "kp")
+        mirror_feedback(model)
+
+    The random numbers follow from the rules' seeds. With a model that is sharded (fully_shard),
+    every process has to call it.
+
+    Args:
+        samples: how many times as many vectors of noise as a layer has inputs (of a convolution,
+            those of one output position).
+
+    Returns:
+        how many layers have learned.
+
+    Raises:
+        ValueError: ``samples`` is below 1.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; it must be 1 at least")
+    layers = [module for module in model.modules() if isinstance(module, AsymmetricLayer)]
+    return sum(layer.mirror_feedback(samples) for layer in layers)
 
 
 @contextmanager

@@ -391,6 +391,32 @@ class FeedbackAlignment(FeedbackRule):
     def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
         return self.draw(weight, fans)
 
+    def state_of(self, feedback: Tensor, weight: Tensor) -> Tensor:
+        """Return the state, with a factor of 1, by which B is ``feedback``."""
+        return feedback
+
+    def mirrored(self, matrix: Tensor, samples: int) -> Tensor:
+        """
+        Return gain times the mean of y x^T over ``samples * inputs`` vectors of noise x ~ N(0, 1),
+        where y = W x: what they show of W.
+
+        The sum of x x^T is drawn at once, as A A^T with a lower triangular A (Bartlett 1933): the
+        same distribution at the price of one vector per input. On the CPU, as other feedback is.
+
+        Args:
+            matrix: W, (..., outputs, inputs).
+        """
+        inputs = matrix.shape[-1]
+        seed = seed_of(f"{self.seed}/{self.layer_name}/mirrored")
+        generator = torch.Generator("cpu").manual_seed(seed)
+        factor = torch.randn(inputs, inputs, generator=generator).tril_(-1)
+        degrees = samples * inputs - torch.arange(inputs, dtype=torch.float64)
+        with torch.random.fork_rng(devices=[]):  # torch.distributions take no generator
+            torch.manual_seed(seed)
+            factor += torch.distributions.Chi2(degrees).sample().sqrt().diag().float()
+        factor = factor.to(matrix.device, matrix.dtype)
+        return (matrix @ factor @ factor.t()).mul_(self.gain / (samples * inputs))
+
 
 @FEEDBACK_REGISTRY.register()
 class FeedbackAlignmentSignedInit(FeedbackAlignment):
@@ -434,7 +460,10 @@ class FoldedKolenPollack(KolenPollack):
         return torch.addcmul(weight, offset, factor)
 
     def initial_state(self, weight: Tensor, fans: Fans) -> Tensor:
-        return self.draw(weight, fans).sub_(weight)
+        return self.state_of(self.draw(weight, fans), weight)
+
+    def state_of(self, feedback: Tensor, weight: Tensor) -> Tensor:
+        return feedback - weight
 
 
 @FEEDBACK_REGISTRY.register()

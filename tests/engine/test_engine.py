@@ -16,6 +16,7 @@ from detectron2.utils.logger import _cached_log_stream, setup_logger
 from run_utils import assert_equal, model_of, rows, tiny_detection
 from torch import nn
 
+from ss_detectron import weight_alignment
 from ss_detectron.checkpoint import FeedbackCheckpointer
 from ss_detectron.engine import (
     BestCheckpointer,
@@ -319,6 +320,23 @@ def test_a_resumed_run_follows_its_config(prepare):
         resumed = Trainer(prepare(*changed, flags=["--resume"]))
         with pytest.raises(ValueError, match="another kind .SOLVER.OPTIMIZER. or .* other groups"):
             resumed.resume_or_load(resume=True)
+
+
+def test_feedback_that_has_learned_from_noise_stands_before_the_first_step_and_is_kept(prepare):
+    rule = ("MODEL.FEEDBACK.RULE", "kp", "MODEL.FEEDBACK.MIRROR_SAMPLES", 30)
+    rule += ("MODEL.FEEDBACK.EXCLUDE", ("backbone.bottom_up.res*",))  # in less time
+    trainer = Trainer(prepare(*rule, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0))
+    random = {name: row.angle for name, row in weight_alignment(trainer.model).items()}
+    trainer.resume_or_load(resume=False)
+    learned = weight_alignment(trainer.model)
+    layers = [name for name in learned if learned[name].norm_ratio != 1]
+    assert len(layers) == 11
+    assert all(random[name] > 60 and learned[name].angle < 12 for name in layers)
+    trainer.train()
+    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    resumed = Trainer(prepare(*rule, "SOLVER.MAX_ITER", 2, flags=["--resume"]))
+    resumed.resume_or_load(resume=True)
+    assert_equal(dict(resumed.model.state_dict()), kept)
 
 
 class Scaled(Learner):

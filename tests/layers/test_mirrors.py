@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from core_utils import FromInputs, assert_same
 from torch import nn
 
-from ss_detectron import advance_feedback, convert_feedback, feedback_report, weight_alignment
+from ss_detectron import (
+    advance_feedback,
+    convert_feedback,
+    feedback_report,
+    mirror_feedback,
+    weight_alignment,
+)
 from ss_detectron.layers import LocallyConnected2d, asymmetric, feedback
 from ss_detectron.layers.feedback import InformationAlignment, WeightMirror
 from ss_detectron.learners import Backpropagation
+from ss_detectron.solver import fold_kolen_pollack, match_feedback_groups
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (7, 5)),
@@ -49,6 +56,59 @@ def test_a_weight_mirror_becomes_gain_times_the_weight(kind):
     assert weight_alignment(layer)[""].angle < 5
     torch.testing.assert_close(layer.feedback_weight, 0.5 * layer.weight, rtol=0, atol=0.05)
     assert not layer.feedback_weight.requires_grad
+
+
+@pytest.mark.parametrize("rule", ["fa", "kp", "wm", "ia"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_phase_of_mirroring_shows_the_weight_to_random_feedback(kind, rule):
+    layer, x = _layer(kind, rule, gain=0.5)
+    if x.dim() == 4:
+        layer.to(memory_format=torch.channels_last)
+    assert mirror_feedback(layer, samples=3000) == 1
+    torch.testing.assert_close(layer.feedback_weight, 0.5 * layer.weight, rtol=0, atol=0.05)
+    assert layer.feedback_weight.requires_grad == (rule == "kp")
+
+
+@pytest.mark.parametrize("samples", [1, 10, 100])
+def test_how_far_mirrored_feedback_is_from_the_weight(samples):
+    # Of the mean of x x^T over T inputs, the squared error is (inputs + 1) / T.
+    torch.manual_seed(0)
+    layer = convert_feedback(nn.Linear(200, 300), "fa", seed=1)
+    mirror_feedback(layer, samples)
+    expected = math.degrees(math.atan(math.sqrt(201 / 200 / samples)))
+    assert weight_alignment(layer)[""].angle == pytest.approx(expected, rel=0.03)
+    again = convert_feedback(copy.deepcopy(layer), "fa", seed=1)
+    mirror_feedback(again, samples)
+    assert torch.equal(again.feedback_weight, layer.feedback_weight)
+    other = convert_feedback(copy.deepcopy(layer), "fa", seed=2)
+    mirror_feedback(other, samples)
+    assert not torch.equal(other.feedback_weight, layer.feedback_weight)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_kolen_pollack_keeps_what_mirroring_gave(folded):
+    layer, x = _layer("conv2d", "kp")
+    groups = match_feedback_groups([{"params": layer.parameters()}], layer)
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    if folded:
+        fold_kolen_pollack(layer, optimizer)
+    mirror_feedback(layer)
+    missed = layer.current_feedback() - layer.weight.detach()
+    assert 0.05 < missed.norm() / layer.weight.norm() < 1
+    before = layer.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(layer.weight, before)
+    torch.testing.assert_close(layer.current_feedback() - layer.weight, missed)
+
+
+def test_mirroring_is_for_random_feedback_and_some_noise():
+    model = convert_feedback(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "ss")
+    assert mirror_feedback(model) == 0
+    with pytest.raises(ValueError, match="samples is 0"):
+        mirror_feedback(model, 0)
 
 
 def test_weight_mirrors_of_a_linear_network_come_within_five_degrees():
