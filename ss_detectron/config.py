@@ -79,7 +79,7 @@ def add_ss_config(cfg: CfgNode) -> None:
     _C.MODEL.FEEDBACK.SEED = -1
     # Before the first step of a run, feedback that is random at first (fa, kp, wm, ia) learns what
     # the weights are from noise through each layer: this many times as many inputs of noise as a
-    # layer has inputs (ss_detectron.mirror_feedback). 0 for none.
+    # layer has inputs (ss_detectron.mirror_feedback), whatever MODEL.WEIGHTS bring. 0 for none.
     _C.MODEL.FEEDBACK.MIRROR_SAMPLES = 0
     # Layers that stay on backpropagation: shell-style patterns of module names in the whole model,
     # such as "backbone.fpn_*".
@@ -374,6 +374,7 @@ def merge_config_file(cfg: CfgNode, name: str, *, allow_unsafe: bool = False) ->
 
 _LEAST = {
     "DATALOADER.NUM_WORKERS": 0,
+    "MODEL.FEEDBACK.MIRROR_SAMPLES": 0,
     "MODEL.FEEDBACK.SEED": -1,
     "SEED": -1,
     "SOLVER.ACCUMULATION_STEPS": 1,

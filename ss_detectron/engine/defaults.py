@@ -149,7 +149,7 @@ class Trainer(DefaultTrainer):
         if not resume:
             if samples := self.cfg.MODEL.FEEDBACK.MIRROR_SAMPLES:
                 layers = mirror_feedback(self.model, samples)
-                logger.info("The feedback of %d layers has learned from noise.", layers)
+                logger.info("The feedback of %d layers has learned from noise what W is.", layers)
             return
         if not self.start_iter:
             raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .feedback import (
     Fans,
     FeedbackAlignment,
+    FeedbackAlignmentSignedInit,
     FeedbackRule,
     FoldedKolenPollack,
     KolenPollack,
@@ -269,17 +270,20 @@ class AsymmetricLayer(nn.Module):
     @torch.no_grad()
     def mirror_feedback(self, samples: int) -> bool:
         """
-        Have B learn from noise, so many times as many inputs of it as the layer has, where it is
-        random at first; return whether it is.
+        Have B learn from noise, so many times as many vectors of it as the layer has inputs, if it
+        is random at first; return whether it is.
         """
-        if not isinstance(self.rule, FeedbackAlignment):
+        rule = self.rule
+        if not isinstance(rule, FeedbackAlignment) or isinstance(rule, FeedbackAlignmentSignedInit):
             return False
+        if not self.weight.numel():
+            return True
         weight = gather(self.weight.detach()).contiguous()
         matrix = self.as_matrix(weight.to(torch.promote_types(weight.dtype, torch.float32)))
         feedback = torch.empty_like(weight)
-        found = self.rule.mirrored(matrix, samples)
+        found = rule.mirrored(matrix, samples)
         self.as_matrix(feedback).copy_(found)
-        self._set_state(self.rule.state_of(feedback, weight))
+        self._set_state(rule.state_of(feedback, weight))
         return True
 
     def _set_state(self, made: Tensor) -> None:

@@ -6,6 +6,7 @@ stay as they are.
 """
 
 import logging
+import numbers
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -290,19 +291,15 @@ def reset_feedback(model: nn.Module) -> None:
     all rank 0's, and Detectron2 tells it not to share buffers, so call this after wrapping. With a
     model that is sharded (fully_shard), every process has to call it.
     """
-    for module in model.modules():
-        if hasattr(module, "reshard"):  # what is gathered for the moment is not what stays
-            module.reshard()  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, AsymmetricLayer):
-            module.reset_feedback()
+    for layer in _resharded(model):
+        layer.reset_feedback()
 
 
 def mirror_feedback(model: nn.Module, samples: int = 10) -> int:
     """
     Let feedback that starts at random learn what the weights are, from noise sent through each
     layer: one phase of the weight mirrors of Akrout et al. (2019, arXiv:1904.05391), for every
-    rule with such feedback (fa, fasi, kp, wm, ia). B becomes the gain times the mean of y x^T over
+    rule with such feedback (fa, kp, wm, ia). B becomes the gain times the mean of y x^T over
     inputs x ~ N(0, 1), where y = W x without bias and nonlinearity; its angle to W is about
     atan(samples^-1/2), 18 degrees for 10.
 
@@ -312,6 +309,7 @@ def mirror_feedback(model: nn.Module, samples: int = 10) -> int:
         model = convert_feedback(resnet18(), "kp")
         mirror_feedback(model)
 
+    To be called before the first step: an optimiser that has begun may still move B by what it was.
     The random numbers follow from the rules' seeds. With a model that is sharded (fully_shard),
     every process has to call it.
 
@@ -323,12 +321,19 @@ def mirror_feedback(model: nn.Module, samples: int = 10) -> int:
         how many layers have learned.
 
     Raises:
-        ValueError: ``samples`` is below 1.
+        ValueError: ``samples`` is no whole number, or below 1.
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; it must be 1 at least")
-    layers = [module for module in model.modules() if isinstance(module, AsymmetricLayer)]
-    return sum(layer.mirror_feedback(samples) for layer in layers)
+    if not isinstance(samples, numbers.Integral) or samples < 1:
+        raise ValueError(f"samples is {samples!r}; it must be a whole number, 1 at least")
+    return sum(layer.mirror_feedback(samples) for layer in _resharded(model))
+
+
+def _resharded(model: nn.Module) -> list[AsymmetricLayer]:
+    """The layers of a model, of which nothing is gathered for the moment: that does not stay."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+    return [module for module in model.modules() if isinstance(module, AsymmetricLayer)]
 
 
 @contextmanager

@@ -407,13 +407,14 @@ class FeedbackAlignment(FeedbackRule):
             matrix: W, (..., outputs, inputs).
         """
         inputs = matrix.shape[-1]
-        seed = seed_of(f"{self.seed}/{self.layer_name}/mirrored")
-        generator = torch.Generator("cpu").manual_seed(seed)
-        factor = torch.randn(inputs, inputs, generator=generator).tril_(-1)
-        degrees = samples * inputs - torch.arange(inputs, dtype=torch.float64)
-        with torch.random.fork_rng(devices=[]):  # torch.distributions take no generator
-            torch.manual_seed(seed)
-            factor += torch.distributions.Chi2(degrees).sample().sqrt().diag().float()
+        generator = torch.Generator("cpu")
+        generator.manual_seed(seed_of(f"{self.seed}/{self.layer_name}/mirrored"))
+        as_drawn: Any = {"dtype": torch.float32, "device": "cpu"}
+        factor = torch.randn(inputs, inputs, generator=generator, **as_drawn).tril_(-1)
+        degrees = samples * inputs - torch.arange(inputs, **as_drawn)
+        # Half a chi square. (torch.distributions take no generator.)
+        halves = torch._standard_gamma(degrees / 2, generator=generator)
+        factor.diagonal().copy_(halves.mul_(2).sqrt_())
         factor = factor.to(matrix.device, matrix.dtype)
         return (matrix @ factor @ factor.t()).mul_(self.gain / (samples * inputs))
 

@@ -18,7 +18,11 @@ from ss_detectron import (
     weight_alignment,
 )
 from ss_detectron.layers import LocallyConnected2d, asymmetric, feedback
-from ss_detectron.layers.feedback import InformationAlignment, WeightMirror
+from ss_detectron.layers.feedback import (
+    FeedbackAlignment,
+    InformationAlignment,
+    WeightMirror,
+)
 from ss_detectron.learners import Backpropagation
 from ss_detectron.solver import fold_kolen_pollack, match_feedback_groups
 
@@ -77,12 +81,33 @@ def test_how_far_mirrored_feedback_is_from_the_weight(samples):
     mirror_feedback(layer, samples)
     expected = math.degrees(math.atan(math.sqrt(201 / 200 / samples)))
     assert weight_alignment(layer)[""].angle == pytest.approx(expected, rel=0.03)
-    again = convert_feedback(copy.deepcopy(layer), "fa", seed=1)
-    mirror_feedback(again, samples)
-    assert torch.equal(again.feedback_weight, layer.feedback_weight)
-    other = convert_feedback(copy.deepcopy(layer), "fa", seed=2)
-    mirror_feedback(other, samples)
-    assert not torch.equal(other.feedback_weight, layer.feedback_weight)
+    state = torch.get_rng_state()
+    for seed in (1, 2):
+        other = convert_feedback(copy.deepcopy(layer), "fa", seed=seed)
+        with torch.device("meta"):
+            mirror_feedback(other, samples)
+        assert torch.equal(other.feedback_weight, layer.feedback_weight) == (seed == 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_mirrored_feedback_is_distributed_as_a_mean_over_noise():
+    # At as many vectors as inputs, where the smallest eigenvalues of x x^T tell most.
+    drawn, summed = [], []
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(2000):
+        rule = FeedbackAlignment(seed=seed)
+        drawn.append(rule.mirrored(torch.eye(3, dtype=torch.float64), 1))
+        x = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+        summed.append(x @ x.t() / 3)
+    for moment in (
+        lambda s: s,
+        lambda s: s @ s,
+        lambda s: s @ s @ s,
+        lambda s: torch.linalg.eigvalsh(s).log(),
+    ):
+        a, b = (moment(torch.stack(values)) for values in (drawn, summed))
+        error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() < 4 * error).all()
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -105,10 +130,12 @@ def test_kolen_pollack_keeps_what_mirroring_gave(folded):
 
 
 def test_mirroring_is_for_random_feedback_and_some_noise():
-    model = convert_feedback(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "ss")
-    assert mirror_feedback(model) == 0
-    with pytest.raises(ValueError, match="samples is 0"):
-        mirror_feedback(model, 0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 0, 1), nn.Linear(0, 3))
+    for rule, layers in (("ss", 0), ("fasi", 0), ("wm", 3)):
+        assert mirror_feedback(convert_feedback(model, rule)) == layers
+    for samples in (0, -1, 2.5, math.inf):
+        with pytest.raises(ValueError, match=f"samples is {samples}; it must be a whole number"):
+            mirror_feedback(model, samples)
 
 
 def test_weight_mirrors_of_a_linear_network_come_within_five_degrees():

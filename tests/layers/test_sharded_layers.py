@@ -15,6 +15,7 @@ from ss_detectron.layers import (
     backpropagation,
     convert_feedback,
     feedback_report,
+    mirror_feedback,
     reset_feedback,
 )
 from ss_detectron.layers.sharded import gather
@@ -112,9 +113,11 @@ def _may_be_reset_bypassed_and_measured(rule):
         for model in (one, two):
             for parameter in model.parameters():
                 parameter.mul_(-3)
-    reset_feedback(one)
-    reset_feedback(two)
-    assert_same(_whole(two.state_dict().items()), _whole(one.state_dict().items()))
+    for renew in (mirror_feedback, reset_feedback):
+        assert renew(one) == renew(two)
+        assert_same(_whole(two.state_dict().items()), _whole(one.state_dict().items()))
+        with torch.no_grad():
+            two(_images()[0])
     torch.testing.assert_close(weight_alignment(two), weight_alignment(one))
     with backpropagation(one), backpropagation(two):
         _on_both(two, _images()[0])
