@@ -4,6 +4,7 @@ Keeps what runs measured as docs/results/NAME.json, and writes the tables of doc
 README.md from all such files, beside what docs/results/tables.yaml has as published.
 
     tools/publish_results.py --name mnist_fc output/compare_mnist_fc_bp/*/
+    tools/publish_results.py --name mnist_fc --count --figure mnist_fc    # and what steps cost
     tools/publish_results.py    # only the tables
 
 The folders are those of tools/compare_rules.py. Runs may still go on: their row says how far they
@@ -129,29 +130,32 @@ def summarise(folder: Path) -> Summary:
 def write_summaries(folders: Iterable[Path], file: Path, count: bool = False) -> None:
     """
     Writes the summaries of runs, one a line, into a file whose other runs stay; what is no run with
-    a figure is said and left out. With ``count``, they have the multiply-adds per image of a
-    training step.
+    a figure is said and left out. With ``count``, all in the file have the multiply-adds per image
+    of a training step.
     """
     runs: dict[str, Summary] = {}
-    counts: dict[str, float] = {}
     if file.exists():
         runs = {_identity(run): run for run in json.loads(file.read_text())}
-    found = False
+    found = count and bool(runs)
     for folder in folders:
         try:
             run = summarise(folder)
         except (FileNotFoundError, ValueError) as error:
             logger.warning("%s; left out", error)
             continue
-        if count:
-            start = json.dumps([run["config"], run["overrides"]])
-            if start not in counts:
-                counts[start] = multiply_adds(merged_config(str(folder / "config.yaml")))
-            run["multiply_adds"] = counts[start]
-        runs[_identity(run)] = run
+        counted = runs.get(_identity(run), {}).get("multiply_adds")
+        runs[_identity(run)] = run | ({"multiply_adds": counted} if counted else {})
         found = True
     if not found:
         raise ValueError(f"there is nothing for {file}")
+    if count:
+        counts: dict[str, float] = {}
+        for run in runs.values():
+            words = [str(word) for pair in run["overrides"].items() for word in pair]
+            start = shlex.join([run["config"], *words])
+            if start not in counts:
+                counts[start] = multiply_adds(merged_config(run["config"], words))
+            run["multiply_adds"] = counts[start]
     file.write_text("[\n" + ",\n".join(map(json.dumps, runs.values())) + "\n]\n")
 
 
@@ -432,15 +436,15 @@ def main(words: list[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="folders of runs; none: only the tables")
     add("--name", help="of the file in docs/results; other runs in it stay")
-    count = "of a training step, too: takes the data sets, and a minute a rule"
+    count = "of a training step, of all in the file: takes the data sets, and a minute a rule"
     add("--count", action="store_true", help=f"the multiply-adds {count}")
     add("--figure", metavar="TABLE", help="draw docs/results/TABLE.png: what steps cost")
     add_traceback_option(parser)
     args = parser.parse_args(words)
-    if bool(args.runs) != bool(args.name):
-        parser.error("RUN ... and --name go together")
+    if bool(args.runs or args.count) != bool(args.name):
+        parser.error("--name goes with RUN ... or --count, and they with it")
     with one_line_errors(args.traceback):
-        if args.runs:
+        if args.name:
             write_summaries(args.runs, RESULTS / f"{args.name}.json", args.count)
         tables = read_tables(read_summaries())
         for page in PAGES:
