@@ -58,6 +58,8 @@ PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 UNTOLD = {"SEED", "MODEL.FEEDBACK.SEED", "DATASETS.COCO_INSTANCES", "DATASETS.IMAGE_FOLDERS"}
 # What makes a config that of another rule or learner.
 METHOD_KEYS = {"MODEL.FEEDBACK.RULE", "MODEL.LEARNER.NAME", "MODEL.FEEDBACK.LAST_LAYER_RULE"}
+# Keys that change nothing for backpropagation begin so.
+OF_METHODS = "MODEL.FEEDBACK.", "MODEL.LEARNER."
 OVERVIEW = ("bp", "ss", "fa", "kp", "dfa", "dtp")
 POINTS = 20  # of a curve
 
@@ -212,6 +214,7 @@ class Group:
         self.is_error = self.metric.endswith("error")
         # Those that are not the rule's own.
         self.options = words_of({k: v for k, v in self.overrides.items() if k not in METHOD_KEYS})
+        self.settings = {k: v for k, v in self.overrides.items() if not k.startswith(OF_METHODS)}
         self.is_finished = self.trained >= first["goal"]
         goal = "" if self.is_finished else f" of {first['goal']:g}"
         self.how_far = f"{'at ' * bool(goal)}{self.trained:g}{goal} {first['unit']}"
@@ -300,9 +303,9 @@ def render_table(rows: Sequence[Row], compare: str = "last", **_: Any) -> str:
 
 
 def _to_control(group: Group, row: Row | None) -> str:
-    """Beside backpropagation with the same options, as far: points of error, or a ratio."""
+    """Beside backpropagation with the same settings, as far: points of error, or a ratio."""
     for control in row.groups if row else ():
-        if (control.options, control.trained) == (group.options, group.trained):
+        if (control.settings, control.trained) == (group.settings, group.trained):
             mean, other = group.mean("last"), control.mean("last")
             return f"{mean - other:+.2f}" if group.is_error else f"{mean / other:.2f}"
     return ""
