@@ -68,6 +68,26 @@ def write_launched(
     return folder
 
 
+def test_multiply_adds_are_counted_once_for_each_setting_of_a_file(tmp_path, monkeypatch):
+    few = {"SOLVER__EPOCHS": 2, "TEST__EVAL_PERIOD": 469}
+    kp = {"rule": "kolen_pollack", "config": "mnist_fc_fa.yaml"}
+    file = tmp_path / "mine.json"
+    bp = [write_launched(tmp_path / f"bp{seed}", [4.0], seed=seed, **few) for seed in (1, 2)]
+    TOOL["write_summaries"]([*bp, write_launched(tmp_path / "kp", [3.0], **kp, **few)], file)
+    asked = []
+
+    def count(cfg):
+        asked.append((cfg.MODEL.FEEDBACK.RULE, cfg.SOLVER.EPOCHS))
+        return len(asked)
+
+    monkeypatch.setitem(TOOL["write_summaries"].__globals__, "multiply_adds", count)
+    TOOL["write_summaries"]([], file, count=True)
+    assert asked == [("backpropagation", 2), ("kolen_pollack", 2)]
+    assert [run["multiply_adds"] for run in read_summaries(tmp_path)] == [1, 1, 2]
+    with pytest.raises(ValueError, match="nothing for .*empty.json"):
+        TOOL["write_summaries"]([], tmp_path / "empty.json", count=True)
+
+
 def test_runs_become_rows(tmp_path, caplog):
     few = {"SOLVER__EPOCHS": 2, "TEST__EVAL_PERIOD": 469}
     kp = {"rule": "kolen_pollack", "config": "mnist_fc_fa.yaml"}

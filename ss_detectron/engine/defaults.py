@@ -148,8 +148,11 @@ class Trainer(DefaultTrainer):
         saved = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if not resume:
             if samples := self.cfg.MODEL.FEEDBACK.MIRROR_SAMPLES:
-                layers = mirror_feedback(self.model, samples)
-                logger.info("The feedback of %d layers has learned from noise what W is.", layers)
+                logger.info(
+                    "The feedback of %d layers has learned from noise what their weights are%s.",
+                    mirror_feedback(self.model, samples),
+                    ", in place of any that MODEL.WEIGHTS has" * bool(self.cfg.MODEL.WEIGHTS),
+                )
             return
         if not self.start_iter:
             raise ValueError(

@@ -261,9 +261,9 @@ class AsymmetricLayer(nn.Module):
     def reset_feedback(self) -> None:
         """Derive the state again from the weight as it is; what is drawn stays the same draw."""
         self.forget_inputs()
-        made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
-        if made is not None:
-            self._set_state(made)
+        if self.feedback_state is not None:
+            made = self.rule.initial_state(gather(self.weight.detach()), self.fans())
+            self._set_state(cast(Tensor, made))
         if self.rule.counts_updates:
             self.feedback_updates.zero_()
 

@@ -79,7 +79,7 @@ def fold_kolen_pollack(model: nn.Module, optimizer: torch.optim.Optimizer) -> in
         if state in shared:
             layer.set_rule(made, *shared[state])
             continue
-        layer.set_rule(made, (state - layer.weight).detach())
+        layer.set_rule(made, made.state_of(state, layer.weight).detach())
         shared[state] = layer.feedback_state, layer.feedback_factor
         members = groups[state]["params"]
         members[next(i for i, p in enumerate(members) if p is state)] = layer.feedback_factor

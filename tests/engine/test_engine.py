@@ -97,6 +97,7 @@ def prepare(options):
         (["MODEL.RESNETS.NORM", "Group"], "MODEL.RESNETS.NORM is 'Group'; choose"),
         (["INPUT.FORMAT", "BRG"], "INPUT.FORMAT is 'BRG'; choose 'RGB' or 'BGR'"),
         (["SEED", -2], "SEED is -2; choose at least -1"),
+        (["MODEL.FEEDBACK.MIRROR_SAMPLES", -1], "MIRROR_SAMPLES is -1; choose at least 0"),
         (["OUTPUT_DIR", f"{__file__}/out"], "test_engine.py/out', which cannot be a folder"),
         (["SOLVER.CHECKPOINT_MAX_TO_KEEP", -1], "MAX_TO_KEEP is -1; choose at least 0"),
     ],
@@ -322,7 +323,9 @@ def test_a_resumed_run_follows_its_config(prepare):
             resumed.resume_or_load(resume=True)
 
 
-def test_feedback_that_has_learned_from_noise_stands_before_the_first_step_and_is_kept(prepare):
+def test_feedback_that_has_learned_from_noise_stands_before_the_first_step_and_is_kept(
+    prepare, monkeypatch
+):
     rule = ("MODEL.FEEDBACK.RULE", "kp", "MODEL.FEEDBACK.MIRROR_SAMPLES", 30)
     rule += ("MODEL.FEEDBACK.EXCLUDE", ("backbone.bottom_up.res*",))  # in less time
     trainer = Trainer(prepare(*rule, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0))
